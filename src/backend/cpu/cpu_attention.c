@@ -1,0 +1,223 @@
+/* Rotation of queries and keys, the cells they are stored in, and attention over the pages: docs/model.md 3.3 and 3.4.
+ */
+#include "backend/cpu/cpu_state.h"
+
+#include <math.h>
+
+#include "model/quant.h"
+
+/* Cosines and sines of one row. The angle is an f32 product of the position and inv_freq, as docs/model.md 3.3 has it.
+ */
+void cpu_rope_table(float *table, const float *inv_freq, int32_t pos, int32_t C) {
+    for (int32_t j = 0; j < C / 2; j++) {
+        double angle = (double)((float)pos * inv_freq[j]);
+        table[j] = (float)cos(angle);
+        table[C / 2 + j] = (float)sin(angle);
+    }
+}
+
+/* Rotate the pairs (2i, 2i+1) of n_head heads in place. */
+static void rope_row(float *x, const float *table, int32_t n_head, int32_t C) {
+    const float *cosine = table, *sine = table + C / 2;
+    for (int32_t h = 0; h < n_head; h++, x += C) {
+        for (int32_t i = 0; i < C / 2; i++) {
+            float even = x[2 * i], odd = x[2 * i + 1];
+            x[2 * i] = even * cosine[i] - odd * sine[i];
+            x[2 * i + 1] = odd * cosine[i] + even * sine[i];
+        }
+    }
+}
+
+/* ---- keys and values into their cells ---------------------------------------------------------------------------- */
+
+/* The keys of layer l, KV head g, in page 0; the values lie G planes further. */
+static unsigned char *kv_at(const cpu_backend *b, int32_t layer, int32_t g) {
+    return b->kv + ((int64_t)layer * 2 * b->model->config.n_kv_head + g) * b->plane_bytes;
+}
+
+/* x [C] to bf16, or to codes and a scale, at element i and every step-th from there; cell: of the scale. */
+static void store_head(const cpu_backend *b, unsigned char *plane, const float *x, int64_t i, int64_t step,
+                       int32_t cell) {
+    const int32_t C = b->model->config.n_head_dim;
+    if (b->o.kv_dtype == ERN_KV_BF16) {
+        ern_bf16 *to = (ern_bf16 *)(void *)plane + i;
+        for (int32_t c = 0; c < C; c++) to[c * step] = ern_bf16_from_f32(x[c]);
+        return;
+    }
+    int8_t code[ERN_KV_I8_HEAD_MAX], *to = (int8_t *)plane + i;
+    float *scale = (float *)(void *)(plane + cpu_kv_cells(b->o.n_page_cell) * C);
+    quant_act_int8(code, scale + cell, x, C);
+    for (int32_t c = 0; c < C; c++) to[c * step] = code[c];
+}
+
+void cpu_store_rows(const cpu_run *c, int32_t layer) {
+    const cpu_backend *b = c->b;
+    const ern_config *m = &b->model->config;
+    const int32_t C = m->n_head_dim, G = m->n_kv_head, H = m->n_head, P = b->o.n_page_cell;
+    int32_t from, to;
+    cpu_share(c, c->s->n_row, 1, &from, &to);
+    for (int64_t t = from; t < to; t++) {
+        rope_row(b->q + t * H * C, b->rope + t * C, H, C);
+        rope_row(b->k + t * G * C, b->rope + t * C, G, C);
+        const int32_t page = c->s->cell[t] / P, cell = c->s->cell[t] % P, lane = cell % CPU_KV_GROUP;
+        for (int32_t g = 0; g < G; g++) {
+            unsigned char *k = kv_at(b, layer, g) + page * b->page_stride, *v = k + G * b->plane_bytes;
+            store_head(b, k, b->k + (t * G + g) * C, (int64_t)(cell - lane) * C + lane, CPU_KV_GROUP, cell);
+            store_head(b, v, b->v + (t * G + g) * C, (int64_t)cell * C, 1, cell);
+        }
+    }
+}
+
+/* ---- who attends to what ----------------------------------------------------------------------------------------- */
+
+enum {
+    PIECES_EACH = 4, /* pieces per worker that a step with few long rows is cut into */
+    SPLIT_ROWS = 8,  /* longest rows whose pieces fit at one time; further ones stay whole */
+};
+
+static int32_t least(int32_t a, int32_t b) { return a < b ? a : b; }
+static int32_t blocks_to(int32_t pos) { return pos / CPU_ATTN_BLOCK + 1; }
+
+int32_t cpu_head_tiles(const ern_config *m) {
+    return m->n_kv_head * ((m->n_head / m->n_kv_head + CPU_HEAD_TILE - 1) / CPU_HEAD_TILE);
+}
+
+int32_t cpu_attend_slots(const cpu_backend *b) {
+    return b->n_worker > 1 ? least(b->o.n_row_max, SPLIT_ROWS) * blocks_to(b->o.n_len_max) : 0;
+}
+
+/* Tiles of rows are the tasks. Where they are too few or too unequal to keep all workers busy, the heavy ones are cut
+ * along positions. A piece computes its blocks one by one and keeps each result; they are joined afterwards in the
+ * order of positions, which is the order in which a whole tile joins its own: cut or not, the bits are the same. */
+void cpu_attend_plan(cpu_backend *b, const cpu_slot *s) {
+    int64_t all = 0;
+    for (int32_t t = 0; t < s->n_row; t++) all += blocks_to(s->pos[t]);
+    const int64_t heads = cpu_head_tiles(&b->model->config);
+    const int64_t most = all * heads / ((int64_t)b->n_worker * PIECES_EACH) + 1; /* (row, block) pairs of a task */
+    int32_t slot = 0;
+    b->n_tile = b->n_split = 0;
+    for (int32_t q = 0; q < s->n_seq; q++) {
+        for (int32_t r = s->row0[q]; r < s->row0[q + 1]; r += CPU_ATTN_ROWS) {
+            const int32_t n = least(s->row0[q + 1] - r, CPU_ATTN_ROWS), n_block = blocks_to(s->pos[r + n - 1]);
+            const cpu_tile whole = {.row = r, .n = n, .seq = q, .n_block = n_block, .slot = -1, .stride = n_block};
+            if ((int64_t)n * n_block <= most || n_block == 1 || n * n_block > b->n_slot - slot) {
+                b->tile[b->n_tile++] = whole;
+                continue;
+            }
+            const int32_t run = most > n ? (int32_t)(most / n) : 1;
+            for (int32_t k = 0; k < n_block; k += run) {
+                cpu_tile piece = whole;
+                piece.block = k, piece.n_block = least(run, n_block - k), piece.slot = slot;
+                b->tile[b->n_tile++] = piece;
+            }
+            b->split[b->n_split] = whole;
+            b->split[b->n_split++].slot = slot;
+            slot += n * n_block;
+        }
+    }
+}
+
+/* ---- attention --------------------------------------------------------------------------------------------------- */
+
+/* What the pieces of one head tile share. */
+typedef struct heads {
+    int32_t layer, g, h0, n; /* KV head; query heads h0 .. h0+n-1 */
+    int32_t index;           /* of cpu_head_tiles */
+} heads;
+
+static heads heads_at(const ern_config *m, int32_t layer, int32_t index) {
+    const int32_t group = m->n_head / m->n_kv_head, each = (group + CPU_HEAD_TILE - 1) / CPU_HEAD_TILE;
+    const int32_t g = index / each, first = index % each * CPU_HEAD_TILE;
+    return (heads){layer, g, g * group + first, least(group - first, CPU_HEAD_TILE), index};
+}
+
+static float *slot_part(const cpu_backend *b, int32_t slot, const heads *h) {
+    return b->part + ((int64_t)slot * cpu_head_tiles(&b->model->config) + h->index) * b->part_floats;
+}
+
+static float *row_heads(const cpu_backend *b, int32_t row, const heads *h) {
+    return b->q + ((int64_t)row * b->model->config.n_head + h->h0) * b->model->config.n_head_dim;
+}
+
+/* The outputs of one row over its queries. */
+static void finish_row(const cpu_backend *b, int32_t row, const heads *h, const float *acc) {
+    const int32_t C = b->model->config.n_head_dim;
+    float *out = row_heads(b, row, h);
+    for (int32_t i = 0; i < h->n; i++) {
+        const float *from = acc + 2 * CPU_HEAD_TILE + i * C, r = 1.0f / acc[CPU_HEAD_TILE + i];
+        for (int32_t c = 0; c < C; c++) out[i * C + c] = from[c] * r;
+    }
+}
+
+/* One tile or piece: a row at position p sees the blocks 0..p / CPU_ATTN_BLOCK, the last one cut after p; which rows
+ * share the tile changes nothing for it. */
+static void attend_tile(const cpu_run *c, const cpu_tile *tile, const heads *h) {
+    const cpu_backend *b = c->b;
+    const ern_config *m = &b->model->config;
+    const int32_t C = m->n_head_dim, last = c->s->pos[tile->row + tile->n - 1];
+    const bool int8 = b->o.kv_dtype == ERN_KV_I8;
+    const float scale = (float)(0x1.71547652b82fep+0 / sqrt((double)C)); /* log2(e) / sqrt(C) */
+    float *acc = b->own_part + (int64_t)c->worker * (CPU_ATTN_ROWS + 1) * b->part_floats;
+    float *extra = acc + CPU_ATTN_ROWS * b->part_floats;
+    const unsigned char *k = kv_at(b, h->layer, h->g);
+    const cpu_kv_view kv = {.k = k,
+                            .v = k + m->n_kv_head * b->plane_bytes,
+                            .page = c->s->page + (int64_t)tile->seq * b->n_page_max,
+                            .page_stride = b->page_stride,
+                            .n_cell = b->o.n_page_cell,
+                            .int8 = int8};
+    cpu_kv_block found[2]; /* block i in found[i % 2], and the one after it, whose keys are fetched early */
+    for (int32_t i = tile->block, end = i + tile->n_block; i < end; i++) {
+        const int32_t at = i * CPU_ATTN_BLOCK, after = at + CPU_ATTN_BLOCK;
+        cpu_kv_block *now = &found[i % 2], *next = i + 1 < end ? &found[(i + 1) % 2] : NULL;
+        if (i == tile->block) cpu_kv_find(now, &kv, C, at, least(last + 1 - at, CPU_ATTN_BLOCK));
+        if (next) cpu_kv_find(next, &kv, C, after, least(last + 1 - after, CPU_ATTN_BLOCK));
+        now->next = next;
+        for (int32_t r = 0; r < tile->n; r++) {
+            const int32_t n = least(c->s->pos[tile->row + r] + 1 - at, CPU_ATTN_BLOCK);
+            if (n <= 0) continue;
+            float *own = acc + r * b->part_floats, *part = own;
+            if (tile->slot >= 0)
+                part = slot_part(b, tile->slot + r * tile->stride + i, h);
+            else if (i > 0)
+                part = extra;
+            b->kernels->attn_block[int8](part, row_heads(b, tile->row + r, h), h->n, C, scale, now, n);
+            if (part == extra) b->kernels->attn_join(own, extra, h->n, C);
+            now->next = NULL; /* by the first row, for all */
+            now->cold = false;
+        }
+    }
+    for (int32_t r = 0; tile->slot < 0 && r < tile->n; r++) finish_row(b, tile->row + r, h, acc + r * b->part_floats);
+}
+
+/* The pieces' results in the order of positions, over the first of them. */
+static void join_row(const cpu_run *c, const cpu_tile *split, int32_t r, const heads *h) {
+    const cpu_backend *b = c->b;
+    const int32_t slot = split->slot + r * split->stride, n_block = blocks_to(c->s->pos[split->row + r]);
+    float *acc = slot_part(b, slot, h);
+    for (int32_t i = 1; i < n_block; i++)
+        b->kernels->attn_join(acc, slot_part(b, slot + i, h), h->n, b->model->config.n_head_dim);
+    finish_row(b, split->row + r, h, acc);
+}
+
+/* Tasks (tile or piece, head tile), taken by whoever is free; the last rows see most and go first. */
+void cpu_attend(const cpu_run *c, int32_t layer) {
+    cpu_backend *b = c->b;
+    const int32_t n_heads = cpu_head_tiles(&b->model->config);
+    for (;;) {
+        const int32_t task =
+            b->n_tile * n_heads - 1 - atomic_fetch_add_explicit(&b->next_task, 1, memory_order_relaxed);
+        if (task < 0) break;
+        const heads h = heads_at(&b->model->config, layer, task % n_heads);
+        attend_tile(c, &b->tile[task / n_heads], &h);
+    }
+    if (b->n_split == 0) return;
+    cpu_meet(c);
+    for (int32_t i = 0, task = 0; i < b->n_split; i++)
+        for (int32_t r = 0; r < b->split[i].n; r++)
+            for (int32_t k = 0; k < n_heads; k++, task++) {
+                if (task % c->n_worker != c->worker) continue;
+                const heads h = heads_at(&b->model->config, layer, k);
+                join_row(c, &b->split[i], r, &h);
+            }
+}

@@ -1,0 +1,102 @@
+/* How linear layers and their inputs are shared between the workers of a step.
+ *
+ * Outputs are taken, not given: whoever is free takes the next piece of what is left, so a worker whose processor is
+ * disturbed delays the others by one small piece. Which worker computes an output changes no bit of it. Weights in
+ * Paddle's order are given in fixed shares: one long run of outputs per weight row is what memory likes there. */
+#include "backend/cpu/cpu_state.h"
+
+enum {
+    UNIT_FEW = 32,  /* outputs of a smallest piece: two bands, or whole cache lines */
+    UNIT_MANY = 64, /* where many rows pass: four bands side by side */
+    ROWS_FEW = 4,
+};
+
+void cpu_phase(cpu_run *c) {
+    c->phase++;
+    if (c->worker == 0) atomic_store_explicit(&c->b->claim[(c->phase + 1) % 2].next, 0, memory_order_relaxed);
+}
+
+bool cpu_claim(const cpu_run *c, int32_t n, int32_t *from, int32_t *to) {
+    atomic_int *next = &c->b->claim[c->phase % 2].next;
+    int at = atomic_load_explicit(next, memory_order_relaxed), take;
+    do {
+        if (at >= n) return false;
+        take = (n - at) / (2 * c->n_worker); /* large pieces first, small ones to end together */
+        if (take < 1) take = 1;
+    } while (!atomic_compare_exchange_weak_explicit(next, &at, at + take, memory_order_relaxed, memory_order_relaxed));
+    *from = at;
+    *to = at + take;
+    return true;
+}
+
+/* ---- inputs ------------------------------------------------------------------------------------------------------ */
+
+cpu_act_kind cpu_act_for(const cpu_backend *b, const ern_linear *w) { return cpu_act_of(w, b->o.act_exact); }
+
+cpu_act cpu_act_at(const cpu_backend *b, cpu_act a, const ern_linear *w, int64_t row) {
+    const int64_t q = row * cpu_act_stride(w->n_in), g = row * cpu_groups(w->n_in);
+    switch (cpu_act_for(b, w)) {
+    case CPU_ACT_INT8: return (cpu_act){(int8_t *)a.q + q, a.scale + g, a.sum + g};
+    case CPU_ACT_FP8: return (cpu_act){(float *)a.q + q, a.scale + g, a.sum + g};
+    case CPU_ACT_F32: break;
+    }
+    return a;
+}
+
+void cpu_act_put(const cpu_backend *b, cpu_act a, const ern_linear *w, int64_t row, int32_t from, const float *x,
+                 int32_t n) {
+    const int32_t g = from / ERN_ACT_GROUP;
+    const cpu_act at = cpu_act_at(b, a, w, row);
+    switch (cpu_act_for(b, w)) {
+    case CPU_ACT_INT8: b->kernels->quant_int8((int8_t *)at.q + from, at.scale + g, at.sum + g, x, n); break;
+    case CPU_ACT_FP8: b->kernels->quant_fp8((float *)at.q + from, at.scale + g, x, n); break;
+    case CPU_ACT_F32: break;
+    }
+}
+
+void cpu_act_rows(const cpu_run *c, const ern_linear *w, const float *x, int64_t row0, int32_t n) {
+    if (cpu_act_for(c->b, w) == CPU_ACT_F32) return;
+    int32_t from, to;
+    cpu_share(c, n, 1, &from, &to);
+    for (int64_t r = row0 + from; r < row0 + to; r++) cpu_act_put(c->b, c->b->act, w, r, 0, x + r * w->n_in, w->n_in);
+    cpu_meet(c);
+}
+
+/* ---- outputs ----------------------------------------------------------------------------------------------------- */
+
+void cpu_linear_part(const cpu_backend *b, const cpu_linear_job *j, int32_t from, int32_t to) {
+    if (from >= to || j->n_row == 0) return;
+    cpu_linear_job part = *j;
+    part.from = from;
+    part.to = to;
+    cpu_linear_of(b->kernels, j->w, b->o.act_exact)(&part);
+}
+
+int32_t cpu_unit(int32_t n_row) { return n_row <= ROWS_FEW ? UNIT_FEW : UNIT_MANY; }
+
+static int32_t least(int32_t a, int32_t b) { return a < b ? a : b; }
+
+void cpu_linears(cpu_run *c, const cpu_linear_job *job, int n) {
+    const int32_t unit = cpu_unit(job->n_row);
+    int32_t all = 0, a, z;
+    cpu_phase(c);
+    for (int i = 0; i < n; i++) {
+        if (cpu_is_fixed(job[i].w)) {
+            cpu_share(c, job[i].w->n_out, UNIT_FEW, &a, &z);
+            cpu_linear_part(c->b, &job[i], a, z);
+        } else {
+            all += (job[i].w->n_out + unit - 1) / unit;
+        }
+    }
+    while (cpu_claim(c, all, &a, &z)) {
+        int32_t first = 0; /* of linear i, in units */
+        for (int i = 0; i < n; i++) {
+            if (cpu_is_fixed(job[i].w)) continue;
+            const int32_t end = first + (job[i].w->n_out + unit - 1) / unit;
+            const int32_t from = a > first ? a : first, to = least(z, end);
+            if (from < to)
+                cpu_linear_part(c->b, &job[i], (from - first) * unit, least((to - first) * unit, job[i].w->n_out));
+            first = end;
+        }
+    }
+}

@@ -1,0 +1,196 @@
+/* What one open cpu backend holds, and where its memory lies.
+ *
+ * All memory is taken at open: the KV cache (pages as the door draws them, so moving a page is a memcpy) and one
+ * scratch block that cpu_layout cuts up. plan() runs the same cutter over no memory, so it cannot lie. Owner: cpu.c.
+ * Threads: the engine thread fills slots and reads results; the driver (worker 0 of the pool) computes; `lock` guards
+ * the three counters, nothing else is shared at one time. */
+#ifndef ERN_BACKEND_CPU_CPU_STATE_H
+#define ERN_BACKEND_CPU_CPU_STATE_H
+
+#include <pthread.h>
+#include <stdatomic.h>
+
+#include "backend/cpu/cpu.h"
+#include "backend/cpu/cpu_kernels.h"
+#include "base/pool.h"
+
+enum {
+    CPU_SLOTS = 3, /* two in flight, and the one whose result the engine still reads */
+    CPU_FFN_ROWS =
+        256, /* rows of one pass through a feed-forward: bounds its scratch, leaves the weights reused enough */
+    CPU_LOGIT_ROWS = 32,  /* wanted rows whose logits exist at one time */
+    CPU_ATTN_ROWS = 8,    /* rows of a sequence that share one walk over its keys and values */
+    CPU_PAIRS_MAX = 1024, /* page copies queued before a step */
+};
+
+/* One submitted step: a copy of the ern_batch, and its results. */
+typedef struct cpu_slot {
+    int32_t n_row, n_seq, n_want, n_pair;
+    bool has_next;
+    int32_t *token, *next, *pos, *cell; /* [n_row_max] */
+    int32_t *row0, *kv_len;             /* [n_seq_max + 1], [n_seq_max] */
+    int32_t *page;                      /* [n_seq_max, n_page_max] */
+    int32_t *want;                      /* [n_want_max] */
+    ern_sample *sample;                 /* [n_want_max] */
+    ern_page_pair *pair;                /* [CPU_PAIRS_MAX] copies to make before the step */
+    ern_sampled *sampled;               /* [n_want_max] out */
+    int32_t *draft;                     /* [n_want_max] out */
+    int64_t compute_us;
+} cpu_slot;
+
+/* Rows row..row+n-1, all of one sequence, that attend together to the softmax blocks block..block+n_block-1. */
+typedef struct cpu_tile {
+    int32_t row, n, seq, block, n_block;
+    int32_t slot; /* >= 0: one piece of many; block k's results for row r go to part slot + r * stride + k, and wait */
+    int32_t stride;
+} cpu_tile;
+
+/* The model's linears as this backend reads them: those of the model, or copies in huge pages, where they take at most
+ * a quarter of the free memory: of tiles that a file backs, and of bf16 rows as panels. cpu_weights.c. */
+typedef struct cpu_weights {
+    ern_layer *layer; /* [L] the model's, but for what moved */
+    ern_ffn *expert;  /* [L, E] */
+    ern_linear head;
+    size_t bytes; /* of the copies; 0: none */
+    bool panels;
+    struct cpu_file_ranges *files;
+} cpu_weights;
+
+typedef struct cpu_backend {
+    const ern_backend_ops *ops;
+    const ern_model *model;
+    ern_backend_options o;
+    const cpu_kernels *kernels;
+    ern_pool *pool;
+    int32_t n_worker;
+    int32_t n_page_max;  /* pages of the longest sequence */
+    int32_t n_kv_layer;  /* L, +1 with MTP */
+    int64_t plane_bytes; /* between KV heads of a page */
+    int64_t page_stride; /* bytes of a page */
+    unsigned char *kv;
+    void *scratch, *tiles;
+    size_t kv_bytes, scratch_bytes;
+    cpu_weights weights; /* the step reads layers and head here; tiles holds the copies */
+
+    /* scratch of the running step; T = n_row_max, R = min(T, CPU_FFN_ROWS), I = min(W, CPU_LOGIT_ROWS) */
+    float *x, *xn;        /* [T, D] residual stream; its norm */
+    float *q, *k, *v;     /* [T, H*C], [T, G*C]: q becomes the attention's output in place */
+    float *inv_freq;      /* [C/2] 1 / theta^(2j/C), rounded as docs/model.md 3.3 has it; filled at open */
+    float *rope;          /* [T, 2, C/2] cosines, sines */
+    float *gate, *up;     /* [R, F] or [R*K, F of an expert] */
+    float *prob;          /* [R, E] router */
+    int32_t *chosen;      /* [R, K] expert ids, ascending */
+    float *share;         /* [R, K] their weights */
+    int32_t *entry_row;   /* [R*K] rows sorted by expert */
+    float *entry_share;   /* [R*K] */
+    int32_t *entry_first; /* [E+1] */
+    int32_t *active;      /* [E] experts that have rows, ascending */
+    int32_t n_active;
+    float *mtp_in;     /* [T, 2D] */
+    int32_t *mtp_next; /* [T] */
+    float *head_in;    /* [I, D] */
+    float *logits;     /* [I, V] */
+    int32_t *want_seq; /* [W] */
+    cpu_tile *tile;    /* [T + n_slot] tasks of the attention, each for every KV head */
+    cpu_tile *split;   /* [T] the tiles that were cut into pieces, whole */
+    int32_t n_tile, n_split;
+    float *own_part;        /* [n_worker, CPU_ATTN_ROWS + 1, part_floats] */
+    float *part;            /* [n_slot, cpu_head_tiles, part_floats] results of the pieces, to be joined */
+    int32_t n_slot;         /* (row, block) pairs that `part` has room for */
+    int64_t part_floats;    /* of one row, block and head tile */
+    unsigned char *sampler; /* [n_worker, sampler_bytes] */
+    size_t sampler_bytes;
+    atomic_int next_task;
+    cpu_act act;     /* [T] rows of xn, of q, of mtp_in or of head_in, as the next linear takes them */
+    cpu_act mid;     /* [R] or [R*K] rows of gate, as down takes them */
+    size_t act_each; /* bytes of a number of act.q and mid.q: 0 where no linear wants them, 1 for int8, 4 for fp8 */
+    struct {
+        atomic_int next; /* first piece of the phase that nobody has taken; phases take turns */
+        char apart[124];
+    } claim[2];
+
+    cpu_slot slot[CPU_SLOTS]; /* step n uses slot n % CPU_SLOTS */
+    ern_page_pair *pair;      /* [CPU_PAIRS_MAX] asked for since the last submit; engine thread */
+    int32_t n_pair;
+
+    ern_probe_fn *probe;
+    void *probe_ud;
+
+    pthread_t driver;
+    bool has_driver, stop;
+    pthread_mutex_t lock;
+    pthread_cond_t work, done;
+    uint64_t n_submitted, n_computed, n_waited;
+} cpu_backend;
+
+/* Fill the derived numbers and check that this backend can run the model so. Errors: the first thing that does not fit.
+ */
+ERN_MUST_CHECK ern_status cpu_state_init(cpu_backend *b, const ern_model *m, const ern_backend_options *o,
+                                         ern_err *err);
+/* Cut `base` into the scratch arrays; base NULL: only count. Returns bytes. */
+size_t cpu_layout(cpu_backend *b, unsigned char *base);
+
+/* Look at the model and count; panels: bf16 rows may become such. false: no memory. */
+bool cpu_weights_open(cpu_weights *k, const ern_model *model, bool panels);
+/* Copy into `to` [k->bytes], by all workers of the pool; only if bytes > 0. */
+void cpu_weights_fill(cpu_weights *k, const ern_model *model, unsigned char *to, ern_pool *pool);
+void cpu_weights_close(cpu_weights *k);
+
+/* A worker's view of the running step. */
+typedef struct cpu_run {
+    cpu_backend *b;
+    cpu_slot *s;
+    int worker, n_worker;
+    uint32_t phase; /* phases begun; the same for every worker */
+} cpu_run;
+
+/* The whole step of a slot: prepares, runs one parallel region, leaves results in the slot. prev: the step before, NULL
+ * for the first. Driver thread. */
+void cpu_step(cpu_backend *b, cpu_slot *s, const cpu_slot *prev);
+
+/* Inside the region, by every worker. */
+void cpu_meet(const cpu_run *c);
+void cpu_share(const cpu_run *c, int64_t n, int64_t step, int32_t *from, int32_t *to);
+/* Hand a stage to the probe, if there is one. All have met before; nobody goes on before the probe has looked. */
+void cpu_show(const cpu_run *c, const char *stage, int32_t layer, int32_t row, const float *data, int32_t n_row,
+              int32_t n_col);
+
+/* cpu_linear.c. A phase is work that is taken piece by piece: all begin it, all meet before the next one begins. */
+void cpu_phase(cpu_run *c);
+/* The next pieces from..to-1 of the phase's n; false: none left. */
+bool cpu_claim(const cpu_run *c, int32_t n, int32_t *from, int32_t *to);
+/* Whether a linear's outputs are given in fixed shares instead. */
+static inline bool cpu_is_fixed(const ern_linear *w) { return w->order == ERN_ORDER_IN_OUT; }
+
+/* How w takes its inputs. */
+cpu_act_kind cpu_act_for(const cpu_backend *b, const ern_linear *w);
+/* The rows of a from `row` on, as a job for w wants them. */
+cpu_act cpu_act_at(const cpu_backend *b, cpu_act a, const ern_linear *w, int64_t row);
+/* Inputs from..from+n-1 of a row of a, if w takes them quantized; from is a multiple of 128, n one or the rest. */
+void cpu_act_put(const cpu_backend *b, cpu_act a, const ern_linear *w, int64_t row, int32_t from, const float *x,
+                 int32_t n);
+/* Rows row0..row0+n-1 of x [.., w->n_in] into b->act, if w takes them quantized; then all meet. */
+void cpu_act_rows(const cpu_run *c, const ern_linear *w, const float *x, int64_t row0, int32_t n);
+
+/* Outputs from..to-1 of a linear. */
+void cpu_linear_part(const cpu_backend *b, const cpu_linear_job *j, int32_t from, int32_t to);
+/* Outputs of a smallest piece. */
+int32_t cpu_unit(int32_t n_row);
+/* One phase: n linears of the same rows. */
+void cpu_linears(cpu_run *c, const cpu_linear_job *job, int n);
+/* cpu_attention.c. Cosines and sines of one row into table [2, C/2]. */
+void cpu_rope_table(float *table, const float *inv_freq, int32_t pos, int32_t C);
+/* Rotate q and k of this worker's rows and write k and v to their cells. */
+void cpu_store_rows(const cpu_run *c, int32_t layer);
+/* Head tiles of all KV heads. */
+int32_t cpu_head_tiles(const ern_config *m);
+/* (row, block) pairs whose results may wait to be joined. */
+int32_t cpu_attend_slots(const cpu_backend *b);
+/* Cut the rows of a step into tiles and pieces. */
+void cpu_attend_plan(cpu_backend *b, const cpu_slot *s);
+/* q = softmax(q K) V for all rows of the step. All have met, with next_task 0; they meet after. */
+void cpu_attend(const cpu_run *c, int32_t layer);
+/* x += feed-forward(xn) for all rows of the step; all workers have met before and meet at the end. */
+void cpu_ffn(cpu_run *c, const ern_layer *w, int32_t layer);
+
+#endif

@@ -1,0 +1,123 @@
+/* A long sequence, whose attention all workers share: the pieces that it is cut into change no bit.
+ *
+ * One sequence of six softmax blocks is served by one worker, alone, in chunks of 512; then with 2, 3 and 7 workers,
+ * in other chunks, alone and beside a second one of other length, rows of drafts (4 in a step) included. The logits of
+ * every step's last row must have the bits of the first run. KV in bf16 and int8, every level of this machine; cells
+ * that were not written hold NaN. */
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include <cmocka.h>
+
+#include "backend/cpu/cpu_state.h"
+#include "base/counter.h"
+#include "made_model.h"
+#include "step.h"
+
+enum { P = 64, PROMPT = 1400, REPLY = 6, LENGTH = PROMPT + REPLY, PAGES = (LENGTH + P - 1) / P, OTHER = 500 };
+
+#if defined(__SANITIZE_THREAD__) || defined(__SANITIZE_ADDRESS__)
+static const bool few = true;
+#else
+static const bool few = false;
+#endif
+
+typedef struct seen {
+    int32_t pos;   /* of the row whose logits are wanted */
+    int32_t row;   /* its index in want */
+    float *logits; /* [REPLY + 1, V] */
+} seen;
+
+static void watch(void *ud, const char *stage, int32_t layer, int32_t row, const float *data, int32_t n_row,
+                  int32_t n_col) {
+    (void)layer, (void)n_row;
+    const seen *s = ud;
+    if (strcmp(stage, "logits") == 0 && row == s->row && s->pos >= PROMPT - 1)
+        memcpy(s->logits + (size_t)(s->pos - PROMPT + 1) * (size_t)n_col, data, (size_t)n_col * sizeof *data);
+}
+
+/* Serve the sequence; n_split tells how many rows' attention was cut in all. */
+static void serve(const ern_model *m, int32_t level, int32_t n_thread, bool int8, int32_t chunk, bool beside,
+                  float *logits, int32_t *n_split) {
+    static step s;
+    static int32_t text[2][LENGTH + 1], page[2][STEP_PAGES];
+    const ern_backend_options o = {.n_page = 2 * PAGES,
+                                   .n_page_cell = P,
+                                   .n_row_max = STEP_ROWS,
+                                   .n_seq_max = 2,
+                                   .n_want_max = STEP_ROWS,
+                                   .n_len_max = LENGTH,
+                                   .kv_dtype = int8 ? ERN_KV_I8 : ERN_KV_BF16,
+                                   .n_thread = n_thread,
+                                   .level = level,
+                                   .mtp = m->has_mtp};
+    ern_err err;
+    ern_backend *b;
+    ern_backend_plan plan;
+    made_check(cpu_backend_ops.plan(&plan, m, &o, &err), &err, "plan");
+    made_check(cpu_backend_ops.open(&b, m, &o, &err), &err, "open");
+    unsigned char *bad = malloc(plan.page_bytes);
+    memset(bad, 0xff, plan.page_bytes);
+    for (int32_t i = 0; i < o.n_page; i++) cpu_backend_ops.kv_write(b, &i, 1, bad);
+    free(bad);
+    for (int q = 0; q < 2; q++) {
+        for (int i = 0; i <= LENGTH; i++)
+            text[q][i] = (int32_t)(ern_counter64(3, (uint64_t)(q * 10000 + i)) % (uint64_t)m->config.n_vocab);
+        for (int i = 0; i < PAGES; i++) page[q][i] = 2 * i + q;
+    }
+    seen w = {.logits = logits};
+    cpu_backend_ops.probe(b, watch, &w);
+    for (int32_t at = 0, other = 0; at < LENGTH;) {
+        int32_t n = at >= PROMPT ? 1 : PROMPT - at < chunk ? PROMPT - at : chunk;
+        if (at >= PROMPT && n_thread == 3) n = LENGTH - at < 4 ? LENGTH - at : 4; /* as drafts are verified */
+        step_clear(&s);
+        if (beside && other < OTHER) {
+            const int32_t more = OTHER - other < 100 ? OTHER - other : 100;
+            step_add(&s, text[1], other, other + more, page[1], P, false);
+            other += more;
+        }
+        step_add(&s, text[0], at, at + n, page[0], P, at >= PROMPT);
+        if (!m->has_mtp) s.in.next = NULL;
+        w.row = s.in.n_want - 1;
+        w.pos = at + n - 1;
+        (void)step_run(b, &s, &o, m->config.n_vocab);
+        *n_split += ((const cpu_backend *)(const void *)b)->n_split;
+        at += n;
+    }
+    cpu_backend_ops.close(b);
+}
+
+static void check(const ern_model *m, int32_t level, bool int8) {
+    const size_t V = (size_t)m->config.n_vocab;
+    float *want = calloc((REPLY + 1) * V, sizeof *want), *have = calloc((REPLY + 1) * V, sizeof *have);
+    int32_t n_split = 0;
+    serve(m, level, 1, int8, 512, false, want, &n_split);
+    assert_int_equal(n_split, 0); /* nothing to share */
+    static const int32_t threads[] = {2, 3, 7}, chunk[] = {330, 401, 509};
+    for (int i = 0; i < 6; i += level == ERN_CPU_PORTABLE || few ? 3 : 1) { /* the slow ones: alone and beside */
+        n_split = 0;
+        memcpy(have, want, (REPLY + 1) * V * sizeof *have); /* rows that a step of drafts does not show */
+        serve(m, level, threads[i / 2], int8, chunk[(i + 1) % 3] - (i % 2 ? 100 : 0), i % 2, have, &n_split);
+        assert_true(n_split > 0);
+        assert_memory_equal(have, want, (REPLY + 1) * V * sizeof *have);
+    }
+    free(want);
+    free(have);
+}
+
+static void every_level(const char *shape) {
+    made_model made = made_model_open(shape, false, 29);
+    for (int32_t level = ERN_CPU_PORTABLE; level <= (int32_t)ern_cpu_level_here(); level++)
+        for (int int8 = 0; int8 < 2 && (level == ERN_CPU_PORTABLE || level >= ERN_CPU_AVX512); int8++)
+            check(made.model, level, int8);
+    made_model_close(&made);
+}
+static void test_dense(void **state) { (void)state, every_level("tiny-dense"); }
+static void test_moe(void **state) { (void)state, every_level("tiny-moe"); }
+
+int main(void) {
+    const struct CMUnitTest tests[] = {cmocka_unit_test(test_dense), cmocka_unit_test(test_moe)};
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}

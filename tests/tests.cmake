@@ -1,0 +1,80 @@
+# What ctest runs beside the cmocka programs: checks of the tree, and tests of the built program from outside.
+# Labels: check (the sources), proto (a running program). Tests of a running program are left out under sanitizers that
+# would change its timing (tsan) unless they say otherwise.
+find_package(Python3 3.9 COMPONENTS Interpreter)
+find_program(NODE node)
+# clang-format 14 is the one whose output the tree is written to; another version would disagree with itself.
+find_program(CLANG_FORMAT NAMES clang-format-14 clang-format)
+find_program(PROMTOOL promtool)
+if(ERN_TESTS)
+  foreach(tool Python3_EXECUTABLE NODE CLANG_FORMAT PROMTOOL CMOCKA_FOUND)
+    if(NOT ${tool})
+      message(FATAL_ERROR "the tests need ${tool}, which is missing: run tools/deps.sh build test")
+    endif()
+  endforeach()
+endif()
+
+if(Python3_FOUND)
+  add_test(NAME check_layers_self COMMAND ${Python3_EXECUTABLE} tools/check_layers.py --self-test
+           WORKING_DIRECTORY ${CMAKE_SOURCE_DIR})
+  add_test(NAME check_layers COMMAND ${Python3_EXECUTABLE} tools/check_layers.py WORKING_DIRECTORY ${CMAKE_SOURCE_DIR})
+  set_tests_properties(check_layers_self check_layers PROPERTIES LABELS check TIMEOUT 60)
+
+  # tests/proto/<what>/test_*.py: one ctest entry each, given the program by ERNEST_BIN.
+  if(TARGET ernest)
+    file(GLOB proto_py CONFIGURE_DEPENDS ${CMAKE_SOURCE_DIR}/tests/proto/*/test_*.py)
+    foreach(t ${proto_py})
+      get_filename_component(n ${t} NAME_WE)
+      add_test(NAME proto_${n} COMMAND ${Python3_EXECUTABLE} ${t} WORKING_DIRECTORY ${CMAKE_SOURCE_DIR})
+      set_tests_properties(proto_${n} PROPERTIES LABELS proto TIMEOUT 900
+        ENVIRONMENT "ERNEST_BIN=$<TARGET_FILE:ernest>;ERNEST_SAN=${ERN_SAN}")
+    endforeach()
+  endif()
+endif()
+
+# tests/proto/<what>/run.mjs: the same for node.
+if(NODE AND TARGET ernest)
+  file(GLOB proto_js CONFIGURE_DEPENDS ${CMAKE_SOURCE_DIR}/tests/proto/*/run.mjs)
+  foreach(t ${proto_js})
+    get_filename_component(d ${t} DIRECTORY)
+    get_filename_component(n ${d} NAME)
+    add_test(NAME proto_${n} COMMAND ${NODE} ${t} WORKING_DIRECTORY ${CMAKE_SOURCE_DIR})
+    set_tests_properties(proto_${n} PROPERTIES LABELS proto TIMEOUT 900
+      ENVIRONMENT "ERNEST_BIN=$<TARGET_FILE:ernest>;ERNEST_SAN=${ERN_SAN}")
+  endforeach()
+endif()
+
+if(CLANG_FORMAT)
+  execute_process(COMMAND ${CLANG_FORMAT} --version OUTPUT_VARIABLE clang_format_version)
+  if(clang_format_version MATCHES "version 14\\.")
+    add_test(NAME check_format COMMAND sh tools/check_format.sh ${CLANG_FORMAT} WORKING_DIRECTORY ${CMAKE_SOURCE_DIR})
+    set_tests_properties(check_format PROPERTIES LABELS check TIMEOUT 300)
+  elseif(ERN_TESTS)
+    string(STRIP "${clang_format_version}" clang_format_version)
+    message(FATAL_ERROR "the test of the format needs clang-format 14, and ${CLANG_FORMAT} is: ${clang_format_version}")
+  endif()
+endif()
+
+# The goldens of the full shapes: `make test-full`. golden_check is the tests' own comparison as a program.
+if(CMOCKA_FOUND AND TARGET ernest)
+  add_executable(golden_check tools/golden_check.c tests/golden/golden.c)
+  target_include_directories(golden_check PRIVATE ${CMAKE_SOURCE_DIR}/src ${CMAKE_SOURCE_DIR}/tests)
+  target_link_libraries(golden_check PRIVATE ern_backend)
+  target_compile_options(golden_check PRIVATE ${ERN_WARN} -Wno-missing-prototypes)
+  add_test(NAME golden_full COMMAND sh tools/test_full.sh $<TARGET_FILE:ernest> $<TARGET_FILE:golden_check>
+           WORKING_DIRECTORY ${CMAKE_SOURCE_DIR})
+  set_tests_properties(golden_full PROPERTIES LABELS "golden;long" TIMEOUT 3600)
+endif()
+
+# Every combination on every model and backend, where `make test` has them all on one.
+if(TARGET test_cache_same)
+  add_test(NAME test_cache_same_all COMMAND test_cache_same all WORKING_DIRECTORY ${CMAKE_SOURCE_DIR})
+  set_tests_properties(test_cache_same_all PROPERTIES LABELS "bitwise;long" TIMEOUT 3600)
+endif()
+
+# These hold a whole server and crowds of clients, or a door and its gate: beside one another they measure one another.
+foreach(t test_server_e2e test_server_said test_http test_engine_door proto_test_crowd proto_test_life proto_clients)
+  if(TEST ${t})
+    set_tests_properties(${t} PROPERTIES RUN_SERIAL TRUE)
+  endif()
+endforeach()
