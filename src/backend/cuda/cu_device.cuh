@@ -1,0 +1,80 @@
+/* What kernels of several files share: bits of bf16, the tensor core's product, codes to bf16, the sum of a row. Device
+ * code only; included by *.cu. The order of every sum here is part of the promise of cu_kernels.h. */
+#ifndef ERN_BACKEND_CUDA_CU_DEVICE_CUH
+#define ERN_BACKEND_CUDA_CU_DEVICE_CUH
+
+#include <cuda_bf16.h>
+#include <stdint.h>
+
+#include "backend/cuda/cu_kernels.h"
+
+static __device__ __forceinline__ float cu_f32(cu_bf16 bits) { return __uint_as_float((uint32_t)bits << 16); }
+/* Nearest, ties to even; NaN stays NaN. */
+static __device__ __forceinline__ cu_bf16 cu_round(float f) { return __bfloat16_as_ushort(__float2bfloat16_rn(f)); }
+/* Two at once: lo in bits 0..15. */
+static __device__ __forceinline__ uint32_t cu_round2(float lo, float hi) {
+    uint32_t out;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(hi), "f"(lo));
+    return out;
+}
+
+/* acc[4] += A[16, 16] B[16, 8]; bf16 in, f32 sums. a: 4 registers, b: 2. acc: rows g, g, g+8, g+8; columns 2c, 2c+1,
+ * 2c, 2c+1 of lane 4g + c. */
+static __device__ __forceinline__ void cu_mma(float acc[4], const uint32_t a[4], uint32_t b0, uint32_t b1) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+                 "{%0,%1,%2,%3};"
+                 : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+/* ---- codes to bf16 pairs: exact (cu_kernels.h draws the words) ----------------------------------------------------
+ */
+
+static __device__ __forceinline__ uint32_t cu_sub2(uint32_t a, uint32_t b) { /* a - b, exact for our operands */
+    uint32_t out;
+    const uint32_t one = 0x3f803f80u;
+    /* b * -1 + a */
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(out) : "r"(b), "r"(one ^ 0x80008000u), "r"(a));
+    return out;
+}
+
+/* Bits 0..7 and 16..23 of w: two's complement q -> bf16 q. 0x4300 is 128 with seven free mantissa bits: 128 + (q & 127)
+ * less 128, or less 256 where the sign bit, which is the lowest bit of the exponent there, is set. */
+static __device__ __forceinline__ uint32_t cu_i8_pair(uint32_t w) {
+    return cu_sub2((w & 0x007f007fu) | 0x43004300u, (w & 0x00800080u) | 0x43004300u);
+}
+/* Bits 0..3 and 16..19: q + 8 -> bf16 q. */
+static __device__ __forceinline__ uint32_t cu_i4_pair(uint32_t w) {
+    return cu_sub2((w & 0x000f000fu) | 0x43004300u, 0x43084308u);
+}
+/* Bits 0..7 and 16..23: e4m3 -> bf16. Its four exponent and three mantissa bits go under bf16's, whose bias is 120
+ * more: times 2^120, which makes a subnormal right as well. */
+static __device__ __forceinline__ uint32_t cu_f8_pair(uint32_t w) {
+    uint32_t bits = ((w & 0x00800080u) << 8) | ((w & 0x007f007fu) << 4), out;
+    const uint32_t up = 0x7b807b80u, zero = 0x80008000u;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(out) : "r"(bits), "r"(up), "r"(zero));
+    return out;
+}
+
+/* ---- a row's sum ------------------------------------------------------------------------------------------------- */
+
+/* Sum of squares of x [n], by one warp; every lane returns it. Lane l adds elements 4 l .. 4 l + 3 of each run of 128,
+ * in order, with fma; then halves 16, 8, 4, 2, 1. n is any number. */
+static __device__ __forceinline__ float cu_sum_squares(const float *x, int32_t n) {
+    const int lane = threadIdx.x & 31;
+    float sum = 0.0f;
+    for (int32_t i = lane * 4; i < n; i += 128)
+        for (int32_t k = i; k < i + 4 && k < n; k++) sum = __fmaf_rn(x[k], x[k], sum);
+    for (int d = 16; d > 0; d >>= 1) sum = __fadd_rn(sum, __shfl_xor_sync(0xffffffffu, sum, d));
+    return sum;
+}
+/* 1 / sqrt(mean + eps), once a row. */
+static __device__ __forceinline__ float cu_norm_scale(float sum_squares, int32_t n, float eps) {
+    return __frsqrt_rn(__fadd_rn(__fdiv_rn(sum_squares, (float)n), eps));
+}
+/* One element of a normed row, f32. */
+static __device__ __forceinline__ float cu_normed(float x, float scale, cu_bf16 w) {
+    return __fmul_rn(__fmul_rn(x, scale), cu_f32(w));
+}
+
+#endif

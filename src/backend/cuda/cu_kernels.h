@@ -1,0 +1,278 @@
+/* The private kernels of the cuda backend, as its host code calls them: one function a launch (or a few), all on a
+ * given stream, none waits, none takes memory. Compiled by nvcc (*.cu), called from C.
+ *
+ * Rules that keep the bits of a row free of its neighbours (house.md 3):
+ *   linear     inputs are added up in segments of CU_SEGMENT = 128: each from zero by a chain of eight m16n8k16
+ * products in bf16 with f32 sums (weights are the A operand, 16 outputs; rows of x the B operand, 8 rows), then total =
+ * segment + total (fp8: total = fma(scale, segment, total)), first segment first. int8 and int4 codes go in as exact
+ * bf16 and total * scale of the output comes last. Any number of rows, any kernel. attention  keys in tiles of CU_KEYS
+ * = 128 at absolute positions; each tile has a softmax of its own (its own maximum over the keys that the row sees,
+ * weights rounded to bf16, their sum by the same products with a column of ones), and tiles are joined one after the
+ * other, first tile first (cu_attn.cu draws it). norm       one warp a row, lane l adds x[l*4..] + 128 k in order, then
+ * a fixed tree (cu_row_sum in cu_device.cuh). experts    chosen by rank; shares and sums in rank order.
+ *
+ * Activations between kernels: residual stream f32 [T, D]; inputs of linears bf16, their rows CU_PAD(n) apart, where
+ * what lies beyond n is zero: set once at open and never written (kernels write exactly n numbers of a row).
+ * T rows, S sequences, W wanted rows; letters as in model.h. All pointers are device memory unless said otherwise.
+ * Errors: what the launch reported, as cudaError_t; 0 is good. */
+#ifndef ERN_BACKEND_CUDA_CU_KERNELS_H
+#define ERN_BACKEND_CUDA_CU_KERNELS_H
+
+#include <cuda_runtime_api.h>
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "backend/backend.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum {
+    CU_SEGMENT = 128,
+    CU_KEYS = 128,
+    CU_BAND = 16,      /* outputs of a band of packed weights */
+    CU_SKINNY_MAX = 64 /* most rows of the kernels that stream weights past few rows */
+};
+#define CU_PAD(n) (((n) + CU_SEGMENT - 1) / CU_SEGMENT * CU_SEGMENT)
+#define CU_BANDS(n) (((n) + CU_BAND - 1) / CU_BAND)
+
+typedef uint16_t cu_bf16; /* bits */
+
+/* ---- packed weights (cu_pack.cu) ---------------------------------------------------------------------------------
+ *
+ * A band is 16 outputs; a group is 64 inputs. Groups of a band lie side by side along K, bands one after the other. In
+ * a group every lane of a warp owns the codes it feeds to the A operand of four m16n8k16 products, s = 0..3. Lane
+ * 4 g + c (g 0..7, c 0..3) owns inputs 16 c .. 16 c + 15 of outputs g and g + 8; product s takes inputs 16 c + 4 s + j,
+ * j = 0..3, so that the B operand of all four products is 16 numbers of x that lie together. In order, for each s:
+ *   (g, j=0) (g, j=1) (g+8, 0) (g+8, 1) (g, 2) (g, 3) (g+8, 2) (g+8, 3)       = registers a0 a1 a2 a3
+ * BF16:       2048 bytes a group: [s][lane][8] bf16
+ * I8, F8E4M3: 1024 bytes: [s/2][lane][s%2][8 bytes]; each 8 bytes hold the eight codes in the order
+ *             e0 e2 e1 e3 | e4 e6 e5 e7, so that bits 0..7 and 16..23 of a word are one pair, 8..15 and 24..31 the next
+ *             I8: two's complement. F8: the e4m3 byte.
+ * I4:         512 bytes: [lane][s][4 bytes]; nibble k of the word of product s (bit 4k) holds q + 8 of code
+ *             e0 e2 e4 e6 e1 e3 e5 e7 for k = 0..7, so that (word >> 4k) & 0x000f000f is the pair (e_2k, e_2k+1).
+ * Inputs beyond n_in (up to CU_PAD) and outputs beyond n_out are zero codes. A group starts at a multiple of 512 bytes.
+ *
+ * scale: I8, I4 f32 [16 * n_band] per output; F8 f32 [n_band, n_seg] per band and segment (a band of 16 lies in one
+ * block of 128 outputs); BF16 NULL. */
+typedef enum cu_format { CU_BF16, CU_I8, CU_I4, CU_F8 } cu_format;
+enum { CU_FORMATS = 4 };
+
+typedef struct cu_linear {
+    const void *pack;
+    const float *scale;
+    cu_format format;
+    int32_t n_out, n_in; /* as the model has them; of pairs: n_out is that of gate alone */
+    int32_t n_band;      /* bands stored: CU_BANDS(n_out), twice that for pairs */
+    int32_t n_seg;       /* CU_PAD(n_in) / CU_SEGMENT */
+    bool pairs;          /* bands alternate: gate, up, gate, up ... of the same outputs */
+} cu_linear;
+
+/* Bytes of a group. */
+static inline int64_t cu_group_bytes(cu_format f) { return f == CU_BF16 ? 2048 : f == CU_I4 ? 512 : 1024; }
+static inline int64_t cu_pack_bytes(const cu_linear *w) {
+    return (int64_t)w->n_band * w->n_seg * 2 * cu_group_bytes(w->format);
+}
+static inline int64_t cu_scale_count(const cu_linear *w) {
+    return w->format == CU_BF16 ? 0 : w->format == CU_F8 ? (int64_t)w->n_band * w->n_seg : (int64_t)w->n_band * CU_BAND;
+}
+
+/* Pack outputs of one stored linear: its band i goes to band first_band + i * band_step of dst. raw: device copy of
+ * the stored bytes, laid out as `src` says (BF16 of either order with its stride from raw on; I8/I4/F8E4M3 tiles of
+ * quant.h); raw_scale: device copy of its scales (src->scale's bytes) or NULL. src->data and src->scale are not read.
+ * dst->pack and dst->scale are written (both were allocated by the caller, pack zeroed or not: all of it is written for
+ * the bands that this call covers). */
+cudaError_t cu_pack(cudaStream_t s, const cu_linear *dst, const ern_linear *src, const void *raw, const void *raw_scale,
+                    int32_t first_band, int32_t band_step);
+
+/* ---- linears (cu_skinny.cu, cu_large.cu) --------------------------------------------------------------------------
+ */
+
+typedef enum cu_epilogue {
+    CU_STORE,  /* y f32 [row, n_out], ldy numbers apart: = */
+    CU_ADD,    /* the same: += (one addition a number) */
+    CU_SWIGLU, /* of pairs: h bf16 [row, n_out], ldh apart: = bf16(silu(gate) * up), silu(z) = z / (1 + expf(-z)) in f32
+                */
+} cu_epilogue;
+
+/* One linear of n_row rows. x bf16 [n_row, CU_PAD(n_in)], ldx apart. Rows of y/h beyond n_row are not touched. */
+typedef struct cu_job {
+    cu_linear w;
+    cu_epilogue epilogue;
+    const cu_bf16 *x;
+    int64_t ldx;
+    int32_t n_row;
+    float *y;
+    int64_t ldy;
+    cu_bf16 *h;
+    int64_t ldh;
+    /* x comes from the residual stream instead: norm of x_f32 [n_row, n_in] (D apart) with norm_w, as cu_norm has it.
+     * Only where n_row <= 8; NULL: x is used. */
+    const float *x_f32;
+    const cu_bf16 *norm_w;
+    float eps;
+} cu_job;
+
+/* Picks the kernel by n_row: the bits do not depend on the choice. */
+cudaError_t cu_linear_run(cudaStream_t s, const cu_job *j);
+/* The two behind it: rows 1..CU_SKINNY_MAX; any number of rows. For tests and tuning. */
+cudaError_t cu_skinny_run(cudaStream_t s, const cu_job *j);
+cudaError_t cu_large_run(cudaStream_t s, const cu_job *j);
+
+/* ---- experts (cu_moe.cu; grouped linears in cu_skinny.cu and cu_large.cu) ------------------------------------------
+ *
+ * An entry is a (row, rank) pair: n_row * K of them, entry e = row * K + rank. cu_route sorts them by expert: place p
+ * holds entry place_entry[p]; expert i has places first[i] .. first[i+1]-1. */
+typedef struct cu_routes {
+    int32_t n_expert, n_used; /* E (at most 512), K (at most 16) */
+    int32_t *chosen;          /* [T*K] expert of an entry, by rank */
+    float *share;             /* [T*K] prob / max(sum of the chosen probs, norm_min) */
+    int32_t *first;           /* [E+1] */
+    int32_t *place_entry;     /* [T*K] */
+    int32_t *entry_place;     /* [T*K] */
+    /* Work lists: tiles of at most CU_TILE_ROWS[k] places of one expert, in any order. n_tile is one number in device
+     * memory. Large enough for E + T*K / rows entries. */
+    int32_t *tile_expert, *tile_place; /* [n_tile] expert and first place */
+    int32_t *n_tile;                   /* [1] */
+    int32_t tile_rows;                 /* places of a tile: 8, 16, 32, 64 or 128; chosen by cu_tile_rows(T, K, E) */
+    float *logit;                      /* [T, E] router logits (kept for the probe) */
+    int32_t *scratch;                  /* [E * 2 + 2] */
+} cu_routes;
+/* Depends on the step's size only for speed. */
+static inline int32_t cu_tile_rows(int32_t n_row, int32_t n_used, int32_t n_expert) {
+    int64_t mean = ((int64_t)n_row * n_used + n_expert - 1) / n_expert;
+    return mean <= 8 ? 8 : mean <= 16 ? 16 : mean <= 32 ? 32 : mean <= 96 ? 64 : 128;
+}
+static inline int64_t cu_tiles_max(int32_t n_row, int32_t n_used, int32_t n_expert) {
+    int64_t n = (int64_t)n_row * n_used, rows = cu_tile_rows(n_row, n_used, n_expert);
+    int64_t full = n / rows + n_expert;
+    return full < n ? full : n;
+}
+
+/* logit = router * norm(x), f32 throughout (the normed row is not rounded to bf16): one dot product in a fixed tree;
+ * softmax; the K best of prob + bias, ties to the lower id; shares; then the sort. x f32 [T, D]. router f32 [E, D],
+ * bias f32 [E] or NULL. Fills all of r. Source: docs/model.md 3.6. */
+typedef struct cu_route_job {
+    const float *x;
+    const cu_bf16 *norm_w;
+    float eps, norm_min;
+    const float *router, *bias;
+    int32_t n_row, n_hidden;
+} cu_route_job;
+cudaError_t cu_route(cudaStream_t s, const cu_route_job *j, const cu_routes *r);
+
+/* The linears of all experts on their entries. experts: device array [E] of cu_linear of one shape and format,
+ * described by `shape` (its pack and scale are not used). up    (pairs)  x row = place_entry[p] / K of x [T,
+ * CU_PAD(D)]; h[p] = swiglu, bf16 [T*K, CU_PAD(F)] by place down           x row = p of h; y[p] f32 [T*K, D] by place
+ * Grids cover cu_tiles_max(n_row, ...); blocks beyond *n_tile end at once. */
+typedef struct cu_grouped_job {
+    cu_linear shape;
+    const cu_linear *experts;
+    const cu_routes *routes;
+    int32_t n_row; /* T */
+    bool gather;   /* up: true */
+    cu_epilogue epilogue;
+    const cu_bf16 *x;
+    int64_t ldx;
+    float *y;
+    int64_t ldy;
+    cu_bf16 *h;
+    int64_t ldh;
+} cu_grouped_job;
+cudaError_t cu_grouped_run(cudaStream_t s, const cu_grouped_job *j);
+cudaError_t cu_skinny_grouped(cudaStream_t s, const cu_grouped_job *j); /* tile_rows 8..64 */
+cudaError_t cu_large_grouped(cudaStream_t s, const cu_grouped_job *j);  /* tile_rows 64, 128 */
+
+/* y = sum over ranks, in order, of share * expert_y[entry_place]; out = y (for the probe, may be NULL) ; x = x + (y +
+ * shared), in f32. shared f32 [T, D] or NULL. */
+cudaError_t cu_combine(cudaStream_t s, float *x, float *out, const float *expert_y, const float *shared,
+                       const cu_routes *r, int32_t n_row, int32_t n_hidden);
+
+/* ---- rows (cu_rows.cu) ---------------------------------------------------------------------------------------------
+ */
+
+/* token[t] < 0 becomes prev[-1 - token[t]] in place (ERN_PREV); x[t] = embedding row, f32 [T, D]. */
+cudaError_t cu_embed(cudaStream_t s, float *x, int32_t *token, const int32_t *prev, const cu_bf16 *embed, int32_t n_row,
+                     int32_t n_hidden);
+/* out bf16 [n, CU_PAD(D)] = bf16(norm of x row). rows NULL: row i of x; else rows[i] (wanted rows). */
+cudaError_t cu_norm(cudaStream_t s, cu_bf16 *out, const float *x, const int32_t *rows, const cu_bf16 *w, int32_t n,
+                    int32_t n_hidden, float eps);
+/* MTP: z bf16 [T, CU_PAD(2D)] = norm(embed[next]) beside norm(x). next[t] known (>= 0), or the token sampled at the
+ * wanted row that is t (want [W] ascending, sampled [W] ids), or 0. next_out [T] receives it. */
+cudaError_t cu_mtp_in(cudaStream_t s, cu_bf16 *z, int32_t *next_out, const float *x, const int32_t *next,
+                      const int32_t *want, const int32_t *sampled, int32_t n_want, const cu_bf16 *embed,
+                      const cu_bf16 *emb_norm, const cu_bf16 *hidden_norm, int32_t n_row, int32_t n_hidden, float eps);
+
+/* ---- attention (cu_attn.cu) ----------------------------------------------------------------------------------------
+ *
+ * The cache: a page is [L', 2 (K, V), G] planes of [P', C] elements, then for I8 [P'] f32 scales; P' is P rounded up to
+ * 16. This layout is the cuda backend's own; kv_read and kv_write move it as it is. */
+typedef struct cu_cache {
+    unsigned char *kv;
+    int64_t page_bytes, plane_bytes;
+    int32_t n_page_cell; /* P */
+    int32_t n_kv_head, n_head, n_head_dim;
+    ern_kv_dtype dtype; /* BF16 or I8 */
+} cu_cache;
+
+/* The arrays of the step that attention needs, in device memory. */
+typedef struct cu_seqs {
+    int32_t n_row, n_seq, n_page_max;
+    const int32_t *pos, *cell, *row0, *kv_len, *page;
+    int32_t *row_seq; /* [T] sequence of a row; filled by cu_attn_plan */
+    int32_t *work;    /* [cu_attn_work_count] lists, filled by cu_attn_plan once a step, read in every layer */
+} cu_seqs;
+
+/* q and k of qkv f32 [T, (H + 2G) C] (q heads, k heads, v heads) are rotated (pairs 2i, 2i+1; angle = pos * inv_freq[i]
+ * in f32; f32 arithmetic), q is written to q_out bf16 [T, H*C] scaled by nothing, k and v to their cells. I8: per row
+ * and head as quant_act_int8 with one group of C (docs/model.md 10). probe_qkv: NULL, or the rotated q, k and v go back
+ * to qkv in f32 as well. */
+cudaError_t cu_rope_store(cudaStream_t s, float *qkv, bool write_back, cu_bf16 *q_out, const float *inv_freq,
+                          const cu_cache *c, int32_t layer, const cu_seqs *seqs);
+
+/* Numbers of `work` for steps of at most these sizes. */
+int64_t cu_attn_work_count(int32_t n_row_max, int32_t n_seq_max);
+/* Bytes of partial results for steps of at most n_row_max rows, n_seq_max sequences, n_len_max tokens. Sequences with
+ * few rows are cut along their keys and joined; scratch that does not suffice for all of a step's pieces is used in
+ * turns or not at all (a sequence walked by one block gives the same bits): at most limit_bytes. */
+int64_t cu_attn_scratch_bytes(const cu_cache *c, int32_t n_row_max, int32_t n_seq_max, int32_t n_len_max,
+                              int64_t limit_bytes);
+/* Once a step, before the first layer. */
+cudaError_t cu_attn_plan(cudaStream_t s, const cu_cache *c, const cu_seqs *seqs);
+/* out bf16 [T, CU_PAD(H*C)] = softmax(q K / sqrt C) V. decode: every sequence has at most 16 / (H/G) rows (a promise of
+ * the host that spares the launch for the others); seqs->n_row then bounds the grid, lengths are read on the device. */
+cudaError_t cu_attend(cudaStream_t s, cu_bf16 *out, const cu_bf16 *q, const cu_cache *c, int32_t layer,
+                      const cu_seqs *seqs, void *scratch, int64_t scratch_bytes, bool decode);
+
+/* ---- sampling (cu_sample.cu) ---------------------------------------------------------------------------------------
+ *
+ * The rule is model/sample.c's, and so are the bits: given the same logits, ern_sampled is equal. */
+
+/* ern_sample without host pointers: offsets are in 32-bit words into `aux`. */
+typedef struct cu_rule {
+    ern_sample s;                  /* its pointers are not used */
+    int32_t seen, bias, ban, mask; /* offsets into aux; < 0: none. bias: pairs (id, bits of add) */
+    int32_t row, row0, pos;        /* wanted row, first row of its sequence, position of the row */
+} cu_rule;
+
+/* Words of aux that a rule needs. */
+int64_t cu_sample_aux_words(const ern_sample *s, int32_t n_vocab);
+/* Fill a rule and its words (host memory), from aux word `at` on; returns the next free word. */
+int64_t cu_sample_prepare(cu_rule *out, const ern_sample *s, int32_t row, int32_t row0, int32_t pos, int32_t n_vocab,
+                          int32_t *aux, int64_t at);
+/* Scratch for n_want rows at once. */
+int64_t cu_sample_scratch_bytes(int32_t n_want, int32_t n_vocab);
+/* Sample n_want rows of logits f32 [n_want, V] (changed). token: the step's tokens, resolved, by row (the tail of a
+ * sequence that `seen` lacks). out: ern_sampled [n_want]; ids: [n_want] the tokens alone (ERN_PREV of the next step).
+ * all_greedy: host's promise that every rule is plain arg-max: no penalties, bias, bans, masks, forced ids or logprobs;
+ * that path costs one read of the logits. */
+cudaError_t cu_sample(cudaStream_t s, ern_sampled *out, int32_t *ids, float *logits, int32_t n_want, int32_t n_vocab,
+                      const cu_rule *rules, const int32_t *aux, const int32_t *token, bool all_greedy, void *scratch);
+/* ids[i] = arg-max of logits row i, ties to the lowest id (MTP drafts). */
+cudaError_t cu_argmax(cudaStream_t s, int32_t *ids, const float *logits, int32_t n_row, int32_t n_vocab, void *scratch);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,55 @@
+/* For the checks that run on a GPU machine (make gpu-test): no test library is there, so this is one. A check draws its
+ * inputs from the printed seed, poisons what is to be written, and compares with scalar double. Each file check_*.c
+ * exports one function, gpu_check.c calls them all and prints a line a case. */
+#ifndef ERN_TESTS_CUDA_CHECK_H
+#define ERN_TESTS_CUDA_CHECK_H
+
+#include <cuda_runtime_api.h>
+#include <math.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "backend/cuda/cu_kernels.h"
+#include "base/counter.h"
+#include "base/half.h"
+
+extern uint64_t check_seed;
+extern int check_n_case, check_n_failed;
+extern const char *check_filter; /* only cases whose name holds this; NULL: all */
+
+/* True when the case is to run; prints its name when it fails. One case = one call of check_end. */
+bool check_begin(const char *name);
+/* worst: the largest error as a share of its derived bound (<= 1 is good; NaN is not). what: where it was. */
+void check_end(const char *name, double worst, const char *what);
+/* What must be true; text is printed when it is not. */
+void check_that(const char *name, bool good, const char *text);
+
+#define CHECK_CUDA(call)                                                                         \
+    do {                                                                                         \
+        cudaError_t check_error = (call);                                                        \
+        if (check_error != cudaSuccess) {                                                        \
+            fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, cudaGetErrorString(check_error)); \
+            exit(2);                                                                             \
+        }                                                                                        \
+    } while (0)
+
+/* Device memory with a copy of host (NULL: every byte 0xff, a NaN in f32 and bf16) and a megabyte of 0xff around it;
+ * check_free looks whether that is still so and counts a failure if not. */
+void *check_new(const void *host, size_t bytes);
+void check_free(void *device);
+/* Copy back; waits for the device. */
+void check_get(void *host, const void *device, size_t bytes);
+/* Uniform in [-1, 1); every call another. */
+float check_random(void);
+uint64_t check_random64(void);
+
+void check_linears(void);   /* pack, skinny, grouped skinny (check_linear.c) */
+void check_large(void);     /* large, grouped large; the same bits as skinny (check_large.c) */
+void check_attention(void); /* check_attention.c */
+void check_sampling(void);  /* check_sampling.c */
+void check_rows(void);      /* embed, norm, mtp_in, route, combine (check_rows.c) */
+
+#endif

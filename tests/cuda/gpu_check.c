@@ -1,0 +1,88 @@
+/* Every kernel of the cuda backend against scalar code, on a machine with a GPU: gpu_check [FILTER [SEED]]. */
+#include "check.h"
+
+#include <time.h>
+
+enum { GUARD = 1 << 20, BLOCKS_MAX = 4096 };
+
+uint64_t check_seed;
+int check_n_case, check_n_failed;
+const char *check_filter;
+static uint64_t n_drawn;
+static struct {
+    char *at; /* of the guard before */
+    size_t bytes;
+} block[BLOCKS_MAX];
+
+bool check_begin(const char *name) { return !check_filter || strstr(name, check_filter); }
+
+void check_end(const char *name, double worst, const char *what) {
+    bool good = worst <= 1.0;
+    check_n_case++;
+    check_n_failed += !good;
+    printf("%s  %-56s %8.4f of the bound%s%s\n", good ? "ok  " : "FAIL", name, worst, good ? "" : ": ",
+           good ? "" : what);
+}
+
+void check_that(const char *name, bool good, const char *text) {
+    check_n_case++;
+    check_n_failed += !good;
+    printf("%s  %-56s%s%s\n", good ? "ok  " : "FAIL", name, good ? "" : " ", good ? "" : text);
+}
+
+void *check_new(const void *host, size_t bytes) {
+    for (int i = 0; i < BLOCKS_MAX; i++) {
+        if (block[i].at) continue;
+        size_t whole = (bytes + 511) / 512 * 512;
+        CHECK_CUDA(cudaMalloc((void **)&block[i].at, whole + 2 * GUARD));
+        CHECK_CUDA(cudaMemset(block[i].at, 0xff, whole + 2 * GUARD));
+        block[i].bytes = whole;
+        if (host) CHECK_CUDA(cudaMemcpy(block[i].at + GUARD, host, bytes, cudaMemcpyHostToDevice));
+        return block[i].at + GUARD;
+    }
+    fprintf(stderr, "check_new: more than %d blocks\n", BLOCKS_MAX);
+    exit(2);
+}
+
+void check_free(void *device) {
+    static unsigned char around[GUARD];
+    for (int i = 0; device && i < BLOCKS_MAX; i++) {
+        if (!block[i].at || block[i].at + GUARD != device) continue;
+        bool good = true;
+        CHECK_CUDA(cudaDeviceSynchronize());
+        for (int side = 0; side < 2; side++) {
+            const char *from = side ? block[i].at + GUARD + block[i].bytes : block[i].at;
+            CHECK_CUDA(cudaMemcpy(around, from, GUARD, cudaMemcpyDeviceToHost));
+            for (size_t k = 0; k < GUARD; k++) good &= around[k] == 0xff;
+        }
+        if (!good) check_that("memory around a buffer", false, "was written");
+        CHECK_CUDA(cudaFree(block[i].at));
+        block[i].at = NULL;
+        return;
+    }
+}
+
+void check_get(void *host, const void *device, size_t bytes) {
+    CHECK_CUDA(cudaDeviceSynchronize());
+    CHECK_CUDA(cudaMemcpy(host, device, bytes, cudaMemcpyDeviceToHost));
+}
+
+uint64_t check_random64(void) { return ern_counter64(check_seed, n_drawn++); }
+
+float check_random(void) { return (float)((int32_t)(check_random64() >> 40) - (1 << 23)) * 0x1p-23f; }
+
+int main(int argc, char **argv) {
+    check_filter = argc > 1 && *argv[1] ? argv[1] : NULL;
+    check_seed = argc > 2 ? strtoull(argv[2], NULL, 10) : (uint64_t)time(NULL);
+    setvbuf(stdout, NULL, _IOLBF, 0);
+    struct cudaDeviceProp p;
+    CHECK_CUDA(cudaGetDeviceProperties(&p, 0));
+    printf("%s, %d multiprocessors; seed %llu\n", p.name, p.multiProcessorCount, (unsigned long long)check_seed);
+    check_linears();
+    check_large();
+    check_rows();
+    check_attention();
+    check_sampling();
+    printf("gpu_check: %d cases, %d failed\n", check_n_case, check_n_failed);
+    return check_n_failed > 0;
+}
