@@ -50,7 +50,7 @@ ern_status ern_err_set(ern_err *err, ern_code code, const char *file, int line, 
     } while (0)
 
 /* Our own mistake: print what and where, then abort. Always compiled in. */
-_Noreturn void ern_assert_fail(const char *expr, const char *file, int line);
+void ern_assert_fail(const char *expr, const char *file, int line) __attribute__((noreturn));
 #define ERN_ASSERT(expr) ((expr) ? (void)0 : ern_assert_fail(#expr, __FILE__, __LINE__))
 
 /* The process exit code that belongs to a status: 0, 2 (usage, file) or 3 (memory, device) or 1. */
