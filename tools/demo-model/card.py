@@ -153,8 +153,9 @@ tools/demo-model/run.sh
 
 makes the text, trains the tokenizer, trains both models, exports, measures, and writes this page; it fails when a model misses a
 promise (18 of 20 prompts, 70% of drafts, load at most twice the mean). `python3 tools/demo-model/make.py --model demo-moe` makes
-one. A run that was cut goes on from its checkpoint in `build/demo-model`. The same seed on the same machine and libraries gives the
-same weights up to the order of a few sums on the GPU.
+one. A run that was cut goes on from its checkpoint in `build/demo-model`. The same seed gives the
+same data, tokenizer and first weights; the attention library adds up gradients in an order of its own, so the trained weights are others,
+of the same quality: a second run on an H200 gave 20 right of 20 for both models, perplexity 1.108 and 1.126, 98.7% of drafts taken.
 """
 
 
