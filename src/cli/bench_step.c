@@ -69,7 +69,8 @@ static ern_status open_steps(stepping *s, int32_t n_seq, int32_t n_len, int32_t 
         return ERN_FAIL(err, ERN_ERR_USAGE, "--cpu-level %s is above what this processor has, %s",
                         options_text(s->o, "cpu-level"), ern_cpu_level_name(ern_cpu_level_here()));
     const int32_t most = (int32_t)options_int(s->o, "max-num-batched-tokens");
-    const bool kv_int8 = strcmp(options_text(s->o, "kv-cache-dtype"), "int8") == 0;
+    const char *kv = options_text(s->o, "kv-cache-dtype");
+    const bool kv_int8 = strcmp(kv, "int8") == 0 || (strcmp(kv, "auto") == 0 && s->model->kv_int8);
     const bool act_exact = strcmp(options_text(s->o, "activation-quantization"), "none") == 0;
     bench_steps_close(s->steps);
     s->steps = NULL;

@@ -186,6 +186,7 @@ static ern_status listen_at_once(serving *s, ern_err *err) {
 /* Every tensor's place and shape, and whether the KV cache fits: known in milliseconds, so not after reading gigabytes.
  */
 static ern_status plan(serving *s, ern_engine_plan *out, ern_err *err) {
+    launch_take_model(&s->l, s->model);
     ERN_TRY(launch_fit_memory(&s->l, s->model, err));
     ERN_TRY(launch_plan(&s->l, out, err));
     report_missing_mtp(s->model);

@@ -126,6 +126,7 @@ static ern_status check_capacity(launch *l, const options *o, ern_err *err) {
                         options_text(o, "memory"), (double)ern_memory_total_bytes() / GIB);
     if (!memory && options_given(o, "gpu-memory-utilization"))
         l->memory_share = options_real(o, "gpu-memory-utilization");
+    l->kv_auto = is_name(options_text(o, "kv-cache-dtype"), "auto");
     l->engine = (ern_engine_options){
         .max_model_len = (int32_t)len,
         .max_num_seqs = (int32_t)seqs,
@@ -202,6 +203,10 @@ static ern_status check_cache(launch *l, const options *o, ern_err *err) {
 
 int32_t launch_prompt_pages(const launch *l, const ern_engine_plan *p) {
     return l->engine.reserve_all ? (int32_t)(p->n_page * l->engine.prompt_share) : p->n_page;
+}
+
+void launch_take_model(launch *l, const ern_model *m) {
+    if (l->kv_auto && m->kv_int8) l->engine.backend_options.kv_dtype = ERN_KV_I8;
 }
 
 ern_status launch_fit_memory(launch *l, const ern_model *m, ern_err *err) {

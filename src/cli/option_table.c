@@ -174,7 +174,8 @@ const option option_table[] = {
      .why = "other page sizes than 64 are not built; leave the flag out"},
     {.name = "kv-cache-dtype", .type = OPTION_ENUM, .choices = "auto|bf16|int8", .fallback = "auto",
      .group = "KV cache", .tag = 'E', .command = CMD_SERVE | CMD_BENCH_STEP,
-     .help = "Number format of the KV cache; int8 takes about half of the memory and reads half of it per token; auto: bf16",
+     .help = "Number format of the KV cache; int8 takes about half of the memory and reads half of it per token; auto: what "
+             "the checkpoint asks for (kv_cache_quant_type), else bf16",
      .example = "--kv-cache-dtype int8"},
     {.name = "enable-prefix-caching", .type = OPTION_FLAG, .fallback = "1", .group = "KV cache", .tag = 'S',
      .command = CMD_SERVE,

@@ -322,12 +322,16 @@ static void read_unsupported(reader *r) {
     for (int i = 0; i < 2; i++) only_text(r, dtype[i], "bfloat16");
 }
 
-/* Ours, or absent (an empty object says nothing). */
+/* Ours, of the KV cache alone, or absent (an empty object says nothing). */
 static void read_quant(reader *r, config_hints *h) {
     const json_t *q = get(r, "quantization_config");
     if (!q || (json_is_object(q) && json_object_size(q) == 0)) return;
-    r->status = quant_config_read(&h->quant, q, r->what, r->err);
-    h->quantized = r->status == ERN_OK;
+    quant_config found;
+    r->status = quant_config_read(&found, q, r->what, r->err);
+    if (r->status != ERN_OK) return;
+    h->quantized = found.weights;
+    h->quant = found.plan;
+    h->kv_int8 = found.kv_int8;
 }
 
 /* Token ids: a number, or for eos a list; merged without doubles. */

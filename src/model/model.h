@@ -137,6 +137,7 @@ typedef struct ern_model {
     uint64_t weight_bytes; /* bytes of all weights used, as they are computed with */
     uint64_t owned_bytes;  /* of those, memory of our own beside the files: what is quantized while loading */
     bool plan_only;        /* opened so: that memory is not taken yet */
+    bool kv_int8;          /* the checkpoint asks for an int8 KV cache (kv_cache_quant_type) */
     uint64_t fingerprint;  /* XXH3 over config.json, the tensor table (names, shapes, dtypes, offsets, file sizes)
                             * and a few bytes of every norm and attention output */
     char dir[1024];

@@ -2,6 +2,7 @@
 #include "model/quant_plan.h"
 
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "base/jsonr.h"
@@ -135,7 +136,22 @@ const char *ern_quant_text(char out[ERN_QUANT_TEXT_BYTES], const ern_quant_plan 
     return out;
 }
 
-bool quant_config_add(ern_buf *out, const char *text, size_t len, const ern_quant_plan *p) {
+/* The object without its quantization_config, printed; NULL: it has none. */
+static char *without_key(const char *text, size_t len) {
+    json_t *root = json_loadb(text, len, 0, NULL);
+    char *out = NULL;
+    if (json_object_del(root, "quantization_config") == 0) out = json_dumps(root, JSON_INDENT(2));
+    json_decref(root);
+    return out;
+}
+
+bool quant_config_add(ern_buf *out, const char *text, size_t len, const ern_quant_plan *p, bool kv_int8) {
+    char *less = without_key(text, len);
+    if (less) {
+        bool done = quant_config_add(out, less, strlen(less), p, kv_int8);
+        free(less);
+        return done;
+    }
     while (len && strchr(" \t\r\n", text[len - 1])) len--;
     if (!len || text[--len] != '}') return false;
     while (len && strchr(" \t\r\n", text[len - 1])) len--;
@@ -144,8 +160,9 @@ bool quant_config_add(ern_buf *out, const char *text, size_t len, const ern_quan
         out,
         ",\n  \"quantization_config\": {\n    \"quant_method\": \"ernest\",\n    \"format\": %d,\n"
         "    \"quantization\": \"%s\",\n    \"is_quantized\": true,\n    \"dense_quant_type\": \"%s\",\n"
-        "    \"moe_quant_type\": \"%s\",\n    \"lm_head_quant_type\": \"%s\"\n  }\n}\n",
-        QUANT_FORMAT, plan_name(p), name_of[p->dense], name_of[p->expert], name_of[p->head]);
+        "    \"moe_quant_type\": \"%s\",\n    \"lm_head_quant_type\": \"%s\"%s\n  }\n}\n",
+        QUANT_FORMAT, plan_name(p), name_of[p->dense], name_of[p->expert], name_of[p->head],
+        kv_int8 ? ",\n    \"kv_cache_quant_type\": \"int8\"" : "");
 }
 
 static ern_status stored_read(ern_quant *out, const json_t *v, const char *key, const char *what, ern_err *err) {
@@ -156,7 +173,31 @@ static ern_status stored_read(ern_quant *out, const json_t *v, const char *key, 
                     word ? word : "none of them");
 }
 
-ern_status quant_config_read(ern_quant_plan *out, const json_t *v, const char *what, ern_err *err) {
+/* kv_cache_quant_type: our codes have a scale of their own for every token and head, so a checkpoint's fixed scales are
+ * not needed. */
+static ern_status kv_read(bool *out, const json_t *v, const char *what, ern_err *err) {
+    const json_t *type = json_object_get(v, "kv_cache_quant_type");
+    const char *word = json_string_value(type);
+    *out = word && (strcmp(word, "int8") == 0 || strcmp(word, "cachekv_int8") == 0);
+    if (!type || json_is_null(type) || *out || (word && strcmp(word, "none") == 0)) return ERN_OK;
+    return ERN_FAIL(err, ERN_ERR_UNSUPPORTED,
+                    "%s: kv_cache_quant_type is %.40s; ernest keeps keys and values in int8 or bf16: take the key out, "
+                    "or write int8",
+                    what, word ? word : "no text");
+}
+
+/* Paddle's, beside bf16 weights: only the KV cache is spoken of. */
+static bool is_kv_only(const json_t *v) {
+    const char *name = json_string_value(json_object_get(v, "quantization"));
+    return name && strcmp(name, "kvcache") == 0 && !json_object_get(v, "quant_method") &&
+           !json_is_true(json_object_get(v, "is_quantized")) && !json_is_true(json_object_get(v, "is_moe_quantized"));
+}
+
+ern_status quant_config_read(quant_config *out, const json_t *v, const char *what, ern_err *err) {
+    ern_quant_plan *p = &out->plan;
+    *out = (quant_config){.weights = !is_kv_only(v)};
+    ERN_TRY(kv_read(&out->kv_int8, v, what, err));
+    if (!out->weights) return ERN_OK;
     const char *maker = json_string_value(json_object_get(v, "quant_method"));
     if (!maker || strcmp(maker, "ernest") != 0)
         return ERN_FAIL(err, ERN_ERR_UNSUPPORTED,
@@ -168,17 +209,17 @@ ern_status quant_config_read(ern_quant_plan *out, const json_t *v, const char *w
         return ERN_FAIL(err, ERN_ERR_UNSUPPORTED,
                         "%s: quantization_config: this ernest reads format %d only; quantize the bf16 checkpoint again",
                         what, QUANT_FORMAT);
-    ERN_TRY(stored_read(&out->dense, v, "dense_quant_type", what, err));
-    ERN_TRY(stored_read(&out->expert, v, "moe_quant_type", what, err));
-    ERN_TRY(stored_read(&out->head, v, "lm_head_quant_type", what, err));
+    ERN_TRY(stored_read(&p->dense, v, "dense_quant_type", what, err));
+    ERN_TRY(stored_read(&p->expert, v, "moe_quant_type", what, err));
+    ERN_TRY(stored_read(&p->head, v, "lm_head_quant_type", what, err));
     const char *name = json_string_value(json_object_get(v, "quantization"));
-    if (!name || strcmp(name, plan_name(out)) != 0)
+    if (!name || strcmp(name, plan_name(p)) != 0)
         return ERN_FAIL(err, ERN_ERR_FILE,
                         "%s: quantization_config: expected quantization %s by the types beside it, found %.40s", what,
-                        plan_name(out), name ? name : "no text");
-    if (ern_quant_any(out) && (out->head == ERN_QUANT_NONE || out->head == ERN_QUANT_WINT8)) return ERN_OK;
+                        plan_name(p), name ? name : "no text");
+    if (ern_quant_any(p) && (p->head == ERN_QUANT_NONE || p->head == ERN_QUANT_WINT8)) return ERN_OK;
     return ERN_FAIL(err, ERN_ERR_FILE,
                     "%s: quantization_config: expected a quantized class and a head that is none or wint8, found "
                     "dense %s, experts %s, head %s",
-                    what, name_of[out->dense], name_of[out->expert], name_of[out->head]);
+                    what, name_of[p->dense], name_of[p->expert], name_of[p->head]);
 }

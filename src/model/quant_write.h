@@ -18,6 +18,7 @@ typedef struct quant_source {
 
 typedef struct quant_writing {
     const ern_quant_plan *plan;
+    bool kv_int8;         /* the config asks for an int8 KV cache, and goes on asking */
     uint64_t shard_bytes; /* 0: 5 GB */
     ern_progress_fn *progress;
     void *ud;

@@ -59,7 +59,8 @@ static ern_status stage(const ern_model *m, const ern_quantize_options *o, const
     ERN_TRY(ern_file_read(&text, &len, path, TEXT_BYTES_MAX, err));
     const ern_buf config = {.data = text, .len = len};
     const quant_source from = {.config = &m->config, .has_mtp = m->has_mtp, .model = m};
-    const quant_writing w = {.plan = &o->plan, .shard_bytes = o->shard_bytes, .progress = o->progress, .ud = o->ud};
+    const quant_writing w = {
+        .plan = &o->plan, .kv_int8 = m->kv_int8, .shard_bytes = o->shard_bytes, .progress = o->progress, .ud = o->ud};
     ern_status s = quant_write(&from, &w, at, &config, err);
     free(text);
     return s;

@@ -355,6 +355,43 @@ static void broken_configs(void **state) {
     bench_close(&b);
 }
 
+/* Paddle's wish for an int8 KV cache beside bf16 weights: taken, with its fixed scales left alone, and kept by ernest
+ * quantize. */
+static void kv_wish(void **state) {
+    (void)state;
+    char plain[64], out[64], to[80];
+    ern_err err;
+    made_dir(plain), made_dir(out);
+    snprintf(to, sizeof to, "%s/new", out);
+    make("tiny-dense", true, plain, NULL, 0);
+    config_put(plain, "{",
+               "{\n  \"quantization_config\": {\"quantization\": \"kvcache\", \"kv_cache_quant_type\": "
+               "\"cachekv_int8\"},");
+    ern_model *m = open_as(plain, NULL);
+    assert_true(m->kv_int8 && !ern_quant_any(&m->quant));
+    ern_model_close(m);
+    const ern_quant_plan p = plan_of("wint8", NULL);
+    if (quantize(plain, to, &p, &err) != ERN_OK) fail_msg("%s", err.text);
+    m = open_as(to, NULL);
+    assert_true(m->kv_int8 && m->quant.dense == ERN_QUANT_WINT8);
+    ern_model_close(m);
+    config_put(to, ",\n    \"kv_cache_quant_type\": \"int8\"", "");
+    m = open_as(to, NULL);
+    assert_false(m->kv_int8);
+    ern_model_close(m);
+    st_list l = st_list_new();
+    st_list_read(&l, plain, "model.safetensors");
+    const float scale[16] = {1};
+    st_list_add(&l, "ernie.layers.1.self_attn.cachek_matmul.activation_scale", "F32", 1, (int64_t[]){16}, sizeof scale,
+                scale);
+    st_list_write(&l, 0, l.n, plain, "model.safetensors");
+    ern_model_close(open_as(plain, NULL));
+    config_put(plain, "cachekv_int8", "none");
+    refused(plain, NULL, ERN_ERR_FILE, "model.safetensors", "cachek_matmul", "no such tensor");
+    st_list_free(&l);
+    made_dir_remove(plain), made_dir_remove(out);
+}
+
 /* NaN in a weight: named, whether loading or writing, and writing leaves nothing. */
 static void not_finite(void **state) {
     (void)state;
@@ -459,6 +496,7 @@ int main(void) {
         cmocka_unit_test(broken_tensors),
         cmocka_unit_test(misaligned_tiles),
         cmocka_unit_test(broken_configs),
+        cmocka_unit_test(kv_wish),
         cmocka_unit_test(not_finite),
         cmocka_unit_test(folders),
         cmocka_unit_test(plan_only),
