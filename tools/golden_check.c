@@ -1,5 +1,5 @@
 /* golden_check: a made checkpoint on a backend against golden vectors, for the shapes too large for every test run.
- *     golden_check --backend ref|cpu --model DIR --vectors FILE [--kv f32|bf16]
+ *     golden_check --backend ref|cpu|cuda --model DIR --vectors FILE [--kv f32|bf16]
  * Prints one line with the largest errors and their bounds. Exit code 0: all within; 1: not; 2: usage or files. */
 #include <stdio.h>
 #include <string.h>
@@ -19,7 +19,7 @@ int main(int argc, char **argv) {
     const char *kv = value_of(argc, argv, "--kv", strcmp(backend, "ref") == 0 ? "f32" : "bf16");
     const ern_backend_ops *ops = ern_backend_find(backend);
     if (!dir || !vectors || !ops || (strcmp(kv, "f32") != 0 && strcmp(kv, "bf16") != 0)) {
-        fprintf(stderr, "usage: golden_check --backend ref|cpu --model DIR --vectors FILE [--kv f32|bf16]\n");
+        fprintf(stderr, "usage: golden_check --backend ref|cpu|cuda --model DIR --vectors FILE [--kv f32|bf16]\n");
         return 2;
     }
     ern_err err;

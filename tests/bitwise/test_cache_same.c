@@ -13,7 +13,8 @@
  * A combination counts only when the END of its request, or the tiers' statistics, say that it was so: transfers run
  * beside the steps, so a wave is repeated with those that did not yet get what their name says.
  *
- *   test_cache_same [all]      all: on every model and backend what is otherwise tried on one */
+ *   test_cache_same [all]      all: on every model and backend what is otherwise tried on one
+ *   test_cache_same cuda       the cuda backend, on a machine that has one */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stdatomic.h>
@@ -644,6 +645,14 @@ static void test_demo(void **state) {
     ern_model_close(m);
 }
 
+/* Called by hand and by make gpu-test: no other machine has it. */
+static void test_cuda(void **state) {
+    (void)state;
+    run_made("tiny-dense", false, 0, (plan){"cuda", ERN_KV_BF16, 1, 4, "x.x.x", "xx.x"});
+    run_made("tiny-moe", true, 0, (plan){"cuda", ERN_KV_I8, 1, 4, "..x.x", "x..x"});
+    run_made("tiny-dense", false, 0, (plan){"cuda", ERN_KV_BF16, 1, 17, "..xx.", "x.x."});
+}
+
 int main(int argc, char **argv) {
     all = argc > 1 && strcmp(argv[1], "all") == 0;
     setvbuf(stdout, NULL, _IOLBF, 0);
@@ -656,7 +665,9 @@ int main(int argc, char **argv) {
         cmocka_unit_test(test_ref),      cmocka_unit_test(test_cpu_long),
         cmocka_unit_test(test_demo),
     };
-    int failed = cmocka_run_group_tests(tests, NULL, NULL);
+    const struct CMUnitTest on_cuda[] = {cmocka_unit_test(test_cuda)};
+    bool cuda = argc > 1 && strcmp(argv[1], "cuda") == 0;
+    int failed = cuda ? cmocka_run_group_tests(on_cuda, NULL, NULL) : cmocka_run_group_tests(tests, NULL, NULL);
     printf("%d combinations\n", n_combination);
     return failed;
 }

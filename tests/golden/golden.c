@@ -98,14 +98,16 @@ bool golden_weights(const golden *g, char why[256]) {
 #define FLIP (1.4142 / 6 / 2)
 #define LOGIT_DEVIATION 2.5 /* docs/model.md 8 */
 
-/* Where cpu rounds queries and weights of positions to bf16 too (attn_rounds of cpu_kernels.h), they err by as much as
- * K and V do: step grows by sqrt(2). And the rms is a, that of this rounding, where the other run's distance is
- * hypot(a, k), k that of K and V: a = k makes 0.71 of it; what stays under 0.8 errs by less than 4/3 k. (A backend that
- * did not round K and V at all would stand at k and at none.) */
-#define ROUNDS_RMS 0.8
-
-static bool rounds_attention(const ern_backend_ops *ops, ern_kv_dtype kv) {
-    return strcmp(ops->name, "cpu") == 0 && kv == ERN_KV_BF16 && cpu_kernels_for(ern_cpu_level_here())->attn_rounds;
+/* Numbers of a path through a layer that the backend rounds to bf16 beyond K and V, and the vectors do not: queries and
+ * weights of positions where cpu's attention does (attn_rounds of cpu_kernels.h); with those both normed rows,
+ * attention's output and the product of gate and up on cuda, whose linears take bf16. Each errs by as much as one of K
+ * and V of one side, so step grows by sqrt((2 + n) / 2). And the rms is a, that of this rounding, where the other run's
+ * distance is hypot(a, k), k that of K and V: a = k sqrt(n / 2). What is held is 4/3 of that. (A backend that did not
+ * round K and V at all would stand at k and at none.) */
+static int roundings(const ern_backend_ops *ops, ern_kv_dtype kv) {
+    if (strcmp(ops->name, "cuda") == 0) return 6;
+    bool rounds = strcmp(ops->name, "cpu") == 0 && kv == ERN_KV_BF16;
+    return rounds && cpu_kernels_for(ern_cpu_level_here())->attn_rounds ? 2 : 0;
 }
 
 static double relative_error(const ern_config *c, bool rounded_kv) {
@@ -260,13 +262,13 @@ static void compare_resid(const judge *j, const json_t *run, const seen *s) {
 }
 
 /* All numbers of a run, then what only all of them together tell. */
-static void compare_run(golden_report *r, const golden *g, const seen *s, bool rounded_kv, bool rounds) {
+static void compare_run(golden_report *r, const golden *g, const seen *s, bool rounded_kv, int n_rounding) {
     static const char *const main_key[3] = {"top", "logit", "at"}, *const mtp_key[3] = {"mtp_top", "mtp_logit",
                                                                                         "mtp_at"};
     const json_t *run = get(get(g->doc, "run"), rounded_kv ? "bf16" : "f32");
     const json_t *other = get(get(g->doc, "run"), rounded_kv ? "f32" : "bf16");
     int32_t V = s->c->n_vocab;
-    double e = relative_error(s->c, rounded_kv) * (rounds ? sqrt(2) : 1),
+    double e = relative_error(s->c, rounded_kv) * sqrt(1 + n_rounding / 2.0),
            flip = rounded_kv && s->c->n_expert > 0 ? FLIP : 0.0;
     bool *flipped = room((size_t)g->n_row, sizeof *flipped);
     judge resid = {r, "resid", &r->resid_error, SIGMAS * e, SIGMAS * (e + flip), flipped};
@@ -284,7 +286,8 @@ static void compare_run(golden_report *r, const golden *g, const seen *s, bool r
     r->other_rms = rms_distance(g, other, s->logits, V);
     for (int32_t t = 0; t < g->n_row; t++) r->n_flipped_row += flipped[t];
     if (r->n_flipped_row > g->n_row / 4) fail(r, "rows beyond the bound", -1, 0, r->n_flipped_row, 0, g->n_row / 4.0);
-    const double most = r->other_rms * (rounds ? ROUNDS_RMS : 0.5);
+    const double a = 4.0 / 3.0 * sqrt(n_rounding / 2.0);
+    const double most = r->other_rms * (n_rounding ? a / hypot(a, 1) : 0.5);
     if (!(r->logit_rms < most)) fail(r, "rms over all rows", -1, 0, r->logit_rms, 0, most);
     free(flipped);
 }
@@ -327,7 +330,7 @@ golden_report golden_compare(const golden *g, const ern_backend_ops *ops, const 
     seen s;
     ern_err err;
     if (collect(&s, g, ops, m, kv, &err) == ERN_OK) {
-        compare_run(&r, g, &s, kv == ERN_KV_BF16, rounds_attention(ops, kv));
+        compare_run(&r, g, &s, kv == ERN_KV_BF16, roundings(ops, kv));
     } else {
         r.ok = false;
         snprintf(r.why, sizeof r.why, "%.200s", err.text);
