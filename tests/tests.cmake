@@ -27,7 +27,7 @@ if(Python3_FOUND)
       get_filename_component(n ${t} NAME_WE)
       add_test(NAME proto_${n} COMMAND ${Python3_EXECUTABLE} ${t} WORKING_DIRECTORY ${CMAKE_SOURCE_DIR})
       set_tests_properties(proto_${n} PROPERTIES LABELS proto TIMEOUT 900
-        ENVIRONMENT "ERNEST_BIN=$<TARGET_FILE:ernest>;ERNEST_SAN=${ERN_SAN}")
+        ENVIRONMENT "ERNEST_BIN=$<TARGET_FILE:ernest>;ERNEST_SAN=${ERN_SAN};CUDA_VISIBLE_DEVICES=")
     endforeach()
   endif()
 endif()
@@ -40,7 +40,7 @@ if(NODE AND TARGET ernest)
     get_filename_component(n ${d} NAME)
     add_test(NAME proto_${n} COMMAND ${NODE} ${t} WORKING_DIRECTORY ${CMAKE_SOURCE_DIR})
     set_tests_properties(proto_${n} PROPERTIES LABELS proto TIMEOUT 900
-      ENVIRONMENT "ERNEST_BIN=$<TARGET_FILE:ernest>;ERNEST_SAN=${ERN_SAN}")
+      ENVIRONMENT "ERNEST_BIN=$<TARGET_FILE:ernest>;ERNEST_SAN=${ERN_SAN};CUDA_VISIBLE_DEVICES=")
   endforeach()
 endif()
 
@@ -64,6 +64,32 @@ if(CMOCKA_FOUND AND TARGET ernest)
   add_test(NAME golden_full COMMAND sh tools/test_full.sh $<TARGET_FILE:ernest> $<TARGET_FILE:golden_check>
            WORKING_DIRECTORY ${CMAKE_SOURCE_DIR})
   set_tests_properties(golden_full PROPERTIES LABELS "golden;long" TIMEOUT 3600)
+endif()
+
+# tests/cuda/gpu_*.c: programs for a machine with a GPU (`make gpu-test`), built everywhere so that they stay whole. They
+# need no test library. gpu_check holds the kernels themselves and every check_*.c; the others load the plugin.
+if(TARGET ern_backend_cuda)
+  file(GLOB gpu_programs CONFIGURE_DEPENDS ${CMAKE_SOURCE_DIR}/tests/cuda/gpu_*.c)
+  file(GLOB gpu_checks CONFIGURE_DEPENDS ${CMAKE_SOURCE_DIR}/tests/cuda/check_*.c)
+  foreach(t ${gpu_programs})
+    get_filename_component(n ${t} NAME_WE)
+    add_executable(${n} ${t})
+    target_include_directories(${n} PRIVATE ${CMAKE_SOURCE_DIR}/src ${CMAKE_SOURCE_DIR}/tests)
+    target_link_libraries(${n} PRIVATE ern_backend)
+    target_compile_options(${n} PRIVATE ${ERN_WARN} -Wno-missing-prototypes)
+  endforeach()
+  target_sources(gpu_check PRIVATE ${gpu_checks})
+  target_link_libraries(gpu_check PRIVATE ern_backend_cuda)
+  set_target_properties(gpu_check PROPERTIES LINKER_LANGUAGE CXX)
+endif()
+
+# The loader must refuse a plugin of another build: one that says it is.
+if(TARGET test_backend)
+  add_library(other_plugin MODULE ${CMAKE_SOURCE_DIR}/tests/plugin/other_plugin.c)
+  target_include_directories(other_plugin PRIVATE ${CMAKE_SOURCE_DIR}/src)
+  target_compile_options(other_plugin PRIVATE ${ERN_WARN})
+  set_target_properties(other_plugin PROPERTIES PREFIX "")
+  add_dependencies(test_backend other_plugin)
 endif()
 
 # Every combination on every model and backend, where `make test` has them all on one.

@@ -2,7 +2,8 @@
 """Check that every #include in src/ obeys the layering of docs/guide.md, and that getenv stays in main.c and cli.
 
 A room may include its own files, base, and the doors of the rooms it stands on. A door is <room>/<room>.h, for model
-also model/sample.h and model/quant.h, for backend also backend/bench.h. Prints one line per offence; exit code 1 when
+also model/sample.h and model/quant.h, for backend also backend/bench.h. backend/cuda has no door: it is a plugin, loaded
+by name, and what it shows is in backend/plugin.h. Prints one line per offence; exit code 1 when
 there is any.
 Usage: check_layers.py [SRC]      check_layers.py --self-test
 """
@@ -28,8 +29,9 @@ BELOW = {
 DOORS = {room: [f"{room}/{room}.h"] for room in BELOW if "/" not in room and room not in ("base", "main")}
 DOORS["model"] += ["model/sample.h", "model/quant.h"]
 DOORS["backend"] += ["backend/bench.h"]
-# The backend's own door file opens its implementations, by their door headers.
-INNER_DOORS = {"backend": ["backend/ref/ref.h", "backend/cpu/cpu.h"]}
+# The backend's own door file opens the implementations that are in the program, by their door headers; the one that is
+# not opens the header that it shares with the loader.
+INNER_DOORS = {"backend": ["backend/ref/ref.h", "backend/cpu/cpu.h"], "backend/cuda": ["backend/plugin.h"]}
 
 INCLUDE = re.compile(r'^\s*#\s*include\s*([<"])([^>"]+)[>"]')
 ENVIRONMENT = re.compile(r"\b(secure_)?getenv\s*\(|\b(__)?environ\b")
@@ -118,6 +120,15 @@ SELF_TEST = [  # path, text, how many offences
     ("backend/cpu/k.c", '#include "backend/ref/ref.h"', 1),
     ("backend/backend.c", '#include "backend/ref/ref.h"', 0),
     ("backend/bench.h", '#include "model/model.h"', 0),
+    ("backend/plugin.h", '#include "backend/backend.h"', 0),
+    ("backend/plugin.c", '#include "backend/plugin.h"\n#include "backend/cuda/cuda.h"', 1),
+    ("backend/cpu/l.c", '#include "backend/plugin.h"', 1),
+    ("backend/cuda/cuda.h", '#include "backend/backend.h"', 0),
+    ("backend/cuda/cu_p.c", '#include "backend/plugin.h"\n#include "backend/cuda/cuda.h"', 0),
+    ("backend/cuda/cu_k.cuh", '#include <cuda_bf16.h>\n#include "backend/cpu/l.c"', 1),
+    ("backend/cuda/cu_k.cu", '#include "backend/cuda/cu_k.cuh"\n#include "model/inner.h"', 1),
+    ("engine/g.c", '#include "backend/cuda/cuda.h"', 1),
+    ("cli/p.c", '#include "backend/plugin.h"', 1),
     ("engine/engine.h", '#include "backend/backend.h"', 0),
     ("engine/e.c", '#include "model/inner.h"', 1),
     ("engine/f.c", '#include "backend/ref/ref.h"', 1),

@@ -1,6 +1,7 @@
 #!/bin/sh
 # Install the Debian packages that ernest needs and this machine lacks. Arguments: sets of packages (build, test).
-# Names what is missing before it installs; does nothing, and needs no network, when all is there.
+# Names what is missing before it installs; does nothing, and needs no network, when all is there. nvcc, for the cuda
+# backend, is no Debian package and is not asked for: where it is not, that backend is not built.
 set -eu
 
 build="build-essential git cmake ninja-build pkg-config libmicrohttpd-dev libjansson-dev libsentencepiece-dev

@@ -5,14 +5,30 @@
 #include <string.h>
 
 #include "backend/cpu/cpu.h"
+#include "backend/plugin.h"
 #include "backend/ref/ref.h"
+
+static bool is_plugin(const char *name) { return strcmp(name, "cuda") == 0; }
 
 const ern_backend_ops *ern_backend_find(const char *name) {
     static const ern_backend_ops *const all[] = {&ref_backend_ops, &cpu_backend_ops};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++)
         if (strcmp(all[i]->name, name) == 0) return all[i];
-    return NULL;
+    return is_plugin(name) && plugin_cuda() ? plugin_cuda()->ops : NULL;
 }
+
+const char *ern_backend_missing(const char *name) {
+    if (is_plugin(name)) return plugin_cuda_missing();
+    return ern_backend_find(name) ? NULL : "there is no backend of that name";
+}
+
+bool ern_backend_device(const char *name, char *out, size_t size) {
+    if (!is_plugin(name) || ern_backend_missing(name)) return false;
+    plugin_cuda()->device(out, size);
+    return true;
+}
+
+const char *ern_backend_file(const char *name) { return is_plugin(name) ? plugin_cuda_file() : NULL; }
 
 /* ---- ern_batch_valid: each check is one rule of backend.h or sample.h; the first broken one is named ----------------
  */

@@ -71,6 +71,7 @@ typedef struct ern_backend_options {
     bool mtp;         /* run the MTP layer and fill ern_result.draft */
     ern_progress_fn *progress;
     void *ud;
+    bool no_graph; /* cuda: launch every kernel of a decode step by itself; the same bits, slower */
 } ern_backend_options;
 
 /* What a backend will take before it opens, bytes. */
@@ -79,6 +80,8 @@ typedef struct ern_backend_plan {
     uint64_t page_bytes;    /* one KV page over all layers, as kv_read and kv_write move it */
     uint64_t scratch_bytes; /* activations, logits, tables */
     const char *kernels;    /* what computes, for people: "scalar", "avx512", ...; static string */
+    /* of the device that the above is taken from; 0: the machine's own memory */
+    uint64_t memory_free_bytes, memory_all_bytes;
 } ern_backend_plan;
 
 /* Tests see each stage. `stage` is one of: embed, attn_norm, q, k, v, attn, attn_out, ffn_norm, router, experts, resid,
@@ -116,8 +119,16 @@ struct ern_backend {
     const ern_backend_ops *ops;
 };
 
-/* The backend of a name ("ref", "cpu"; "cuda" where its plugin is there), or NULL. */
+/* The backend of a name, or NULL. "ref" and "cpu" are in the program. "cuda" is a plugin, ernest_cuda.so beside the
+ * program or in ../lib/ernest from there: loaded by the first call where a driver is, and kept. */
 const ern_backend_ops *ern_backend_find(const char *name);
+/* NULL: that backend can run here; else one clause that says why not. Without a driver it costs a look for two files.
+ * The text stays. Any thread. */
+const char *ern_backend_missing(const char *name);
+/* What a backend that is not missing computes on, a line for people: name, memory, driver. False: the processors. */
+bool ern_backend_device(const char *name, char *out, size_t size);
+/* The file that a backend's code is in, for who must know its bytes; NULL: the program itself. The text stays. */
+const char *ern_backend_file(const char *name);
 
 /* Check a batch against the rules above; the engine's test builds and the fuzz targets call it. False: *why says what.
  */
