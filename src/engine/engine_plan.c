@@ -2,7 +2,10 @@
  *
  * Memory: all = weights' copies + backend scratch + engine tables + n_page pages. Told how much there is
  * (memory_bytes), the pages get what the rest leaves. Asked to find out, we take nine tenths of what the machine has
- * available, less the mapped weights, which must stay in memory too or every step reads the disk. */
+ * available, less the mapped weights, which must stay in memory too or every step reads the disk.
+ *
+ * Where the backend computes on a device with memory of its own, that is what memory_bytes and the pages are about:
+ * nine tenths of it by default, less what is in use there. Tables and the host tier are then the machine's affair. */
 #include "engine/engine_plan.h"
 
 #include "base/os.h"
@@ -112,14 +115,23 @@ static uint64_t disk_bytes(const ern_engine_options *full, const ern_backend_pla
     return p->page_bytes + store_memory_bytes(&o);
 }
 
-/* Everything but the pages. Tables that grow with the pool are counted for n_page. */
-static uint64_t fixed_bytes(const ern_engine_options *full, const ern_backend_plan *p, int32_t n_page,
+/* What the engine itself takes of the machine's memory; n_page because some tables grow with the pool. */
+static uint64_t table_bytes(const ern_engine_options *full, const ern_backend_plan *p, int32_t n_page,
                             int32_t n_host_page) {
     core_options c = engine_core_options(full, n_page, n_host_page);
     transfer_options t = {
         .page_bytes = p->page_bytes, .n_host_page = n_host_page, .page_tokens = full->backend_options.n_page_cell};
     uint64_t outbox = (uint64_t)(engine_event_room(full) + 2 * c.n_seq) * sizeof(ern_event);
-    return p->weight_bytes + p->scratch_bytes + core_bytes(&c) + outbox + transfer_bytes(&t) + disk_bytes(full, p);
+    return core_bytes(&c) + outbox + transfer_bytes(&t) + disk_bytes(full, p);
+}
+
+static bool on_device(const ern_backend_plan *p) { return p->memory_all_bytes > 0; }
+
+/* What is taken beside the pages from the memory that they are in. */
+static uint64_t fixed_bytes(const ern_engine_options *full, const ern_backend_plan *p, int32_t n_page,
+                            int32_t n_host_page) {
+    const uint64_t backend = p->weight_bytes + p->scratch_bytes;
+    return on_device(p) ? backend : backend + table_bytes(full, p, n_page, n_host_page);
 }
 
 /* n_page pages, asked for or all that fit, are fewer than the n_min of one longest request. */
@@ -143,7 +155,12 @@ static ern_status refuse(const ern_engine_options *full, int32_t n_page, int32_t
 }
 
 /* Bytes for everything that ernest itself takes. */
-static uint64_t memory_bytes(const ern_engine_options *full, uint64_t mapped_bytes) {
+static uint64_t memory_bytes(const ern_engine_options *full, const ern_backend_plan *p, uint64_t mapped_bytes) {
+    if (on_device(p)) {
+        const uint64_t used = p->memory_all_bytes - p->memory_free_bytes, share = p->memory_all_bytes / 10 * 9;
+        const uint64_t most = full->memory_bytes > 0 ? full->memory_bytes : share > used ? share - used : 0;
+        return most < p->memory_free_bytes ? most : p->memory_free_bytes;
+    }
     if (full->memory_bytes > 0) return full->memory_bytes;
     uint64_t have = ern_memory_available_bytes() / 10 * 9;
     return have > mapped_bytes ? have - mapped_bytes : 0;
@@ -162,6 +179,18 @@ static ern_status plan_host(ern_engine_plan *p, const ern_engine_options *full, 
                         (double)full->swap_bytes / (1 << 30), (unsigned long long)n);
     p->n_host_page = (int32_t)n;
     return ERN_OK;
+}
+
+/* Beside a device: the machine holds the tables and the host tier. */
+static ern_status check_host(const ern_engine_options *full, const ern_engine_plan *p, ern_err *err) {
+    const uint64_t need = table_bytes(full, &p->backend, p->n_page, p->n_host_page),
+                   have = ern_memory_available_bytes();
+    if (!on_device(&p->backend) || need <= have / 10 * 9) return ERN_OK;
+    return ERN_FAIL(
+        err, ERN_ERR_MEMORY,
+        "tables and --swap-space take %.1f GiB of this machine's memory, and %.1f GiB of it are free; lower "
+        "--swap-space or --max-num-seqs",
+        (double)need / (1 << 30), (double)have / (1 << 30));
 }
 
 ern_status ern_engine_plan_make(ern_engine_plan *out, const ern_engine_options *o, ern_err *err) {
@@ -190,7 +219,7 @@ ern_status ern_engine_plan_make(ern_engine_plan *out, const ern_engine_options *
     if (full.prefix_cache) useful *= 2;                                  /* but what nobody holds can be found again */
     int32_t n_cap = least(useful, n_min > PAGES_AUTO ? n_min : PAGES_AUTO);
     n_cap = least(n_cap, INT32_MAX / P);
-    uint64_t memory = memory_bytes(&full, p.mapped_weight_bytes + (o->model->plan_only ? owned : 0)),
+    uint64_t memory = memory_bytes(&full, &p.backend, p.mapped_weight_bytes + (o->model->plan_only ? owned : 0)),
              fixed = fixed_bytes(&full, &p.backend, n_cap, p.n_host_page);
     uint64_t n_fit = memory > fixed ? (memory - fixed) / p.backend.page_bytes : 0;
     int32_t n_auto = n_fit > (uint64_t)n_cap ? n_cap : (int32_t)n_fit;
@@ -204,7 +233,9 @@ ern_status ern_engine_plan_make(ern_engine_plan *out, const ern_engine_options *
                         asked, (double)asked * (double)p.backend.page_bytes / (1 << 30), (unsigned long long)n_fit);
     p.kv_bytes = (uint64_t)p.n_page * p.backend.page_bytes;
     p.host_bytes = (uint64_t)p.n_host_page * p.backend.page_bytes;
-    p.total_bytes = fixed_bytes(&full, &p.backend, p.n_page, p.n_host_page) + p.kv_bytes;
+    p.total_bytes = p.backend.weight_bytes + p.backend.scratch_bytes +
+                    table_bytes(&full, &p.backend, p.n_page, p.n_host_page) + p.kv_bytes;
+    ERN_TRY(check_host(&full, &p, err));
     p.kv_tokens = (int64_t)p.n_page * P;
     p.full_concurrency = (double)p.kv_tokens / full.max_model_len;
     *out = p;
