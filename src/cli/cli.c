@@ -126,6 +126,15 @@ ern_status command_model_dir(const options *o, char *out, size_t size, ern_err *
                     name);
 }
 
+ern_status command_backend(const options *o, const ern_backend_ops **out, ern_err *err) {
+    const char *name = options_text(o, "backend");
+    if (strcmp(name, "auto") == 0) name = ern_backend_missing("cuda") ? "cpu" : "cuda";
+    const char *missing = ern_backend_missing(name);
+    if (missing) return ERN_FAIL(err, ERN_ERR_DEVICE, "--backend %s: %s; give --backend cpu", name, missing);
+    *out = ern_backend_find(name);
+    return ERN_OK;
+}
+
 int cmd_version(int argc, char **argv, char **envp) {
     (void)argv;
     (void)envp;

@@ -10,6 +10,7 @@
 #include <xxhash.h>
 #include <yaml.h>
 
+#include "backend/backend.h"
 #include "base/os.h"
 #include "cli/command.h"
 #include "cli/console.h"
@@ -38,6 +39,14 @@ static void print_limit(ern_buf *b, const char *what, int resource) {
         (void)ern_buf_print(b, "%-14s unlimited\n", what);
     else
         (void)ern_buf_print(b, "%-14s %llu\n", what, (unsigned long long)r.rlim_cur);
+}
+
+static void print_gpu(ern_buf *b) {
+    char line[200];
+    if (ern_backend_device("cuda", line, sizeof line))
+        (void)ern_buf_print(b, "gpu:           %s\n", line);
+    else
+        (void)ern_buf_print(b, "gpu:           none to compute on: %s\n", ern_backend_missing("cuda"));
 }
 
 /* A variable of the table or of FastDeploy's: its name, and its value unless it is a key. */
@@ -69,6 +78,7 @@ int cmd_collect_env(int argc, char **argv, char **envp) {
         &b, "processor:     %s\nlevel:         %s\nprocessors:    %d allowed\nmemory:        %s, %s available\n",
         ern_cpu_name(), ern_cpu_level_name(ern_cpu_level_here()), ern_cpu_count(),
         console_bytes(total, ern_memory_total_bytes()), console_bytes(available, ern_memory_available_bytes()));
+    print_gpu(&b);
     unsigned xxh = XXH_versionNumber();
     (void)ern_buf_print(
         &b, "libraries:     jansson %s, libcurl %s, libyaml %s, libmicrohttpd %s, sentencepiece %s, xxhash %u.%u.%u\n",

@@ -4,6 +4,7 @@
 
 #include <stddef.h>
 
+#include "backend/backend.h"
 #include "base/status.h"
 #include "cli/options.h"
 
@@ -33,6 +34,8 @@ ERN_MUST_CHECK ern_status command_positional(const options *o, int most, ern_err
 /* The model's folder: --model as a path or as a hub id below FD_MODEL_CACHE. `out` holds
  * `size` bytes. Errors: ERN_ERR_USAGE, ERN_ERR_FILE naming the flag and where it was looked for. */
 ERN_MUST_CHECK ern_status command_model_dir(const options *o, char *out, size_t size, ern_err *err);
+/* What --backend names; auto: cuda where it can run, else cpu. Errors: ERN_ERR_DEVICE saying why it cannot run here. */
+ERN_MUST_CHECK ern_status command_backend(const options *o, const ern_backend_ops **out, ern_err *err);
 /* Write a buffer to stdout and free it; 0, or 1 when stdout is gone. */
 int command_print(ern_buf *b);
 

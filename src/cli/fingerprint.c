@@ -16,9 +16,10 @@ static void add(XXH3_state_t *x, const void *data, size_t n) {
     XXH3_128bits_update(x, data, n);
 }
 
-static ern_status add_program(XXH3_state_t *x, ern_err *err) {
+/* A whole file: this program, or the plugin that computes in its place. */
+static ern_status add_program(XXH3_state_t *x, const char *path, ern_err *err) {
     ern_map self;
-    ERN_TRY(ern_map_open(&self, "/proc/self/exe", err));
+    ERN_TRY(ern_map_open(&self, path, err));
     add(x, self.data, self.size_bytes);
     ern_map_close(&self);
     return ERN_OK;
@@ -41,7 +42,9 @@ static ern_status add_all(XXH3_state_t *x, const ern_engine_options *o, const ch
     uint8_t weights[16];
     if (asked.n_page == 0) asked.n_page = 1; /* which kernels run does not depend on it */
     ERN_TRY(o->backend->plan(&p, o->model, &asked, err));
-    ERN_TRY(add_program(x, err));
+    ERN_TRY(add_program(x, "/proc/self/exe", err));
+    const char *plugin = ern_backend_file(o->backend->name);
+    if (plugin) ERN_TRY(add_program(x, plugin, err));
     add(x, o->backend->name, strlen(o->backend->name));
     add(x, p.kernels, strlen(p.kernels));
     const ern_quant_plan *q = &o->model->quant;

@@ -11,6 +11,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "base/jsonr.h"
 #include "base/os.h"
 #include "cli/command.h"
 
@@ -120,10 +121,6 @@ static ern_status check_capacity(launch *l, const options *o, ern_err *err) {
     ERN_TRY(check_step(step, len, seqs, chunks, err));
     int64_t pages = options_given(o, "num-gpu-blocks-override") ? options_int(o, "num-gpu-blocks-override") : 0;
     uint64_t memory = options_given(o, "memory") ? to_bytes(options_real(o, "memory")) : 0;
-    if (memory > ern_memory_total_bytes())
-        return ERN_FAIL(err, ERN_ERR_USAGE,
-                        "--memory is %s GiB and this machine has %.1f GiB; lower it or leave it out",
-                        options_text(o, "memory"), (double)ern_memory_total_bytes() / GIB);
     if (!memory && options_given(o, "gpu-memory-utilization"))
         l->memory_share = options_real(o, "gpu-memory-utilization");
     l->kv_auto = is_name(options_text(o, "kv-cache-dtype"), "auto");
@@ -209,13 +206,39 @@ void launch_take_model(launch *l, const ern_model *m) {
     if (l->kv_auto && m->kv_int8) l->engine.backend_options.kv_dtype = ERN_KV_I8;
 }
 
+/* FastDeploy's rule: a share of all of the device's memory, less what is in use there when we come. */
+static ern_status fit_gpu(launch *l, const ern_backend_plan *p, ern_err *err) {
+    const double all = (double)p->memory_all_bytes, used = all - (double)p->memory_free_bytes;
+    if (l->memory_share <= 0) {
+        if (l->engine.memory_bytes <= p->memory_free_bytes) return ERN_OK;
+        return ERN_FAIL(err, ERN_ERR_USAGE,
+                        "--memory is %.2f GiB and the GPU has %.1f GiB, %.1f GiB of it free; lower it or leave it out",
+                        (double)l->engine.memory_bytes / GIB, all / GIB, (all - used) / GIB);
+    }
+    const double share = all * l->memory_share, weights = (double)(p->weight_bytes + p->scratch_bytes);
+    if (share <= used + weights)
+        return ERN_FAIL(
+            err, ERN_ERR_MEMORY,
+            "--gpu-memory-utilization %g of the GPU's %.1f GiB is no more than the %.1f GiB in use there and "
+            "%.1f GiB of weights and scratch; raise it, or run a smaller model",
+            l->memory_share, all / GIB, used / GIB, weights / GIB);
+    l->engine.memory_bytes = (uint64_t)(share - used);
+    return ERN_OK;
+}
+
+bool launch_on_gpu(const launch *l) { return is_name(l->engine.backend->name, "cuda"); }
+
 ern_status launch_fit_memory(launch *l, const ern_model *m, ern_err *err) {
-    if (l->memory_share <= 0) return ERN_OK;
-    double share = (double)ern_memory_total_bytes() * l->memory_share;
-    if (share >= (double)ern_memory_available_bytes() * 0.9) return ERN_OK; /* the engine takes no more by itself */
+    if (l->memory_share <= 0 && !launch_on_gpu(l)) return ERN_OK;
     ern_backend_options b = l->engine.backend_options;
     ern_backend_plan p;
     if (b.n_page == 0) b.n_page = 1; /* the pages are what is asked about */
+    if (launch_on_gpu(l)) {
+        ERN_TRY(l->engine.backend->plan(&p, m, &b, err));
+        return fit_gpu(l, &p, err);
+    }
+    double share = (double)ern_memory_total_bytes() * l->memory_share;
+    if (share >= (double)ern_memory_available_bytes() * 0.9) return ERN_OK; /* the engine takes no more by itself */
     ERN_TRY(l->engine.backend->plan(&p, m, &b, err));
     /* The engine is told what it may take beside the weights that stay in memory. */
     uint64_t weights = m->weight_bytes > p.weight_bytes ? m->weight_bytes - p.weight_bytes : 0;
@@ -233,7 +256,7 @@ ern_status launch_plan(const launch *l, ern_engine_plan *out, ern_err *err) {
     ern_status status = ern_engine_plan_make(out, &l->engine, err);
     if (status == ERN_OK) return launch_check_plan(l, out, err);
     size_t n = strlen(err->text);
-    if (status == ERN_ERR_MEMORY && l->engine.swap_bytes)
+    if (status == ERN_ERR_MEMORY && l->engine.swap_bytes && !launch_on_gpu(l))
         (void)snprintf(err->text + n, sizeof err->text - n, ", or lower --swap-space, which takes %.2f GiB of it",
                        (double)l->engine.swap_bytes / GIB);
     else if (status == ERN_ERR_MEMORY && l->engine.memory_bytes && l->memory_share > 0)
@@ -258,12 +281,32 @@ ern_status launch_check_plan(const launch *l, const ern_engine_plan *p, ern_err 
 
 /* ---- devices ----------------------------------------------------------------------------------------------------- */
 
+/* CUDA graphs are on unless a flag or the config's key says no. */
+static ern_status check_graphs(launch *l, const options *o, ern_err *err) {
+    const char *text = options_text(o, "graph-optimization-config");
+    l->engine.backend_options.no_graph = !options_flag(o, "use-cudagraph");
+    if (!text) return ERN_OK;
+    json_t *config;
+    ERN_TRY(ern_json_parse(&config, text, strlen(text), 16, "--graph-optimization-config", err));
+    const json_t *use = json_object_get(config, "use_cudagraph");
+    const bool good = !use || json_is_boolean(use);
+    if (json_is_false(use)) l->engine.backend_options.no_graph = true;
+    json_decref(config);
+    return good ? ERN_OK
+                : ERN_FAIL(err, ERN_ERR_USAGE,
+                           "use_cudagraph in --graph-optimization-config must be true or false, in %.100s", text);
+}
+
 static ern_status check_devices(launch *l, const options *o, ern_err *err) {
-    const char *name = options_text(o, "backend"), *level = options_text(o, "cpu-level");
-    l->backend_name = is_name(name, "auto") ? "cpu" : name;
-    l->engine.backend = ern_backend_find(l->backend_name);
-    if (!l->engine.backend)
-        return ERN_FAIL(err, ERN_ERR_USAGE, "--backend %s is not in this build; give --backend ref", l->backend_name);
+    const char *level = options_text(o, "cpu-level");
+    ERN_TRY(command_backend(o, &l->engine.backend, err));
+    l->backend_name = l->engine.backend->name;
+    if (launch_on_gpu(l) && !l->engine.memory_bytes) l->memory_share = options_real(o, "gpu-memory-utilization");
+    if (!launch_on_gpu(l) && l->engine.memory_bytes > ern_memory_total_bytes())
+        return ERN_FAIL(err, ERN_ERR_USAGE,
+                        "--memory is %s GiB and this machine has %.1f GiB; lower it or leave it out",
+                        options_text(o, "memory"), (double)ern_memory_total_bytes() / GIB);
+    ERN_TRY(check_graphs(l, o, err));
     int64_t threads = options_int(o, "threads");
     if (threads > ern_cpu_count())
         return ERN_FAIL(err, ERN_ERR_USAGE,

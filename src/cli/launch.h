@@ -15,7 +15,7 @@ typedef struct launch {
     const char *chat_format;  /* NULL: look at the tokenizer */
     const char *config_name;  /* of the file in model_dir */
     const char *log_dir;      /* NULL: none */
-    const char *backend_name; /* "cpu", "ref" */
+    const char *backend_name; /* "cpu", "ref", "cuda" */
     ern_log_level log_level;
     int ready_fd; /* -1: none */
     ern_server_options server;
@@ -33,8 +33,8 @@ ERN_MUST_CHECK ern_status launch_check(launch *l, const options *o, ern_err *err
 ERN_MUST_CHECK ern_status launch_check_config(const launch *l, const ern_config *c, ern_err *err);
 /* What the opened model decides where no flag does: the dtype of the KV cache. */
 void launch_take_model(launch *l, const ern_model *m);
-/* Turn a share of the machine's memory into the engine's bytes, once the model's size is known. Errors: ERN_ERR_MEMORY
- * naming --gpu-memory-utilization. */
+/* Turn a share of the machine's or the GPU's memory into the engine's bytes, once the model's size is known. Errors:
+ * ERN_ERR_MEMORY naming --gpu-memory-utilization; ERN_ERR_USAGE for a --memory that the GPU has not free. */
 ERN_MUST_CHECK ern_status launch_fit_memory(launch *l, const ern_model *m, ern_err *err);
 /* The engine's plan, and what the size of the KV cache adds to the rules. Where memory is short and flags take a part
  * of it, the error names them too. */
@@ -45,6 +45,8 @@ int32_t launch_prompt_pages(const launch *l, const ern_engine_plan *p);
 /* Whether the tokenizer's ids fit the model's and it has the marks of the chat format. Errors: ERN_ERR_FILE. */
 ERN_MUST_CHECK ern_status launch_check_text(const launch *l, const ern_config *c, const ern_tokenizer *t,
                                             ern_chat_format f, ern_err *err);
+/* True when the memory that the plan speaks of is a GPU's. */
+bool launch_on_gpu(const launch *l);
 /* True when the address can be reached from other machines. */
 bool launch_is_public(const launch *l);
 

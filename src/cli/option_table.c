@@ -11,7 +11,8 @@ const char *const option_groups[] = {"Model",    "HTTP",      "Capacity",       
 
 /* Reasons shared by several rows. */
 #define ONE_PROCESS "ernest is one process: it has no internal queues or worker processes"
-#define NO_GPU "it steers a GPU, and this build computes on the CPU"
+#define OWN_KERNELS "each backend of ernest chooses its kernels by itself"
+#define ONE_DEVICE "one device computes, so there is nothing to sum between devices"
 #define ON_DEMAND "KV pages are handed out on demand, one at a time"
 #define NO_SPLIT \
     "separate prefill and decode servers are not built yet; leave the flag out, or give --splitwise-role mixed"
@@ -145,15 +146,17 @@ const option option_table[] = {
      .command = CMD_SERVE, .help = "Most tokens of one step; default: 512, or --max-model-len without chunked prefill"},
     {.name = "memory", .type = OPTION_REAL, .min = 0.01, .max = 65536, .group = "Capacity", .tag = 'E',
      .command = CMD_SERVE,
-     .help = "GiB for the KV cache, --swap-space, scratch and copies of weights; default: what the machine has free",
+     .help = "GiB for the KV cache, scratch, copies of weights and (not on a GPU) --swap-space; default: what the machine "
+             "has free, on a GPU --gpu-memory-utilization",
      .example = "--memory 8"},
     {.name = "num-gpu-blocks-override", .type = OPTION_INT, .min = 1, .max = 16777216, .group = "Capacity", .tag = 'S',
      .command = CMD_SERVE, .help = "Pages of KV cache, instead of as many as memory allows",
      .example = "--num-gpu-blocks-override 2000"},
     {.name = "gpu-memory-utilization", .type = OPTION_REAL, .fallback = "0.9", .min = 0.01, .max = 1,
      .group = "Capacity", .tag = 'S', .command = CMD_SERVE,
-     .help = "Share of the machine's memory for weights, KV cache, --swap-space and scratch together, and never more than "
-             "nine tenths of what is free; --memory, where given, decides instead"},
+     .help = "Share of the GPU's memory for weights, KV cache and scratch together, less what others use of it. On "
+             "processors: share of the machine's, --swap-space counted too, and never more than nine tenths of what is "
+             "free. --memory, where given, decides instead"},
     {.name = "scheduler-max-size", .type = OPTION_INT, .fallback = "-1", .min = -1, .max = 1048576, .group = "Capacity",
      .tag = 'T', .command = CMD_SERVE, .help = "Most requests waiting; more are answered 429; -1 or 0: 4096"},
     {.name = "max-queue-prompt-tokens", .type = OPTION_INT, .fallback = "0", .min = 0, .max = 1099511627776.0,
@@ -302,8 +305,9 @@ const option option_table[] = {
      .help = "FastDeploy's other output path", .state = OPTION_IGNORED, .why = ONE_PROCESS},
 
     /* ---- Devices ---- */
-    {.name = "backend", .type = OPTION_ENUM, .choices = "auto|cpu|ref", .fallback = "auto", .group = "Devices",
-     .tag = 'E', .command = CMD_SERVE, .help = "What computes: cpu, or ref, the slow reference"},
+    {.name = "backend", .type = OPTION_ENUM, .choices = "auto|cpu|ref|cuda", .fallback = "auto", .group = "Devices",
+     .tag = 'E', .command = CMD_SERVE,
+     .help = "What computes: cuda (one NVIDIA GPU), cpu, or ref, the slow reference; auto: cuda where it can, else cpu"},
     {.name = "threads", .type = OPTION_INT, .fallback = "0", .min = 0, .max = 512, .group = "Devices", .tag = 'E',
      .command = CMD_SERVE, .help = "Compute threads of the cpu backend; 0: one per allowed processor"},
     {.name = "cpu-level", .type = OPTION_ENUM, .choices = "auto|portable|avx2|avx512|amx", .fallback = "auto",
@@ -317,28 +321,27 @@ const option option_table[] = {
      .tag = 'T', .command = CMD_SERVE, .help = "Copies of the model", .state = OPTION_PENDING, .fine = "1",
      .why = "more than one copy of the model is not built yet; give --data-parallel-size 1"},
     {.name = "disable-custom-all-reduce", .type = OPTION_FLAG, .group = "Devices", .tag = 'T', .command = CMD_SERVE,
-     .help = "Sum between GPUs with NCCL", .state = OPTION_IGNORED,
-     .why = "one device computes, so there is nothing to sum between devices"},
-    {.name = "use-cudagraph", .type = OPTION_FLAG, .group = "Devices", .tag = 'S', .command = CMD_SERVE,
-     .help = "CUDA graphs", .state = OPTION_IGNORED, .why = NO_GPU},
+     .help = "Sum between GPUs with NCCL", .state = OPTION_IGNORED, .why = ONE_DEVICE},
+    {.name = "use-cudagraph", .type = OPTION_FLAG, .fallback = "1", .group = "Devices", .tag = 'S', .command = CMD_SERVE,
+     .help = "Let the cuda backend launch its steps as CUDA graphs; results do not depend on it"},
     {.name = "graph-optimization-config", .type = OPTION_JSON, .group = "Devices", .tag = 'T', .command = CMD_SERVE,
-     .help = "Settings of CUDA graphs", .state = OPTION_IGNORED, .why = NO_GPU},
+     .help = "JSON whose key use_cudagraph, when false, does what --no-use-cudagraph does; other keys change nothing"},
     {.name = "engine-worker-queue-port", .type = OPTION_PORTS, .group = "Devices", .tag = 'S', .command = CMD_SERVE,
      .help = "Port of FastDeploy's worker queue", .state = OPTION_IGNORED, .why = ONE_PROCESS},
     {.env = "CUDA_VISIBLE_DEVICES", .type = OPTION_TEXT, .group = "Devices", .tag = 'S', .command = CMD_SERVE,
-     .help = "GPUs to use", .state = OPTION_IGNORED, .why = NO_GPU},
+     .help = "GPUs that the cuda backend sees; it computes on the first"},
     {.env = "FD_ATTENTION_BACKEND", .type = OPTION_TEXT, .group = "Devices", .tag = 'S', .command = CMD_SERVE,
      .help = "Attention kernel", .state = OPTION_IGNORED, .why = "each backend of ernest has one attention kernel"},
     {.env = "INFERENCE_MSG_QUEUE_ID", .type = OPTION_TEXT, .group = "Devices", .tag = 'S', .command = CMD_SERVE,
      .help = "Id of FastDeploy's message queue", .state = OPTION_IGNORED, .why = ONE_PROCESS},
     {.env = "FD_USE_MACHETE", .type = OPTION_TEXT, .group = "Devices", .tag = 'T', .command = CMD_SERVE,
-     .help = "Hopper kernels for wint4 and wint8", .state = OPTION_IGNORED, .why = NO_GPU},
+     .help = "Hopper kernels for wint4 and wint8", .state = OPTION_IGNORED, .why = OWN_KERNELS},
     {.env = "FD_MOE_BACKEND", .type = OPTION_TEXT, .group = "Devices", .tag = 'T', .command = CMD_SERVE,
-     .help = "Expert kernels", .state = OPTION_IGNORED, .why = NO_GPU},
+     .help = "Expert kernels", .state = OPTION_IGNORED, .why = OWN_KERNELS},
     {.env = "FD_USE_DEEP_GEMM", .type = OPTION_TEXT, .group = "Devices", .tag = 'T', .command = CMD_SERVE,
-     .help = "FP8 expert kernels", .state = OPTION_IGNORED, .why = NO_GPU},
+     .help = "FP8 expert kernels", .state = OPTION_IGNORED, .why = OWN_KERNELS},
     {.env = "FD_CUSTOM_AR_MAX_SIZE_MB", .type = OPTION_TEXT, .group = "Devices", .tag = 'T', .command = CMD_SERVE,
-     .help = "Limit of the custom all-reduce", .state = OPTION_IGNORED, .why = NO_GPU},
+     .help = "Limit of the custom all-reduce", .state = OPTION_IGNORED, .why = ONE_DEVICE},
 
     /* ---- Disaggregation ---- */
     {.name = "splitwise-role", .type = OPTION_ENUM, .choices = "mixed|prefill|decode", .fallback = "mixed",

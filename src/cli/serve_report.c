@@ -79,9 +79,13 @@ static void report_unknown(char **envp) {
 
 /* Those that work, but not with what else was given. */
 static void report_no_effect(const launch *l, const options *o) {
-    bool ref = strcmp(l->backend_name, "ref") == 0, cache = l->engine.prefix_cache;
+    bool ref = strcmp(l->backend_name, "ref") == 0, cache = l->engine.prefix_cache, gpu = launch_on_gpu(l);
+    const char *graphs = options_text(o, "graph-optimization-config");
+    bool no_key = graphs && !strstr(graphs, "\"use_cudagraph\"");
     static const char no_cache[] = "the prefix cache is off (--no-enable-prefix-caching)";
+    static const char no_gpu[] = "it steers a GPU, and none computes here";
     static const char one_thread[] = "the reference computes on one thread, in plain C";
+    static const char on_gpu[] = "it is about processors, and a GPU computes";
     const struct {
         const char *name;
         bool off;
@@ -89,8 +93,12 @@ static void report_no_effect(const launch *l, const options *o) {
     } row[] = {
         {"FD_MAX_STOP_SEQS_NUM", !l->server.strict_fastdeploy, "it is a limit of --strict-fastdeploy"},
         {"FD_STOP_SEQS_MAX_LEN", !l->server.strict_fastdeploy, "it is a limit of --strict-fastdeploy"},
-        {"threads", ref, one_thread},
-        {"cpu-level", ref, one_thread},
+        {"threads", ref || gpu, ref ? one_thread : on_gpu},
+        {"cpu-level", ref || gpu, ref ? one_thread : on_gpu},
+        {"use-cudagraph", !gpu, no_gpu},
+        {"graph-optimization-config", !gpu || no_key,
+         gpu ? "of its keys, use_cudagraph alone means something here" : no_gpu},
+        {"CUDA_VISIBLE_DEVICES", !gpu, no_gpu},
         {"kv-cache-ratio", !l->engine.reserve_all,
          "it is the V0 scheduler's (ENABLE_V1_KVCACHE_SCHEDULER=0); the default one hands pages out on demand"},
         {"long-prefill-token-threshold", !l->engine.max_long_partial,
@@ -102,7 +110,7 @@ static void report_no_effect(const launch *l, const options *o) {
     };
     for (size_t i = 0; i < sizeof row / sizeof row[0]; i++) {
         char title[64];
-        bool variable = row[i].name[0] == 'F';
+        bool variable = row[i].name[0] < 'a';
         (void)snprintf(title, sizeof title, "%s%s", variable ? "" : "--", row[i].name);
         if (row[i].off && options_given(o, row[i].name)) say_ignored(title, row[i].why);
     }
@@ -235,8 +243,23 @@ static void print_at_once(const launch *l, const ern_engine_plan *p) {
                  l->engine.max_model_len, l->engine.max_num_seqs);
 }
 
+/* Of the memory that the plan is about. */
+static void print_total(const ern_model *m, const ern_engine_plan *p) {
+    char total[32], all[32], free_now[32];
+    const ern_backend_plan *b = &p->backend;
+    if (b->memory_all_bytes)
+        (void)printf("total     %s of the GPU's memory, which is %s, %s of it free\n",
+                     console_bytes(total, p->kv_bytes + b->weight_bytes + b->scratch_bytes),
+                     console_bytes(all, b->memory_all_bytes), console_bytes(free_now, b->memory_free_bytes));
+    else
+        (void)printf("total     %s beside the mapped weights; this machine has %s, %s of it available\n",
+                     console_bytes(total, p->total_bytes + m->owned_bytes),
+                     console_bytes(all, ern_memory_total_bytes()),
+                     console_bytes(free_now, ern_memory_available_bytes()));
+}
+
 void report_plan(const launch *l, const ern_model *m, const ern_engine_plan *p) {
-    char total[32], scratch[32], machine[32], free_now[32], tables[32];
+    char scratch[32], tables[32];
     uint64_t rest = p->total_bytes - p->kv_bytes - p->host_bytes - p->backend.weight_bytes - p->backend.scratch_bytes;
     (void)printf("model     %s\n", l->model_dir);
     print_weights(m, p);
@@ -244,11 +267,18 @@ void report_plan(const launch *l, const ern_model *m, const ern_engine_plan *p) 
     print_tiers(l, p);
     (void)printf("scratch   %s\n", console_bytes(scratch, p->backend.scratch_bytes));
     (void)printf("tables    %s of requests and replies on their way\n", console_bytes(tables, rest));
-    (void)printf("total     %s beside the mapped weights; this machine has %s, %s of it available\n",
-                 console_bytes(total, p->total_bytes + m->owned_bytes),
-                 console_bytes(machine, ern_memory_total_bytes()),
-                 console_bytes(free_now, ern_memory_available_bytes()));
+    print_total(m, p);
     print_at_once(l, p);
+}
+
+static void print_device(const launch *l, const ern_engine_plan *p) {
+    char line[200];
+    int threads = l->engine.backend_options.n_thread ? l->engine.backend_options.n_thread : ern_cpu_count();
+    bool ref = strcmp(l->backend_name, "ref") == 0;
+    if (ern_backend_device(l->backend_name, line, sizeof line))
+        (void)printf("device    %s: %s backend, %s\n", line, l->backend_name, p->backend.kernels);
+    else
+        (void)printf("threads   %d, %s backend, %s\n", ref ? 1 : threads, l->backend_name, p->backend.kernels);
 }
 
 static void print_summary(const launch *l, const ern_model *m, const ern_engine_plan *p, ern_chat_format f,
@@ -256,8 +286,6 @@ static void print_summary(const launch *l, const ern_model *m, const ern_engine_
     const ern_config *c = &m->config;
     char experts[64] = "dense";
     if (c->n_expert) (void)snprintf(experts, sizeof experts, "%d experts, %d used", c->n_expert, c->n_expert_used);
-    int threads = l->engine.backend_options.n_thread ? l->engine.backend_options.n_thread : ern_cpu_count();
-    bool ref = strcmp(l->backend_name, "ref") == 0;
     (void)printf("model     %s: %d layers, %s, %s layout\n", l->model_name, c->n_layer, experts,
                  m->is_paddle ? "Paddle" : "PyTorch");
     (void)printf("format    %s\n", ern_chat_format_name(f));
@@ -265,7 +293,7 @@ static void print_summary(const launch *l, const ern_model *m, const ern_engine_
     print_kv(l, p);
     print_tiers(l, p);
     print_at_once(l, p);
-    (void)printf("threads   %d, %s backend, %s\n", ref ? 1 : threads, l->backend_name, p->backend.kernels);
+    print_device(l, p);
     (void)printf("address   %s/v1%s\n", url,
                  launch_is_public(l) ? "" : " (this machine only; --host 0.0.0.0 opens it)");
     (void)printf("try       curl %s/v1/chat/completions -H 'Content-Type: application/json' -d "
@@ -295,6 +323,7 @@ void report_ready(const launch *l, const options *o, const ern_model *m, const e
                   const char *url, char **envp) {
     print_summary(l, m, p, f, url);
     write_api_log(l, o, url);
+    ern_log(ERN_LOG_INFO, "serve.backend", "name=%s kernels=\"%s\"", l->backend_name, p->backend.kernels);
     ern_log(ERN_LOG_INFO, "serve.pages", "Reset block num, the total_block_num:%d, prefill_kvcache_block_num:%d",
             p->n_page, launch_prompt_pages(l, p));
     if (launch_is_public(l) && l->server.n_api_key == 0)

@@ -162,12 +162,68 @@ static void memory_share(void **state) {
     made_model_close(&made);
 }
 
+/* A backend that computes on a device of 80 GiB, 10 of them in use, with 4 of weights and 1 of scratch. */
+static uint64_t gib(double n) { return (uint64_t)(n * 1073741824.0); }
+static ern_status device_plan(ern_backend_plan *out, const ern_model *m, const ern_backend_options *o, ern_err *err) {
+    (void)m, (void)o, (void)err;
+    *out = (ern_backend_plan){.weight_bytes = gib(4),
+                              .page_bytes = 1 << 20,
+                              .scratch_bytes = gib(1),
+                              .kernels = "none",
+                              .memory_free_bytes = gib(70),
+                              .memory_all_bytes = gib(80)};
+    return ERN_OK;
+}
+
+static ern_engine_plan plan_of(const launch *l) {
+    ern_engine_plan p;
+    ern_err err = {0};
+    made_check(launch_plan(l, &p, &err), &err, "plan");
+    return p;
+}
+
+/* FastDeploy's rule (4.1): a share of all of the device's memory, less what is used there, is weights, scratch, pages.
+ */
+static void device_memory(void **state) {
+    (void)state;
+    made_model made = made_model_open("tiny-dense", false, 3);
+    static const ern_backend_ops ops = {.name = "cuda", .plan = device_plan};
+    ern_err err = {0};
+    launch l = {.engine = options_of(made.model), .memory_share = 0.5};
+    l.engine.backend = &ops;
+    l.engine.backend_options.n_page = 0;
+    l.engine.max_num_seqs = l.engine.max_batched_tokens = 256; /* more than fits, so that memory decides */
+    l.engine.max_model_len = 4096;
+    l.engine.chunked_prefill = l.engine.prefix_cache = true;
+    made_check(launch_fit_memory(&l, made.model, &err), &err, "fit");
+    assert_int_equal(l.engine.memory_bytes, gib(30));
+    assert_int_equal(plan_of(&l).n_page, 25 << 10);
+    l.memory_share = 0.2; /* 16 GiB, 10 in use: 1 is left for pages, and none of it is the machine's */
+    made_check(launch_fit_memory(&l, made.model, &err), &err, "fit");
+    assert_int_equal(plan_of(&l).n_page, 1024);
+    l.engine.swap_bytes = 1 << 20;
+    assert_int_equal(plan_of(&l).n_page, 1024); /* host memory is another matter */
+    l.engine.swap_bytes = 0;
+    l.memory_share = 0.18;
+    assert_int_equal(launch_fit_memory(&l, made.model, &err), ERN_ERR_MEMORY);
+    assert_non_null(strstr(err.text, "--gpu-memory-utilization 0.18 of the GPU's 80.0 GiB"));
+    l.memory_share = 0; /* --memory */
+    l.engine.memory_bytes = gib(71);
+    assert_int_equal(launch_fit_memory(&l, made.model, &err), ERN_ERR_USAGE);
+    assert_non_null(strstr(err.text, "--memory is 71.00 GiB and the GPU has 80.0 GiB, 70.0 GiB of it free"));
+    l.engine.memory_bytes = gib(7);
+    made_check(launch_fit_memory(&l, made.model, &err), &err, "fit");
+    assert_int_equal(plan_of(&l).n_page, 2048);
+    made_model_close(&made);
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(formats_and_kernels_tell),
         cmocka_unit_test(files_tell),
         cmocka_unit_test(is_quick),
         cmocka_unit_test(memory_share),
+        cmocka_unit_test(device_memory),
     };
     return cmocka_run_group_tests_name("fingerprint", tests, NULL, NULL);
 }

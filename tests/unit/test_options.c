@@ -265,7 +265,7 @@ static void test_line_refused(void **state) {
     expect_bad("--port 1 true", NULL, "'true'|switch");
     expect_bad("--no-dry-run=1", NULL, "--no-dry-run");
     expect_bad("--dry-run=maybe", NULL, "--dry-run|maybe");
-    expect_bad("--backend gpu", NULL, "--backend|gpu|auto, cpu or ref");
+    expect_bad("--backend gpu", NULL, "--backend|gpu|auto, cpu, ref or cuda");
     expect_bad("--backend cpu|ref", NULL, "--backend");
     expect_bad("--graph-optimization-config {", NULL, "--graph-optimization-config|JSON");
     expect_bad("--graph-optimization-config [1]", NULL, "--graph-optimization-config|JSON object");
@@ -716,6 +716,37 @@ static void test_launch_rules(void **state) {
     assert_true(l.memory_share == 0 && l.engine.memory_bytes > 0);
 }
 
+/* Either the GPU computes, or the sentence says why not and what mends it; auto always finds something. */
+static void test_launch_devices(void **state) {
+    (void)state;
+    launch l;
+    const char *missing = ern_backend_missing("cuda");
+    launch_line(&l, "/tmp", NULL, NULL);
+    assert_string_equal(l.engine.backend->name, missing ? "cpu" : "cuda");
+    assert_true(launch_on_gpu(&l) == !missing);
+    launch_line(&l, "/tmp --backend ref", NULL, NULL);
+    assert_string_equal(l.engine.backend->name, "ref");
+    char words[512];
+    (void)snprintf(words, sizeof words, "--backend cuda: %s; give --backend cpu", missing ? missing : "");
+    launch_line(&l, "/tmp --backend cuda", NULL, missing ? words : NULL);
+    launch_line(&l, "/tmp --backend cpu", NULL, NULL);
+    assert_true(l.memory_share == 0 && !l.engine.backend_options.no_graph);
+    static const char *const graph[] = {"--use-cudagraph", "--graph-optimization-config {\"use_cudagraph\":true}",
+                                        "--graph-optimization-config {\"graph_opt_level\":0}"};
+    static const char *const none[] = {"--no-use-cudagraph", "--graph-optimization-config {\"use_cudagraph\":false}",
+                                       "--use-cudagraph --graph-optimization-config {\"use_cudagraph\":false}"};
+    for (int i = 0; i < 3; i++) {
+        char line[160];
+        (void)snprintf(line, sizeof line, "/tmp %s", graph[i]);
+        launch_line(&l, line, NULL, NULL);
+        assert_false(l.engine.backend_options.no_graph);
+        (void)snprintf(line, sizeof line, "/tmp %s", none[i]);
+        launch_line(&l, line, NULL, NULL);
+        assert_true(l.engine.backend_options.no_graph);
+    }
+    launch_line(&l, "/tmp --graph-optimization-config {\"use_cudagraph\":1}", NULL, "must be true or false");
+}
+
 /* What a flag offers must be what the server can do. */
 static void test_no_more_requests_than_connections(void **state) {
     (void)state;
@@ -743,6 +774,7 @@ int main(void) {
         cmocka_unit_test(test_cache_numbers),
         cmocka_unit_test(test_launch_cache),
         cmocka_unit_test(test_launch_rules),
+        cmocka_unit_test(test_launch_devices),
         cmocka_unit_test(test_no_more_requests_than_connections),
     };
     return cmocka_run_group_tests_name("options", tests, NULL, NULL);

@@ -19,8 +19,9 @@ atexit.register(shutil.rmtree, scratch, ignore_errors=True)
 
 
 def clean_env(extra=None):
-    """The environment without anything ernest would read, plus extra."""
+    """The environment without anything ernest would read, plus extra. No GPU is seen, so that all machines say the same."""
     keep = {k: v for k, v in os.environ.items() if not k.startswith(("FD_", "CUDA_", "ENABLE_V1", "INFERENCE_MSG"))}
+    keep["CUDA_VISIBLE_DEVICES"] = ""
     keep.update(extra or {})
     return keep
 

@@ -232,6 +232,8 @@ BAD = [
     ([*M, "--port", TAKEN], [TAKEN, "--port"]),
     ([*M, "--port", "0", "--metrics-port", TAKEN], [TAKEN]),
     ([*M, "--backend", "gpu"], ["--backend", "gpu"]),
+    ([*M, "--backend", "cuda"], ["ernest: --backend cuda: ", "; give --backend cpu"]),
+    ([*M, "--graph-optimization-config", '{"use_cudagraph": 1}'], ["--graph-optimization-config", "use_cudagraph", "true or false"]),
     ([*M, "--cpu-level", "sse9"], ["--cpu-level", "sse9"]),
     ([*M, "--log-level", "loud"], ["--log-level", "loud"]),
     ([*M, "--api-key", ""], ["--api-key", "empty"]),
