@@ -36,7 +36,7 @@ for shape in $shapes; do
     for layout in pt paddle; do
         [ "$shape-$layout" != 21b-a3b-paddle ] || continue # one copy of 44 GB is enough
         echo "== steps: $shape, $layout order"
-        "$ernest" bench step --model "$(made "$shape" "$layout")" --table $quick $keep
+        "$ernest" bench step --backend cpu --model "$(made "$shape" "$layout")" --table $quick $keep
     done
 done
 echo "== the engine alone"
@@ -45,12 +45,12 @@ cmake --build "$build" --target bench_sched >/dev/null
 shape=${shapes%% *}
 model=$(made "$shape" pt)
 echo "== the same work without a server, then with one: $prompts requests at once of $in + $out tokens"
-"$ernest" bench step --model "$model" --batch "$prompts" --context "$in" --prompt 0 --job "$prompts,$in,$out" $quick $keep
+"$ernest" bench step --backend cpu --model "$model" --batch "$prompts" --context "$in" --prompt 0 --job "$prompts,$in,$out" $quick $keep
 fifo=$build/bench-ready
 rm -f "$fifo"
 mkfifo "$fifo"
 # Prompts come again in each sweep: found in the cache, they would measure nothing.
-"$ernest" serve --model "$model" --no-enable-prefix-caching --port 0 --max-num-seqs "$prompts" --ready-fd 3 --log-level warn 3>"$fifo" >/dev/null &
+"$ernest" serve --backend cpu --model "$model" --no-enable-prefix-caching --port 0 --max-num-seqs "$prompts" --ready-fd 3 --log-level warn 3>"$fifo" >/dev/null &
 server=$!
 trap 'kill $server 2>/dev/null || true; rm -f "$fifo"' EXIT
 read -r url <"$fifo" || true

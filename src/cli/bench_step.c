@@ -1,4 +1,5 @@
-/* ernest bench step: prefill and decode of a model without a server, beside the limits of the same rounds. */
+/* ernest bench step: prefill and decode of a model without a server; on the cpu backend, beside the limits of the same
+ * rounds. */
 #include <stdio.h>
 #include <string.h>
 
@@ -19,9 +20,10 @@ typedef struct lists {
 typedef struct stepping {
     const options *o;
     bench_book *book;
+    const ern_backend_ops *backend;
     ern_model *model;
     bench_steps *steps;
-    int threads;
+    int threads; /* 0: another backend than cpu, which has no limits beside it */
     char format[96];
 } stepping;
 
@@ -37,6 +39,10 @@ static ern_status open_model(stepping *s, ern_err *err) {
     ern_quant_plan plan;
     console_bar bar;
     ERN_TRY(command_positional(s->o, 1, err));
+    ERN_TRY(command_backend(s->o, &s->backend, err));
+    if (options_flag(s->o, "table") && strcmp(s->backend->name, "cpu") != 0)
+        return ERN_FAIL(err, ERN_ERR_USAGE, "--table is of the cpu backend, and %s computes; give --backend cpu",
+                        s->backend->name);
     ERN_TRY(command_model_dir(s->o, dir, sizeof dir, err));
     const char *text = options_text(s->o, "quantization"), *head = options_text(s->o, "lm-head-quantization");
     ERN_TRY(ern_quant_parse(&plan, text, head, err));
@@ -76,6 +82,7 @@ static ern_status open_steps(stepping *s, int32_t n_seq, int32_t n_len, int32_t 
     s->steps = NULL;
     ERN_TRY(bench_steps_open(&s->steps,
                              &(bench_steps_options){.model = s->model,
+                                                    .backend = s->backend,
                                                     .n_thread = (int32_t)options_int(s->o, "threads"),
                                                     .level = level,
                                                     .kv_dtype = kv_int8 ? ERN_KV_I8 : ERN_KV_BF16,
@@ -95,6 +102,14 @@ static ern_status open_steps(stepping *s, int32_t n_seq, int32_t n_len, int32_t 
 /* ---- telling --------------------------------------------------------------------------------------------------- */
 
 static void print_heading(const stepping *s) {
+    if (!s->threads) {
+        char line[200] = "";
+        (void)ern_backend_device(s->backend->name, line, sizeof line);
+        (void)printf("%s backend%s%s; median of %lld rounds\n%-28s %10s %10s %9s %9s %9s  %s\n", s->backend->name,
+                     *line ? ", " : "", line, (long long)options_int(s->o, "rounds"), "", "tokens/s", "ms", "MB", "GOP",
+                     "GB/s", "best round");
+        return;
+    }
     (void)printf("%s, %d thread%s, level %s; median of %lld rounds; limits: the best of three looks before and three "
                  "after each round, "
                  "reading in huge pages, arithmetic from L2\n",
@@ -118,15 +133,20 @@ static double limit_value(const bench_result *r) { return r->by_read ? r->read :
 
 static void tell(const stepping *s, const bench_result *r, const char *more) {
     char name[96], row[256], limit[48];
-    const char *which = r->by_read ? "read" : ern_rate_name(r->rate);
+    const char *which = !s->threads ? NULL : r->by_read ? "read" : ern_rate_name(r->rate);
     (void)row_name(name, s, r, more);
+    (void)printf("%-28s %10.2f %10.2f %9.1f %9.2f %9.1f  ", name, r->tokens_per_s, r->seconds * 1e3, r->bytes * 1e-6,
+                 r->operations * 1e-9, r->bytes / r->seconds * 1e-9);
     (void)snprintf(limit, sizeof limit, "%.1f %s", limit_value(r) * 1e-9, r->by_read ? "GB/s" : "GOP/s");
-    (void)printf("%-28s %10.2f %10.2f %9.1f %9.2f %9.1f  %3.0f%% of %s, %s (%.0f..%.0f%%)\n", name, r->tokens_per_s,
-                 r->seconds * 1e3, r->bytes * 1e-6, r->operations * 1e-9, r->bytes / r->seconds * 1e-9,
-                 100 * r->fraction, which, limit, 100 * r->least_fraction, 100 * r->best_fraction);
+    if (s->threads)
+        (void)printf("%3.0f%% of %s, %s (%.0f..%.0f%%)\n", 100 * r->fraction, which, limit, 100 * r->least_fraction,
+                     100 * r->best_fraction);
+    else
+        (void)printf("%.2f\n", r->best_tokens_per_s);
     if (r->experts > 0) (void)printf("%-28s %.0f experts touched, %.1f MB of KV\n", "", r->experts, r->kv_bytes * 1e-6);
     (void)fflush(stdout);
-    (void)snprintf(row, sizeof row, "%s, %s, %s", s->model->is_paddle ? "paddle" : "pt", s->format, name);
+    (void)snprintf(row, sizeof row, "%s%s%s, %s, %s", s->threads ? "" : s->backend->name, s->threads ? "" : ", ",
+                   s->model->is_paddle ? "paddle" : "pt", s->format, name);
     bench_book_add(s->book, &(bench_line){.row = row,
                                           .value = r->tokens_per_s,
                                           .unit = "tokens/s",
@@ -177,7 +197,8 @@ static ern_status run_job(stepping *s, const lists *l, ern_err *err) {
         if (n * (double)n_out / seconds > best) best = n * (double)n_out / seconds;
     }
     (void)snprintf(name, sizeof name, "job %d x (%d + %d)", n, n_in, n_out);
-    (void)snprintf(row, sizeof row, "%s, %s, %s, best", s->model->is_paddle ? "paddle" : "pt", s->format, name);
+    (void)snprintf(row, sizeof row, "%s%s%s, %s, %s, best", s->threads ? "" : s->backend->name, s->threads ? "" : ", ",
+                   s->model->is_paddle ? "paddle" : "pt", s->format, name);
     (void)printf("%-28s %10.2f output tokens/s, the best of %lld rounds\n", name, best,
                  (long long)options_int(s->o, "rounds"));
     bench_book_add(s->book, &(bench_line){.row = row, .value = best, .unit = "tokens/s", .threads = s->threads});

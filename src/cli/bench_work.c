@@ -142,9 +142,11 @@ typedef struct round {
     double seconds, read, compute, fraction;
 } round;
 
+/* Worst first. Without limits all fractions are 0, and the time decides. */
 static int by_fraction(const void *a, const void *b) {
-    const double x = ((const round *)a)->fraction, y = ((const round *)b)->fraction;
-    return (x > y) - (x < y);
+    const round *x = a, *y = b;
+    if (x->fraction != y->fraction) return x->fraction > y->fraction ? 1 : -1;
+    return (x->seconds < y->seconds) - (x->seconds > y->seconds);
 }
 
 static double larger(double a, double b) { return a > b ? a : b; }
@@ -152,6 +154,7 @@ static double larger(double a, double b) { return a > b ? a : b; }
 /* Look at both limits; `at` keeps the best of these looks and of what it holds. Several short looks rather than a long
  * one: a neighbour that takes a core for a moment lowers what one look sees, and a limit is what can be had. */
 static void look(bench_steps *b, const bench_result *out, bool has_rate, round *at) {
+    if (!b->limits) return;
     const int64_t min_us = b->o.quick ? QUICK_US : LIMIT_US;
     const double bytes = larger(out->bytes, (double)READ_LEAST); /* cut at the buffer's end: half more than a token's */
     for (int i = 0; i < LOOKS; i++) {
@@ -163,7 +166,7 @@ static void look(bench_steps *b, const bench_result *out, bool has_rate, round *
 /* Fill in what follows from the counts and the rounds. */
 static void conclude(bench_result *out, round *r, int n, double tokens) {
     for (int i = 0; i < n; i++) {
-        const double reading_s = out->bytes / r[i].read;
+        const double reading_s = r[i].read > 0 ? out->bytes / r[i].read : 0;
         const double computing_s = r[i].compute > 0 ? out->operations / r[i].compute : 0;
         r[i].fraction = larger(reading_s, computing_s) / r[i].seconds;
         out->best_tokens_per_s = larger(out->best_tokens_per_s, tokens / r[i].seconds);
@@ -300,7 +303,7 @@ static ern_status fill_pages(bench_steps *b, int32_t n_page, uint64_t page_bytes
 }
 
 static ern_status open_all(bench_steps *b, ern_err *err) {
-    const ern_backend_ops *ops = ern_backend_find("cpu");
+    const ern_backend_ops *ops = b->o.backend;
     const int32_t rows = b->o.n_row_max > b->o.n_seq_max ? b->o.n_row_max : b->o.n_seq_max, S = b->o.n_seq_max;
     const int32_t n_len = b->o.n_len_max + STEPS_MAX + 2;
     b->n_page_max = (n_len + CELLS - 1) / CELLS;
@@ -331,6 +334,7 @@ static ern_status open_all(bench_steps *b, ern_err *err) {
     b->page = b->row0 + S + 1;
     for (int32_t i = 0; i < n_page; i++) b->page[i] = i;
     ERN_TRY(fill_pages(b, n_page, plan.page_bytes, err));
+    if (strcmp(ops->name, "cpu") != 0) return ERN_OK; /* whose limits the loops of bench.h are */
     bench_work one = {.n_row = 1, .n_want = 1, .experts = 0};
     for (int32_t i = 0; i < b->o.model->config.n_layer; i++)
         if (b->o.model->layer[i].is_moe) one.experts += b->o.model->config.n_expert_used;
@@ -364,7 +368,7 @@ void bench_steps_close(bench_steps *b) {
     free(b);
 }
 
-int bench_steps_threads(const bench_steps *b) { return ern_limits_threads(b->limits); }
+int bench_steps_threads(const bench_steps *b) { return b->limits ? ern_limits_threads(b->limits) : 0; }
 
 /* ---- busy neighbours ------------------------------------------------------------------------------------------- */
 

@@ -1,4 +1,5 @@
-/* Steps of a model on the cpu backend, as the engine would ask for them, timed beside the limits of the same rounds.
+/* Steps of a model on a backend, as the engine would ask for them; on the cpu one, timed beside the limits of the same
+ * rounds.
  * Owner: the command. One thread drives; the backend's and the limits' threads take turns and never run at once. */
 #ifndef ERN_CLI_BENCH_WORK_H
 #define ERN_CLI_BENCH_WORK_H
@@ -11,6 +12,7 @@ typedef struct bench_steps bench_steps;
 
 typedef struct bench_steps_options {
     const ern_model *model; /* borrowed */
+    const ern_backend_ops *backend;
     int32_t n_thread, level;
     ern_kv_dtype kv_dtype;
     bool act_exact;
@@ -30,16 +32,16 @@ typedef struct bench_result {
     double bytes, operations; /* of that step or prefill */
     double experts;           /* distinct experts a step, summed over the layers */
     double kv_bytes;          /* part of bytes */
-    double read, compute;     /* the limits of the median round; compute 0: not known here */
+    double read, compute;     /* the limits of the median round; 0: not known here */
     ern_rate rate;
     bool by_read;                                   /* which binds */
-    double fraction, least_fraction, best_fraction; /* median, worst and best round */
+    double fraction, least_fraction, best_fraction; /* median, worst and best round; 0 without limits */
 } bench_result;
 
 /* Errors: those of the backend's open; ERN_ERR_MEMORY. */
 ERN_MUST_CHECK ern_status bench_steps_open(bench_steps **out, const bench_steps_options *o, ern_err *err);
-void bench_steps_close(bench_steps *b); /* NULL is fine */
-int bench_steps_threads(const bench_steps *b);
+void bench_steps_close(bench_steps *b);        /* NULL is fine */
+int bench_steps_threads(const bench_steps *b); /* 0: another backend than cpu, whose limits are not looked at */
 /* `batch` sequences that each have `context` tokens in the cache: rounds of steps of one token each, two in flight as
  * the engine keeps them. Errors: the backend's. */
 ERN_MUST_CHECK ern_status bench_decode(bench_steps *b, int32_t batch, int32_t context, bench_result *out, ern_err *err);

@@ -427,6 +427,9 @@ const option option_table[] = {
     /* ---- Benchmarks ---- */
     {.name = "threads", .type = OPTION_INT, .fallback = "0", .min = 0, .max = 512, .group = "Benchmarks", .tag = 'E',
      .command = CMD_BENCH_CPU, .help = "Threads that are measured; 0: one per allowed processor (limits: 1, 2, 4, ... up to that)"},
+    {.name = "backend", .type = OPTION_ENUM, .choices = "auto|cpu|ref|cuda", .fallback = "auto", .group = "Benchmarks",
+     .tag = 'E', .command = CMD_BENCH_STEP,
+     .help = "What computes, as for ernest serve; shares of the limits are told of cpu alone"},
     {.name = "cpu-level", .type = OPTION_ENUM, .choices = "auto|portable|avx2|avx512|amx", .fallback = "auto",
      .group = "Benchmarks", .tag = 'E', .command = CMD_BENCH_STEP | CMD_BENCH_KERNELS,
      .help = "Instruction set; auto: the best here (step), every one that is here (kernels)"},
