@@ -6,7 +6,7 @@ MODEL    ?= demo-dense
 PREFIX   ?= /usr/local
 FUZZ_SECONDS ?= 60
 
-.PHONY: all demo test test-full bench fuzz install clean help deps deps-test format
+.PHONY: all demo test test-full bench gpu-test gpu-bench fuzz install clean help deps deps-test format
 
 all: deps $(BUILD)/build.ninja
 	cmake --build $(BUILD) -j $(JOBS)
@@ -17,6 +17,8 @@ help:
 	@echo 'make test               build and run every quick test; SAN=asan|ubsan|tsan runs them under a sanitizer'
 	@echo 'make test-full          the long tests as well (goldens of the full shapes)'
 	@echo 'make bench              limits, kernels, steps and server load on this machine, into bench/results.csv'
+	@echo 'make gpu-test           the checks of the cuda backend, from a built tree on a machine with a GPU'
+	@echo 'make gpu-bench          its steps: tokens/s, bytes, GB/s; GPU_BENCH=--all runs 21b-a3b as well'
 	@echo 'make fuzz               every fuzz target for FUZZ_SECONDS (60) each'
 	@echo 'make install            ernest, its man page and completion below PREFIX (/usr/local) and DESTDIR'
 	@echo 'make format             clang-format over src and tests'
@@ -49,6 +51,13 @@ test-full: deps-test
 bench: all
 	@tools/bench.sh $(BUILD)
 
+# These two build nothing: a machine with a GPU need not have a compiler.
+gpu-test:
+	@tools/gpu_test.sh $(BUILD)
+
+gpu-bench:
+	@tools/gpu_bench.sh $(BUILD) $(GPU_BENCH)
+
 fuzz: deps-test build/fuzz/build.ninja
 	cmake --build build/fuzz -j $(JOBS)
 	@tools/fuzz.sh build/fuzz $(FUZZ_SECONDS) $(JOBS)
@@ -60,7 +69,7 @@ install: all
 	$(BUILD)/ernest docs completion > '$(DESTDIR)$(PREFIX)/share/bash-completion/completions/ernest'
 
 format:
-	clang-format -i $$(git ls-files 'src/*.[ch]' 'src/*.cc' 'tests/*.[ch]' 'bench/*.[ch]' 'tools/*.[ch]')
+	clang-format -i $$(git ls-files 'src/*.[ch]' 'src/*.cc' 'src/*.cu' 'src/*.cuh' 'tests/*.[ch]' 'bench/*.[ch]' 'tools/*.[ch]')
 
 clean:
 	rm -rf build

@@ -1,0 +1,22 @@
+#!/bin/sh
+# make gpu-test: the programs that check the cuda backend, from a built tree on a machine with a GPU, with neither a
+# compiler nor a test library there. Prints what failed and each one's last line. Argument: the build folder.
+# Nothing is left out: no device, or a program that is not there, is a failure.
+set -u
+build=$1
+failed=0
+"$build/ernest" collect-env | grep '^gpu:' || exit 1
+"$build/ernest" collect-env | grep -q '^gpu: *none' && exit 1
+log=$(mktemp)
+trap 'rm -f "$log"' EXIT
+for program in gpu_check gpu_model; do
+    "$build/$program" >"$log" 2>&1
+    code=$?
+    if [ $code -ne 0 ]; then
+        failed=1
+        grep -v '^ok ' "$log" | head -n 60
+        echo "$program: exit code $code"
+    fi
+    tail -n 1 "$log"
+done
+exit $failed
