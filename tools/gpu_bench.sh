@@ -21,6 +21,7 @@ step() {
     grep "^$what" "$dir/out" | sed "s/^/$(printf '%-8s %-15s' "$shape" "$format") /" | tee -a "$dir/table"
 }
 
+"$(dirname "$ernest")/gpu_limits"
 "$ernest" collect-env | grep -E '^(ernest|gpu|processor):'
 ! "$ernest" collect-env | grep -q '^gpu: *none' || exit 1
 for shape in $shapes; do

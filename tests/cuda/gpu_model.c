@@ -6,12 +6,12 @@
  *
  *    Bounds. cuda rounds to bf16 what goes into a linear (two normed rows, attention's output, the product of gate and
  *    up), and q, k, v and the weights of positions: at most 8 roundings on a path through a layer. A number rounded so
- *    is off by 2^-9 of itself at most, by 2^-9 / sqrt 3 in the mean square; a linear of random weights passes relative
+ *    is off by 2^-8 of itself at most, by 2^-8 / sqrt 3 in the mean square; a linear of random weights passes relative
  *    errors on as they are, and the layers amplify what came in by at most 4 (golden_growth in tests/golden). So the
  *    error of a row after n layers, relative to its rms, is in the mean square at most
- *        RMS(n) = 4 * 2^-9 / sqrt 3 * sqrt(8 n + 8)
+ *        RMS(n) = 4 * 2^-8 / sqrt 3 * sqrt(8 n + 8)
  *    and six times that for a single number. int8 KV: its codes are amax/127 apart, amax at most sqrt(C) rms, on both
- *    sides from inputs that are RMS(n) apart: sqrt(C)/127/sqrt 12 takes the place of 2^-9/sqrt 3 for k and v.
+ *    sides from inputs that are RMS(n) apart: sqrt(C)/127/sqrt 12 takes the place of 2^-8/sqrt 3 for k and v.
  *
  *    Where two experts' scores are nearer than the bound, the two may choose differently: that row, and the later rows
  *    of its sequence, are left out for the rest of the step; what is left must be two fifths of the rows at least.
@@ -251,7 +251,7 @@ static void stages(const char *shape, bool paddle, const ern_quant_plan *plan, b
     int32_t text[3][129], page[3][STEP_PAGES] = {{0}};
     memset(&w, 0, sizeof w);
     w.m = m.model;
-    w.each = int8 ? sqrt(m.model->config.n_head_dim) / 127 / sqrt(12) : 0x1p-9 / sqrt(3);
+    w.each = int8 ? fmax(sqrt(m.model->config.n_head_dim) / 127 / sqrt(12), 0x1p-8 / sqrt(3)) : 0x1p-8 / sqrt(3);
     for (int q = 0; q < 3; q++) {
         for (int i = 0; i < 129; i++) text[q][i] = (int32_t)(ern_counter64(5, (uint64_t)(q * 1000 + i)) % 1024);
         for (int i = 0; i < 8; i++) page[q][i] = (7 * (q * 8 + i) + 3) % N_PAGE;

@@ -58,15 +58,59 @@ static __device__ __forceinline__ uint32_t cu_f8_pair(uint32_t w) {
 
 /* ---- a row's sum ------------------------------------------------------------------------------------------------- */
 
+/* x[i .. i + 3], or zeros where i >= end (x[0 .. 3] is read then: no branch). */
+static __device__ __forceinline__ float4 cu_load4(const float *x, int32_t i, int32_t end) {
+    const bool in = i < end;
+    const float4 v = *(const float4 *)(x + (in ? i : 0));
+    return in ? v : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+}
+/* 0, which the compiler cannot tell from n >= 0. */
+static __device__ __forceinline__ uint32_t cu_hidden_zero(int32_t n) {
+    uint32_t zero;
+    asm volatile("shr.s32 %0, %1, 31;" : "=r"(zero) : "r"(n));
+    return zero;
+}
+/* sum as it is, but known only when all of v [count] is: the compiler puts loads beside their uses, which waits for
+ * them one after the other; what is added to this sum comes after the last. */
+static __device__ __forceinline__ float cu_after(float sum, const float4 *v, int count, uint32_t hidden_zero) {
+    uint32_t bits = 0;
+#pragma unroll
+    for (int k = 0; k < count; k++) bits |= __float_as_uint(v[k].x);
+    return __uint_as_float(__float_as_uint(sum) ^ (bits & hidden_zero));
+}
+/* Four more squares of a lane's share. Zeros change nothing, so lanes may run past the end of a row with them. */
+static __device__ __forceinline__ float cu_add_squares(float4 v, float sum) {
+    sum = __fmaf_rn(v.x, v.x, sum);
+    sum = __fmaf_rn(v.y, v.y, sum);
+    sum = __fmaf_rn(v.z, v.z, sum);
+    return __fmaf_rn(v.w, v.w, sum);
+}
+/* The sum over a warp: halves 16, 8, 4, 2, 1; every lane returns it. */
+static __device__ __forceinline__ float cu_warp_sum(float sum) {
+    for (int d = 16; d > 0; d >>= 1) sum = __fadd_rn(sum, __shfl_xor_sync(0xffffffffu, sum, d));
+    return sum;
+}
 /* Sum of squares of x [n], by one warp; every lane returns it. Lane l adds elements 4 l .. 4 l + 3 of each run of 128,
- * in order, with fma; then halves 16, 8, 4, 2, 1. n is any number. */
+ * in order, with fma; then halves 16, 8, 4, 2, 1. n is any number. Where rows allow it, eight loads of 16 bytes are in
+ * flight at once: one wait for a row of up to 1024. */
 static __device__ __forceinline__ float cu_sum_squares(const float *x, int32_t n) {
     const int lane = threadIdx.x & 31;
     float sum = 0.0f;
-    for (int32_t i = lane * 4; i < n; i += 128)
-        for (int32_t k = i; k < i + 4 && k < n; k++) sum = __fmaf_rn(x[k], x[k], sum);
-    for (int d = 16; d > 0; d >>= 1) sum = __fadd_rn(sum, __shfl_xor_sync(0xffffffffu, sum, d));
-    return sum;
+    if ((n & 3) == 0 && ((uintptr_t)x & 15) == 0) {
+        const uint32_t zero = cu_hidden_zero(n);
+        for (int32_t from = 0; from < n; from += 1024) {
+            float4 v[8];
+#pragma unroll
+            for (int k = 0; k < 8; k++) v[k] = cu_load4(x, from + k * 128 + lane * 4, n);
+            sum = cu_after(sum, v, 8, zero);
+#pragma unroll
+            for (int k = 0; k < 8; k++) sum = cu_add_squares(v[k], sum);
+        }
+    } else {
+        for (int32_t i = lane * 4; i < n; i += 128)
+            for (int32_t k = i; k < i + 4 && k < n; k++) sum = __fmaf_rn(x[k], x[k], sum);
+    }
+    return cu_warp_sum(sum);
 }
 /* 1 / sqrt(mean + eps), once a row. */
 static __device__ __forceinline__ float cu_norm_scale(float sum_squares, int32_t n, float eps) {

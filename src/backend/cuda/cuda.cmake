@@ -1,9 +1,5 @@
 # The cuda backend: a static library of the room, and the plugin that is made from it. Each .cu file is one command of
 # nvcc: CMake 3.25 is older than the toolkits we build with and would want to know their compiler.
-if(NOT EXISTS ${CMAKE_CURRENT_LIST_DIR}/cuda.h)
-  message(STATUS "nvcc is here, and the cuda backend's sources are not: no cuda backend")
-  return()
-endif()
 set(CUDAToolkit_NVCC_EXECUTABLE ${NVCC})
 find_package(CUDAToolkit REQUIRED)
 set(cuda_dir ${CMAKE_SOURCE_DIR}/src/backend/cuda)

@@ -1,0 +1,335 @@
+/* Attention of sequences with many rows: a block of eight warps takes 128 packed rows of a sequence and KV head and
+ * walks the tiles of keys that they see, first tile first; a warp owns 16 rows. Bound by products: scores, weights and
+ * sums stay in registers; the next tile is on its way while one is worked on.
+ *
+ * BF16 tiles are copied into two buffers in turn. I8 tiles are copied as codes and made bf16 once for all warps, keys
+ * in the order of inputs that cu_attn.cuh has for I8, so that the products see what the other kernel's see.
+ * Blocks take (sequence, rows, head) from a list with the longest walks first. */
+#include "backend/cuda/cu_attn.cuh"
+
+enum { THREADS = 256 };
+
+template <int C, bool I8> struct prefill_shape {
+    static constexpr int row_bytes = C * (I8 ? 1 : 2), chunks = row_bytes / 16; /* in the cache */
+    static constexpr int wide = C / 8;                                          /* chunks of a bf16 row */
+    static constexpr int units = C / 16;
+    static constexpr int group = units < 4 ? units : 4; /* units of O at a time */
+    static constexpr int side = CU_KEYS * C * 2;        /* bytes of bf16 keys or values */
+    static constexpr int code_side = CU_KEYS * C;
+    /* shared memory: BF16: two times keys, values. I8: keys, values; codes of keys, values; scales of two tiles */
+    static constexpr int code_at = 2 * side;
+    static constexpr int scale_at = I8 ? code_at + 2 * code_side : 4 * side; /* [2][2][128] f32 */
+    static constexpr int cell_at = scale_at + (I8 ? 4 * CU_KEYS * 4 : 0);    /* [2][128] attn_cell */
+    static constexpr int next_at = cell_at + 2 * CU_KEYS * (int)sizeof(attn_cell);
+    static constexpr int bytes = next_at + 16;
+};
+
+/* Start copying a tile. to_k, to_v: shared memory; scales (I8): [2][128]. */
+template <int C, bool I8>
+static __device__ __forceinline__ void load_tile(const attn_args *a, const attn_cell *cell, uint32_t to_k,
+                                                 uint32_t to_v, float *scale) {
+    typedef prefill_shape<C, I8> sh;
+#pragma unroll
+    for (int i = 0; i < CU_KEYS * sh::chunks / THREADS; i++) {
+        const int n = threadIdx.x + i * THREADS, row = n / sh::chunks, chunk = n % sh::chunks;
+        const int64_t at = cell[row].key;
+        const unsigned char *from = a->kv + (at < 0 ? 0 : at + chunk * 16);
+        attn_copy16(to_k + attn_at<sh::chunks>(row, chunk), from, at >= 0);
+        attn_copy16(to_v + attn_at<sh::chunks>(row, chunk), from + a->value, at >= 0);
+    }
+    /* C = 16 in I8: one chunk a row, 128 of them for 256 threads */
+    if (CU_KEYS * sh::chunks < THREADS && threadIdx.x < CU_KEYS * sh::chunks) {
+        const int row = threadIdx.x / sh::chunks, chunk = threadIdx.x % sh::chunks;
+        const int64_t at = cell[row].key;
+        const unsigned char *from = a->kv + (at < 0 ? 0 : at + chunk * 16);
+        attn_copy16(to_k + attn_at<sh::chunks>(row, chunk), from, at >= 0);
+        attn_copy16(to_v + attn_at<sh::chunks>(row, chunk), from + a->value, at >= 0);
+    }
+    if (I8) {
+        const int row = threadIdx.x & (CU_KEYS - 1), which = threadIdx.x / CU_KEYS;
+        const int64_t at = cell[row].scale;
+        attn_copy4(attn_smem(scale + which * CU_KEYS + row), a->kv + (which ? a->value : 0) + (at < 0 ? 0 : at),
+                   at >= 0);
+    }
+    attn_copy_commit();
+}
+
+/* Codes to bf16. A word of codes d0..d3 gives pairs (d0, d2) and (d1, d3): keys keep them, eight places apart; values
+ * are put back in order. */
+template <int C> static __device__ __forceinline__ void widen(unsigned char *smem) {
+    typedef prefill_shape<C, true> sh;
+    for (int n = threadIdx.x; n < 2 * CU_KEYS * sh::chunks; n += THREADS) {
+        const int which = n / (CU_KEYS * sh::chunks), rest = n % (CU_KEYS * sh::chunks);
+        const int row = rest / sh::chunks, chunk = rest % sh::chunks;
+        const uint4 w = *(const uint4 *)(smem + sh::code_at + which * sh::code_side + attn_at<sh::chunks>(row, chunk));
+        const uint32_t in[4] = {w.x, w.y, w.z, w.w};
+        uint32_t even[4], odd[4], lo[4], hi[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            even[i] = cu_i8_pair(in[i]);
+            odd[i] = cu_i8_pair(in[i] >> 8);
+        }
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            if (which == 0) {
+                lo[i] = even[i];
+                hi[i] = odd[i];
+            } else {
+                uint32_t *to = i < 2 ? lo : hi;
+                to[(i & 1) * 2] = __byte_perm(even[i], odd[i], 0x5410);
+                to[(i & 1) * 2 + 1] = __byte_perm(even[i], odd[i], 0x7632);
+            }
+        }
+        unsigned char *to = smem + which * sh::side;
+        *(uint4 *)(to + attn_at<sh::wide>(row, 2 * chunk)) = make_uint4(lo[0], lo[1], lo[2], lo[3]);
+        *(uint4 *)(to + attn_at<sh::wide>(row, 2 * chunk + 1)) = make_uint4(hi[0], hi[1], hi[2], hi[3]);
+    }
+}
+
+/* What a warp keeps of its 16 rows. */
+template <int C> struct rows {
+    uint32_t q[C / 16][4];
+    float acc[C / 16][2][4];
+    float M[2], L[2];
+    int32_t pos[2];   /* of rows g and g + 8; -1: no such row */
+    int32_t low, top; /* least and largest position of the warp's rows; low -1: a row is missing, top -1: all are */
+};
+
+/* One tile of 128 keys for the warp's rows. k, v: bf16 in shared memory. CUT: some row does not see all of it. */
+template <int C, bool I8, bool CUT>
+static __device__ __forceinline__ void walk_tile(rows<C> *w, uint32_t k, uint32_t v, const float *key_scale,
+                                                 int32_t key0, float score_scale) {
+    typedef prefill_shape<C, I8> sh;
+    const int lane = threadIdx.x & 31, mi = lane >> 3, l7 = lane & 7, c = lane & 3;
+    float s[16][4];
+#pragma unroll
+    for (int j = 0; j < 16; j++)
+        for (int e = 0; e < 4; e++) s[j][e] = 0.0f;
+    /* chunk x of row 16 j + r is at (16 j + r) * wide * 16 + (x ^ swirl(r)) * 16 for any j */
+    const uint32_t k_row = (mi >> 1) * 8 + l7, swirl = attn_swirl<sh::wide>(l7);
+    const uint32_t k_at = k + k_row * sh::wide * 16;
+#pragma unroll
+    for (int i = 0; i < sh::units; i++) {
+        const uint32_t at = k_at + (((2 * i) | (mi & 1)) ^ swirl) * 16;
+#pragma unroll
+        for (int j = 0; j < 16; j += 2) {
+            uint32_t b[4];
+            attn_load4(b, at + j * 8 * sh::wide * 16);
+            cu_mma(s[j], w->q[i], b[0], b[1]);
+            cu_mma(s[j + 1], w->q[i], b[2], b[3]);
+        }
+    }
+
+    float m[2] = {-INFINITY, -INFINITY};
+#pragma unroll
+    for (int j = 0; j < 16; j++) {
+        float2 scale = make_float2(1.0f, 1.0f);
+        if (I8) scale = *(const float2 *)(key_scale + j * 8 + 2 * c);
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+            s[j][e] = attn_score<I8>(s[j][e], e & 1 ? scale.y : scale.x, score_scale);
+            if (CUT && key0 + j * 8 + 2 * c + (e & 1) > w->pos[e >> 1]) s[j][e] = -INFINITY;
+            m[e >> 1] = fmaxf(m[e >> 1], s[j][e]);
+        }
+    }
+    bool seen[2];
+    float base[2];
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        m[i] = fmaxf(m[i], __shfl_xor_sync(0xffffffffu, m[i], 1));
+        m[i] = fmaxf(m[i], __shfl_xor_sync(0xffffffffu, m[i], 2));
+        seen[i] = !CUT || key0 <= w->pos[i];
+        base[i] = seen[i] ? m[i] : 0.0f; /* no -inf - -inf */
+    }
+
+    uint32_t p[8][4];
+    float l[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll
+    for (int kk = 0; kk < 8; kk++) {
+        uint32_t pl[4]; /* rows g, g+8 of the lower eight keys, then of the upper */
+#pragma unroll
+        for (int x = 0; x < 4; x++) {
+            const int j = 2 * kk + (x >> 1), i = x & 1;
+            const float p0 = attn_ex2(__fsub_rn(s[j][2 * i], base[i]));
+            const float p1 = attn_ex2(__fsub_rn(s[j][2 * i + 1], base[i]));
+            pl[x] = cu_round2(p0, p1);
+            if (I8) {
+                const float2 scale = *(const float2 *)(key_scale + CU_KEYS + j * 8 + 2 * c);
+                p[kk][x] = cu_round2(attn_scaled(p0, scale.x), attn_scaled(p1, scale.y));
+            } else {
+                p[kk][x] = pl[x];
+            }
+        }
+        cu_mma(l, pl, 0x3f803f80u, 0x3f803f80u);
+    }
+
+    float f[2], b[2];
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        if (!seen[i]) continue;
+        attn_factors(&w->M[i], m[i], &f[i], &b[i]);
+        w->L[i] = attn_join(w->L[i], l[2 * i], f[i], b[i]);
+    }
+    const uint32_t v_at = v + ((mi & 1) * 8 + l7) * sh::wide * 16;
+#pragma unroll
+    for (int first = 0; first < sh::units; first += sh::group) {
+        float o[sh::group][2][4];
+#pragma unroll
+        for (int u = 0; u < sh::group; u++)
+            for (int e = 0; e < 8; e++) o[u][e >> 2][e & 3] = 0.0f;
+#pragma unroll
+        for (int kk = 0; kk < 8; kk++) {
+#pragma unroll
+            for (int u = 0; u < sh::group; u++) {
+                uint32_t x[4];
+                attn_load4_t(x, v_at + kk * 16 * sh::wide * 16 + (((2 * (first + u)) | (mi >> 1)) ^ swirl) * 16);
+                cu_mma(o[u][0], p[kk], x[0], x[1]);
+                cu_mma(o[u][1], p[kk], x[2], x[3]);
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            if (!seen[i]) continue;
+#pragma unroll
+            for (int u = 0; u < sh::group; u++)
+                for (int e = 0; e < 4; e++) {
+                    float *acc = &w->acc[first + u][e >> 1][2 * i + (e & 1)];
+                    *acc = attn_join(*acc, o[u][e >> 1][2 * i + (e & 1)], f[i], b[i]);
+                }
+        }
+    }
+}
+
+template <int C, bool I8> static __global__ void __launch_bounds__(THREADS, 1) prefill_kernel(const attn_args a) {
+    typedef prefill_shape<C, I8> sh;
+    extern __shared__ __align__(128) unsigned char smem[];
+    attn_cell *cells = (attn_cell *)(smem + sh::cell_at);
+    float *scales = (float *)(smem + sh::scale_at);
+    int32_t *handed = (int32_t *)(smem + sh::next_at);
+    const int tid = threadIdx.x, warp = tid >> 5, lane = tid & 31, g = lane >> 2, c = lane & 3;
+    const uint32_t base = attn_smem(smem);
+
+    attn_wait_launch();
+    const int32_t *list = attn_wide(a.work, a.n_seq);
+    const int32_t n_item = a.work[ATTN_N_WIDE] * a.n_kv_head;
+    for (int32_t item = blockIdx.x; item < n_item;) {
+        int32_t taken = 0;
+        if (tid == 0) taken = atomicAdd(a.work + ATTN_WIDE_TAKEN, 1);
+        const int32_t nth = item / a.n_kv_head, head = item - nth * a.n_kv_head;
+        const int32_t seq = list[2 * nth], first_row = list[2 * nth + 1] * ATTN_ROWS;
+        const int32_t row0 = a.row0[seq], len = a.kv_len[seq], pos0 = a.pos[row0];
+        const int32_t n = (a.row0[seq + 1] - row0) * a.group; /* packed rows of the sequence */
+        const int32_t end = min(first_row + ATTN_ROWS, n);
+        const int32_t n_tile = (pos0 + (end - 1) / a.group) / CU_KEYS + 1;
+
+        rows<C> w;
+        const int32_t mine = first_row + warp * 16;
+        w.low = mine + 15 < n ? pos0 + mine / a.group : -1;
+        w.top = mine < n ? pos0 + (min(mine + 16, n) - 1) / a.group : -1;
+        const cu_bf16 *q[2];
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const int32_t r = mine + g + 8 * i, t = r / a.group, h = head * a.group + r - t * a.group;
+            w.pos[i] = r < n ? pos0 + t : -1;
+            q[i] = r < n ? a.q + ((int64_t)(row0 + t) * a.n_head + h) * C : NULL;
+            w.M[i] = -INFINITY;
+            w.L[i] = 0.0f;
+        }
+#pragma unroll
+        for (int i = 0; i < sh::units; i++) {
+#pragma unroll
+            for (int e = 0; e < 8; e++) w.acc[i][e >> 2][e & 3] = 0.0f;
+#pragma unroll
+            for (int x = 0; x < 2; x++) {
+                w.q[i][x] = w.q[i][2 + x] = 0;
+                if (!q[x]) continue;
+                if (I8) {
+                    const uint2 d = *(const uint2 *)(q[x] + i * 16 + 4 * c);
+                    w.q[i][x] = __byte_perm(d.x, d.y, 0x5410);
+                    w.q[i][2 + x] = __byte_perm(d.x, d.y, 0x7632);
+                } else {
+                    w.q[i][x] = *(const uint32_t *)(q[x] + i * 16 + 2 * c);
+                    w.q[i][2 + x] = *(const uint32_t *)(q[x] + i * 16 + 8 + 2 * c);
+                }
+            }
+        }
+
+        /* The cells of tiles 0 and 1, then tile 0. */
+        cells[tid] = attn_cell_of<C, I8>(&a, attn_page_of(&a, seq, tid, len), head, tid);
+        __syncthreads();
+        load_tile<C, I8>(&a, cells, base + (I8 ? sh::code_at : 0), base + (I8 ? sh::code_at + sh::code_side : sh::side),
+                         scales);
+        for (int32_t tile = 0; tile < n_tile; tile++) {
+            const int turn = tile & 1;
+            attn_cell later = {-1, -1};
+            if (tid < CU_KEYS && tile + 2 < n_tile) {
+                const int32_t at = (tile + 2) * CU_KEYS + tid;
+                later = attn_cell_of<C, I8>(&a, attn_page_of(&a, seq, at, len), head, at);
+            }
+            attn_copy_wait<0>();
+            __syncthreads(); /* the tile is there; nobody works on the one before, so its place is free */
+            if (I8) {
+                widen<C>(smem);
+                __syncthreads();
+            }
+            if (tile + 1 < n_tile) {
+                const uint32_t to = base + (I8 ? sh::code_at : (turn ^ 1) * 2 * sh::side);
+                load_tile<C, I8>(&a, cells + (turn ^ 1) * CU_KEYS, to, to + (I8 ? sh::code_side : sh::side),
+                                 scales + (turn ^ 1) * 2 * CU_KEYS);
+            }
+            const int32_t key0 = tile * CU_KEYS;
+            const uint32_t k = base + (I8 ? 0 : turn * 2 * sh::side);
+            if (key0 + CU_KEYS - 1 <= w.low)
+                walk_tile<C, I8, false>(&w, k, k + sh::side, scales + turn * 2 * CU_KEYS, key0, a.scale);
+            else if (key0 <= w.top)
+                walk_tile<C, I8, true>(&w, k, k + sh::side, scales + turn * 2 * CU_KEYS, key0, a.scale);
+            /* all copies of this tile's cells are under way since before the barrier */
+            if (tid < CU_KEYS) cells[turn * CU_KEYS + tid] = later;
+        }
+
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const int32_t r = mine + g + 8 * i, t = r / a.group, h = head * a.group + r - t * a.group;
+            if (r >= n) continue;
+            cu_bf16 *out = a.out + (int64_t)(row0 + t) * a.ldo + (int64_t)h * C + 2 * c;
+#pragma unroll
+            for (int u = 0; u < sh::units; u++)
+#pragma unroll
+                for (int half = 0; half < 2; half++)
+                    *(uint32_t *)(out + u * 16 + half * 8) = cu_round2(__fdiv_rn(w.acc[u][half][2 * i], w.L[i]),
+                                                                       __fdiv_rn(w.acc[u][half][2 * i + 1], w.L[i]));
+        }
+        if (tid == 0) *handed = taken + (int32_t)gridDim.x;
+        __syncthreads(); /* also: nobody reads the last tile any more */
+        item = *handed;
+    }
+}
+
+/* ---- launches ---------------------------------------------------------------------------------------------------- */
+
+template <int C, bool I8> static cudaError_t run(cudaStream_t s, const attn_args *a) {
+    typedef prefill_shape<C, I8> sh;
+    static bool ready[64];
+    int device = 0;
+    cudaError_t e = cudaGetDevice(&device);
+    if (e != cudaSuccess) return e;
+    if (!ready[device & 63]) {
+        e = cudaFuncSetAttribute(prefill_kernel<C, I8>, cudaFuncAttributeMaxDynamicSharedMemorySize, sh::bytes);
+        if (e != cudaSuccess) return e;
+        ready[device & 63] = true;
+    }
+    int64_t most = ((int64_t)a->n_row * a->group / ATTN_ROWS + a->n_seq) * a->n_kv_head;
+    int32_t blocks = attn_sm_count();
+    if (most < blocks) blocks = (int32_t)most;
+    prefill_kernel<C, I8><<<blocks, THREADS, sh::bytes, s>>>(*a);
+    return cudaGetLastError();
+}
+
+cudaError_t attn_prefill(cudaStream_t s, const attn_args *a, int32_t C, bool i8) {
+    switch (C) {
+    case 16: return i8 ? run<16, true>(s, a) : run<16, false>(s, a);
+    case 64: return i8 ? run<64, true>(s, a) : run<64, false>(s, a);
+    case 128: return i8 ? run<128, true>(s, a) : run<128, false>(s, a);
+    default: return cudaErrorInvalidValue;
+    }
+}

@@ -1,0 +1,536 @@
+/* Linears of many rows (prefill): every number of cu_skinny.cu, bit for bit, with tiles that make the tensor cores the
+ * limit. A tile is 128 outputs of 64 rows (large_mma: mma.sync, little work or small experts) or of 128 (large_wide:
+ * wgmma). Codes and x come a segment (128 inputs) at a time through a ring in shared memory. Per segment the products
+ * start from zero and are added to the totals at its end, which is what makes the sums the same for every kernel
+ * (cu_kernels.h). */
+#include "backend/cuda/cu_large_kernel.cuh"
+
+/* To be measured, then to go: 1: tiles of 128 rows by wgmma (large_wide), else by mma.sync (large_mma) as well; and 1:
+ * the two warpgroups of large_wide issue their products in turns. */
+#ifndef LARGE_WGMMA
+#define LARGE_WGMMA 1
+#endif
+#ifndef LARGE_TURNS
+#define LARGE_TURNS 1
+#endif
+
+enum { THREADS = 256 };
+
+/* ---- products by warps --------------------------------------------------------------------------------------------
+ *
+ * A warp of 8 has 32 outputs (a pair of bands) of half the rows, so that a code is turned into bf16 twice a block.
+ *
+ * A slot of the ring: codes of the tile's bands, 2 groups each, as packed; then x [2 groups][ROWS][128 bytes], where
+ * the eight 16-byte pieces of a row sit at piece ^ (row & 7): eight lanes that read 16 bytes each, two rows by four
+ * pieces 2c + h, then touch all banks. */
+static __host__ __device__ constexpr int codes_bytes(cu_format f) { return LARGE_BANDS * 2 * large_group_bytes(f); }
+static __host__ __device__ constexpr int slot_bytes(cu_format f, int rows) {
+    return codes_bytes(f) + rows * CU_SEGMENT * 2;
+}
+/* 128 rows: one block a multiprocessor; 64: two. */
+static __host__ __device__ constexpr int n_slot(cu_format f, int rows) {
+    return rows == 128 ? (f == CU_BF16 ? 3 : 4) : 96 * 1024 / slot_bytes(f, rows);
+}
+
+static __device__ __forceinline__ void copy16(uint32_t to, const void *from, bool there) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(there ? 16 : 0) : "memory");
+}
+
+template <cu_format F, int ROWS>
+static __device__ __forceinline__ void load_slot(uint32_t slot, const large_args *a, const large_tile *t,
+                                                 const int32_t *row_of, int32_t seg) {
+    constexpr int BAND_BYTES = 2 * large_group_bytes(F);
+    const int tid = threadIdx.x;
+    for (int i = 0; i < codes_bytes(F) / 16 / THREADS; i++) {
+        const int at = (tid + i * THREADS) * 16;
+        const int32_t band = t->band0 + at / BAND_BYTES, last = a->w.n_band - 1;
+        const int64_t from = (int64_t)(band < last ? band : last) * a->w.n_seg + seg;
+        copy16(slot + at, t->pack + from * BAND_BYTES + at % BAND_BYTES, band <= last);
+    }
+    const uint32_t x = slot + codes_bytes(F);
+    const int piece = tid & 15;
+    for (int i = 0; i < ROWS / 16; i++) {
+        const int r = tid / 16 + i * 16;
+        const int32_t row = row_of[r];
+        copy16(x + (piece / 8 * ROWS + r) * 128 + (((piece ^ r) & 7) << 4),
+               a->x + (row < 0 ? 0 : row) * a->ldx + (int64_t)seg * CU_SEGMENT + piece * 8, row >= 0);
+    }
+}
+
+template <cu_format F, int ROWS>
+__global__ void __launch_bounds__(THREADS, ROWS == 128 ? 1 : 2) large_mma(const __grid_constant__ large_args a) {
+    extern __shared__ __align__(1024) unsigned char ring[];
+    __shared__ int32_t row_of[ROWS];
+    constexpr int N = n_slot(F, ROWS), SLOT = slot_bytes(F, ROWS), TILES = ROWS / 16, GROUP = large_group_bytes(F);
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, c = lane % 4;
+    const int warp_out = warp % 4, warp_row = warp / 4 * (ROWS / 2);
+    large_tile t;
+
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    if (!large_find(&a, blockIdx.x, ROWS, &t)) return;
+    if (threadIdx.x < ROWS) row_of[threadIdx.x] = large_row(&a, &t, threadIdx.x);
+    __syncthreads();
+
+    const uint32_t ring_at = (uint32_t)__cvta_generic_to_shared(ring);
+    const int32_t n_seg = a.w.n_seg;
+#pragma unroll 1
+    for (int i = 0; i < N - 1; i++) {
+        if (i < n_seg) load_slot<F, ROWS>(ring_at + i * SLOT, &a, &t, row_of, i);
+        asm volatile("cp.async.commit_group;" ::: "memory");
+    }
+    float total[2][TILES][4] = {};
+    int slot = 0, slot_load = N - 1;
+    for (int32_t seg = 0; seg < n_seg; seg++) {
+        /* The barrier says both: this slot has come for all threads, and all are done with the one before it. */
+        asm volatile("cp.async.wait_group %0;" ::"n"(N - 2) : "memory");
+        __syncthreads();
+        if (seg + N - 1 < n_seg) load_slot<F, ROWS>(ring_at + slot_load * SLOT, &a, &t, row_of, seg + N - 1);
+        asm volatile("cp.async.commit_group;" ::: "memory");
+        float scale[2] = {};
+        if (F == CU_F8)
+#pragma unroll
+            for (int m = 0; m < 2; m++) {
+                const int32_t band = t.band0 + warp_out * 2 + m, last = a.w.n_band - 1;
+                scale[m] = __ldg(t.scale + (int64_t)(band < last ? band : last) * n_seg + seg);
+            }
+
+        const unsigned char *codes = ring + slot * SLOT + warp_out * 4 * GROUP;
+        const unsigned char *x = ring + slot * SLOT + codes_bytes(F) + (warp_row + g) * 128;
+        float acc[2][TILES][4] = {};
+#pragma unroll
+        for (int step = 0; step < 4; step++) {
+            const int q = step / 2, h = step % 2; /* group, half of it */
+            uint4 b[TILES];
+            uint32_t code[2][2][4];
+#pragma unroll
+            for (int m = 0; m < 2; m++) large_codes<F>(code[m], codes + (m * 2 + q) * GROUP, h, lane);
+#pragma unroll
+            for (int i = 0; i < TILES; i++)
+                b[i] = *(const uint4 *)(x + q * (ROWS * 128) + i * 1024 + (((2 * c + h) ^ g) << 4));
+#pragma unroll
+            for (int k = 0; k < 2; k++)
+#pragma unroll
+                for (int m = 0; m < 2; m++)
+#pragma unroll
+                    for (int i = 0; i < TILES; i++)
+                        cu_mma(acc[m][i], code[m][k], k ? b[i].z : b[i].x, k ? b[i].w : b[i].y);
+        }
+#pragma unroll
+        for (int m = 0; m < 2; m++)
+#pragma unroll
+            for (int i = 0; i < TILES; i++)
+#pragma unroll
+                for (int k = 0; k < 4; k++)
+                    total[m][i][k] = F == CU_F8 ? __fmaf_rn(scale[m], acc[m][i][k], total[m][i][k])
+                                                : __fadd_rn(total[m][i][k], acc[m][i][k]);
+        slot = slot + 1 == N ? 0 : slot + 1;
+        slot_load = slot_load + 1 == N ? 0 : slot_load + 1;
+    }
+
+    const int32_t band = t.band0 + warp_out * 2;
+    if (F == CU_I8 || F == CU_I4)
+#pragma unroll
+        for (int m = 0; m < 2; m++) {
+            if (band + m >= a.w.n_band) continue;
+            const float s0 = t.scale[(band + m) * CU_BAND + g], s8 = t.scale[(band + m) * CU_BAND + g + 8];
+#pragma unroll
+            for (int i = 0; i < TILES; i++)
+#pragma unroll
+                for (int k = 0; k < 4; k++) total[m][i][k] = __fmul_rn(total[m][i][k], k < 2 ? s0 : s8);
+        }
+    const int32_t row = t.row + warp_row;
+    if (a.epilogue == CU_SWIGLU) {
+#pragma unroll
+        for (int i = 0; i < TILES; i++) large_put_swiglu(&a, &t, total[0][i], total[1][i], band / 2, row + i * 8, lane);
+    } else {
+#pragma unroll
+        for (int m = 0; m < 2; m++) large_put<TILES>(&a, &t, &total[m][0][0], band + m, row, lane);
+    }
+}
+
+/* ---- products by warpgroups ----------------------------------------------------------------------------------------
+ *
+ * wgmma reads x from shared memory once for four bands where mma.sync reads it for two, and is not held to two thirds
+ * of the tensor cores. Its product m64n128k16 is, number for number, the m16n8k16 of cu_mma: 16 exact products and the
+ * sum so far are aligned and added at once; check_large.c holds it to that, bit for bit.
+ *
+ * A block stays on its multiprocessor and takes every gridDim.x-th tile. Warpgroups 0 and 1 multiply: all 128 rows, WG
+ * w bands w, w + 2, w + 4, w + 6 of the tile (of pairs: gate, up), warp i band 2 i + w as the A operand in registers.
+ * Warpgroup 2 fills the ring, ahead of them and into the next tile: codes by bulk copies, x through registers, because
+ * its words must change places. Product s of a group wants, in row-wise B of 16 columns: columns 2c, 2c + 1 = inputs
+ * 16c + 4s + 0, 1, columns 8 + 2c, 9 + 2c = inputs 16c + 4s + 2, 3 (cu_kernels.h). In words of two inputs, word
+ * 8c + 4q + w of a row (piece 2c + q of 16 bytes, word w in it; 2s + h = 4q + w) goes to word c of piece 4q + w. The
+ * piece sits at piece ^ (row & 7): that is the 128-byte swizzle of the descriptor, and of 8 lanes a row, 4 rows a warp,
+ * every lane writes a bank of its own. */
+
+enum {
+    WIDE_ROWS = 128,
+    WIDE_THREADS = 384,
+    WIDE_SWAP = 32 * 256 * 4, /* gate and up change hands: [2][32][128] f32 */
+};
+static __host__ __device__ constexpr int wide_slots(cu_format f) { return f == CU_BF16 ? 3 : 4; }
+static __host__ __device__ constexpr int wide_bytes(cu_format f) {
+    return wide_slots(f) * slot_bytes(f, WIDE_ROWS) + WIDE_SWAP + 1024; /* the ring starts at a multiple of 1024 */
+}
+
+static __device__ __forceinline__ void bar_init(uint32_t bar, int n) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(n) : "memory");
+}
+static __device__ __forceinline__ void bar_arrive(uint32_t bar) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
+}
+static __device__ __forceinline__ void bar_expect(uint32_t bar, int bytes) {
+    asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
+}
+/* Until the phase of this parity is over. */
+static __device__ __forceinline__ void bar_wait(uint32_t bar, uint32_t parity) {
+    uint32_t done = 0;
+    while (!done)
+        asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
+                     : "=r"(done)
+                     : "r"(bar), "r"(parity)
+                     : "memory");
+}
+static __device__ __forceinline__ void copy_bulk(uint32_t to, const void *from, int bytes, uint32_t bar) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+                 "l"(from), "r"(bytes), "r"(bar)
+                 : "memory");
+}
+
+/* d = A B + (add ? d : 0): 64 outputs, 128 rows, 16 inputs. d: as eight times two cu_mma accs side by side. */
+static __device__ __forceinline__ void wide_product(float d[64], const uint32_t a[4], uint64_t b, int add) {
+    asm volatile("{.reg .pred p; setp.ne.b32 p, %69, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
+                 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+                 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+                 "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+                 "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
+                 "{%64, %65, %66, %67}, %68, p, 1, 1, 0;}\n"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
+                   "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),
+                   "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]),
+                   "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]),
+                   "+f"(d[30]), "+f"(d[31]), "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]),
+                   "+f"(d[37]), "+f"(d[38]), "+f"(d[39]), "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]),
+                   "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]), "+f"(d[48]), "+f"(d[49]), "+f"(d[50]),
+                   "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]), "+f"(d[56]), "+f"(d[57]),
+                   "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
+}
+static __device__ __forceinline__ void wide_fence(void) { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+static __device__ __forceinline__ void wide_commit(void) {
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+template <int LEFT> static __device__ __forceinline__ void wide_wait(void) {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory");
+}
+/* Keeps the compiler from moving what reads or writes these registers past this point. */
+static __device__ __forceinline__ void wide_hold(float d[64]) {
+#pragma unroll
+    for (int i = 0; i < 64; i++) asm volatile("" : "+f"(d[i])::"memory");
+}
+static __device__ __forceinline__ void wide_hold_codes(uint32_t a[4][4]) {
+#pragma unroll
+    for (int i = 0; i < 16; i++) asm volatile("" : "+r"(a[i / 4][i % 4])::"memory");
+}
+
+/* The warpgroups issue the products of a segment in turns, 0 first: while one adds to its totals and reads its next
+ * codes, the other keeps the tensor cores busy. Left alone they would do both at the same time. */
+static __device__ __forceinline__ void wide_my_turn(int group) {
+    asm volatile("bar.sync %0, 256;" ::"r"(2 + group) : "memory");
+}
+static __device__ __forceinline__ void wide_your_turn(int group) {
+    asm volatile("bar.arrive %0, 256;" ::"r"(3 - group) : "memory");
+}
+
+template <cu_format F>
+static __device__ __forceinline__ void wide_codes(uint32_t a[4][4], const unsigned char *group, int lane) {
+    large_codes<F>(a, group, 0, lane);
+    large_codes<F>(a + 2, group, 1, lane);
+}
+/* The four products of a group. x: its 128 rows in shared memory; a row of B is 128 bytes, eight rows 1024. */
+static __device__ __forceinline__ void wide_group(float d[64], const uint32_t a[4][4], uint32_t x, bool first) {
+    const uint64_t b = (uint64_t)((x & 0x3ffffu) >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62;
+#pragma unroll
+    for (int s = 0; s < 4; s++) wide_product(d, a[s], b + 2 * s, !(first && s == 0));
+}
+
+/* Fill the ring for all tiles of the block. thread: 0..127. */
+template <cu_format F>
+static __device__ __forceinline__ void wide_fill(const large_args *a, uint32_t n_tile, uint32_t ring, uint32_t full,
+                                                 uint32_t empty, int thread) {
+    constexpr int N = wide_slots(F), SLOT = slot_bytes(F, WIDE_ROWS), BAND_BYTES = 2 * large_group_bytes(F);
+    const int row0 = thread / 8, piece = thread % 8, c = piece / 2, q = piece % 2;
+    const int32_t n_seg = a->w.n_seg;
+    uint32_t word[4]; /* where the four words of a piece go, from the slot's x on */
+#pragma unroll
+    for (int w = 0; w < 4; w++) word[w] = codes_bytes(F) + row0 * 128 + (((4 * q + w) ^ (row0 & 7)) << 4) + c * 4;
+    int slot = 0;
+    uint32_t parity = 1; /* the first time round nobody has to leave a slot */
+    for (uint32_t index = blockIdx.x; index < n_tile; index += gridDim.x) {
+        large_tile t;
+        if (!large_find(a, index, WIDE_ROWS, &t)) continue;
+        int32_t row[8]; /* of x, for rows row0 + 16 i of the tile; < 0: zeros */
+        uint4 v[2][8];
+        const cu_bf16 *x = a->x + piece * 8; /* of the segment to ask for */
+#pragma unroll
+        for (int i = 0; i < 8; i++) row[i] = large_row(a, &t, row0 + 16 * i);
+#pragma unroll
+        for (int k = 0; k < 16; k++) {
+            v[k / 8][k % 8] = make_uint4(0, 0, 0, 0);
+            large_l2(&v[k / 8][k % 8], x + row[k % 8] * a->ldx + k / 8 * 64, row[k % 8] >= 0);
+        }
+        for (int32_t seg = 0; seg < n_seg; seg++) {
+            const uint32_t to = ring + slot * SLOT, bar = full + slot * 8;
+            x += CU_SEGMENT;
+            bar_wait(empty + slot * 8, parity);
+            if (thread == 0) {
+                bar_expect(bar, codes_bytes(F));
+                for (int b = 0; b < LARGE_BANDS; b++) {
+                    const int32_t last = a->w.n_band - 1, band = t.band0 + b < last ? t.band0 + b : last;
+                    copy_bulk(to + b * BAND_BYTES, t.pack + ((int64_t)band * n_seg + seg) * BAND_BYTES, BAND_BYTES,
+                              bar);
+                }
+            }
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+#pragma unroll
+                for (int i = 0; i < 8; i++) {
+                    const uint4 p = v[half][i];
+                    const uint32_t put[4] = {p.x, p.y, p.z, p.w};
+#pragma unroll
+                    for (int w = 0; w < 4; w++)
+                        asm volatile(
+                            "st.shared.b32 [%0], %1;" ::"r"(to + word[w] + half * (WIDE_ROWS * 128) + i * 2048),
+                            "r"(put[w])
+                            : "memory");
+                }
+                if (seg + 1 < n_seg)
+#pragma unroll
+                    for (int i = 0; i < 8; i++) large_l2(&v[half][i], x + row[i] * a->ldx + half * 64, row[i] >= 0);
+            }
+            asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+            bar_arrive(bar);
+            if (++slot == N) slot = 0, parity ^= 1;
+        }
+    }
+}
+
+template <cu_format F>
+__global__ void __launch_bounds__(WIDE_THREADS, 1) large_wide(const __grid_constant__ large_args a) {
+    extern __shared__ __align__(1024) unsigned char memory[];
+    __shared__ __align__(8) uint64_t bars[2 * 4];
+    constexpr int N = wide_slots(F), SLOT = slot_bytes(F, WIDE_ROWS), GROUP = large_group_bytes(F);
+    const int group = threadIdx.x / 128, thread = threadIdx.x % 128;
+    const uint32_t n_tile = (uint32_t)a.n_tile_out * (uint32_t)a.n_tile_row;
+    const uint32_t memory_at = (uint32_t)__cvta_generic_to_shared(memory), skip = -memory_at & 1023;
+    const uint32_t ring_at = memory_at + skip, full = (uint32_t)__cvta_generic_to_shared(bars), empty = full + 4 * 8;
+    unsigned char *ring = memory + skip;
+
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < N; i++) {
+            bar_init(full + i * 8, 128); /* the threads of warpgroup 2; and the bytes that come by themselves */
+            bar_init(empty + i * 8, 8);  /* the warps of the others */
+        }
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+    __syncthreads();
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+
+    if (group == 2) {
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 104;");
+        wide_fill<F>(&a, n_tile, ring_at, full, empty, thread);
+    } else {
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 200;");
+        const int warp = thread / 32, lane = thread % 32, in_tile = warp * 2 + group;
+        float *swap = (float *)(ring + N * SLOT);
+        const int32_t n_seg = a.w.n_seg;
+        int slot = 0;
+        uint32_t parity = 0;
+        if (LARGE_TURNS && group == 1) wide_your_turn(group);
+        for (uint32_t index = blockIdx.x; index < n_tile; index += gridDim.x) {
+            large_tile t;
+            if (!large_find(&a, index, WIDE_ROWS, &t)) continue;
+            const int32_t band = t.band0 + in_tile, band_read = band < a.w.n_band ? band : a.w.n_band - 1;
+            float acc[64] = {}, total[64] = {};
+            uint32_t code[2][4][4];
+            bar_wait(full + slot * 8, parity);
+            wide_codes<F>(code[0], ring + slot * SLOT + in_tile * 2 * GROUP, lane);
+            for (int32_t seg = 0; seg < n_seg; seg++) {
+                const uint32_t x = ring_at + slot * SLOT + codes_bytes(F), left = empty + slot * 8;
+                float scale = 0.0f;
+                if (F == CU_F8) scale = __ldg(t.scale + (int64_t)band_read * n_seg + seg);
+                wide_hold(acc);
+                if (LARGE_TURNS) wide_my_turn(group);
+                wide_fence();
+                wide_group(acc, code[0], x, true);
+                wide_commit();
+                wide_codes<F>(code[1], ring + slot * SLOT + (in_tile * 2 + 1) * GROUP, lane);
+                wide_fence();
+                wide_group(acc, code[1], x + WIDE_ROWS * 128, false);
+                wide_commit();
+                if (LARGE_TURNS) wide_your_turn(group);
+                wide_wait<1>();
+                wide_hold_codes(code[0]);
+                if (++slot == N) slot = 0, parity ^= 1;
+                if (seg + 1 < n_seg) {
+                    bar_wait(full + slot * 8, parity);
+                    wide_codes<F>(code[0], ring + slot * SLOT + in_tile * 2 * GROUP, lane);
+                }
+                wide_wait<0>();
+                wide_hold(acc);
+                wide_hold_codes(code[1]);
+                __syncwarp();
+                if (lane == 0) bar_arrive(left);
+#pragma unroll
+                for (int i = 0; i < 64; i++)
+                    total[i] = F == CU_F8 ? __fmaf_rn(scale, acc[i], total[i]) : __fadd_rn(total[i], acc[i]);
+            }
+            if (F == CU_I8 || F == CU_I4) {
+                const float s0 = t.scale[band_read * CU_BAND + lane / 4],
+                            s8 = t.scale[band_read * CU_BAND + lane / 4 + 8];
+#pragma unroll
+                for (int i = 0; i < 64; i++) total[i] = __fmul_rn(total[i], i & 2 ? s8 : s0);
+            }
+            if (a.epilogue != CU_SWIGLU) {
+#pragma unroll
+                for (int i = 0; i < 4; i++) large_put<4>(&a, &t, total + i * 16, band, t.row + i * 32, lane);
+                continue;
+            }
+            /* The same thread of both groups has gate and up of the same outputs: group 0 ends rows 0..63. */
+            float *mine = swap + group * 32 * 128 + thread, *other = swap + (1 - group) * 32 * 128 + thread, got[32];
+#pragma unroll
+            for (int i = 0; i < 32; i++) mine[i * 128] = group ? total[i] : total[32 + i];
+            asm volatile("bar.sync 1, 256;" ::: "memory");
+#pragma unroll
+            for (int i = 0; i < 32; i++) got[i] = other[i * 128];
+            asm volatile("bar.sync 1, 256;" ::: "memory"); /* before the next tile's sums come */
+            if (group == 0) {
+#pragma unroll
+                for (int i = 0; i < 8; i++)
+                    large_put_swiglu(&a, &t, total + i * 4, got + i * 4, band / 2, t.row + i * 8, lane);
+            } else {
+#pragma unroll
+                for (int i = 0; i < 8; i++)
+                    large_put_swiglu(&a, &t, got + i * 4, total + 32 + i * 4, band / 2, t.row + 64 + i * 8, lane);
+            }
+        }
+        if (LARGE_TURNS && group == 0) wide_my_turn(group); /* the last one that the other gave */
+    }
+}
+
+/* ---- host -------------------------------------------------------------------------------------------------------- */
+
+/* Let a kernel have so much shared memory, once a device: bit d of *ready says that device d knows. */
+static cudaError_t shared_bytes(uint64_t *ready, const void *kernel, int bytes) {
+    int device;
+    cudaError_t e = cudaGetDevice(&device);
+    if (e != cudaSuccess || *ready >> device & 1) return e;
+    e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    if (e == cudaSuccess) *ready |= 1ull << device;
+    return e;
+}
+
+template <cu_format F, int ROWS> static cudaError_t launch(cudaStream_t s, const large_args *a) {
+    static uint64_t ready;
+    constexpr int BYTES = n_slot(F, ROWS) * slot_bytes(F, ROWS);
+    cudaError_t e = shared_bytes(&ready, (const void *)large_mma<F, ROWS>, BYTES);
+    if (e != cudaSuccess) return e;
+    const int64_t n_tile = (int64_t)a->n_tile_out * a->n_tile_row;
+    if (n_tile > INT32_MAX) return cudaErrorInvalidValue;
+    if (n_tile > 0) large_mma<F, ROWS><<<(unsigned)n_tile, THREADS, BYTES, s>>>(*a);
+    return cudaGetLastError();
+}
+
+template <cu_format F> static cudaError_t launch_wide(cudaStream_t s, const large_args *a, int n_core) {
+    static uint64_t ready;
+    constexpr int BYTES = wide_bytes(F);
+    cudaError_t e = shared_bytes(&ready, (const void *)large_wide<F>, BYTES);
+    if (e != cudaSuccess) return e;
+    const int64_t n_tile = (int64_t)a->n_tile_out * a->n_tile_row;
+    if (n_tile > INT32_MAX) return cudaErrorInvalidValue;
+    if (n_tile > 0) large_wide<F><<<(unsigned)(n_tile < n_core ? n_tile : n_core), WIDE_THREADS, BYTES, s>>>(*a);
+    return cudaGetLastError();
+}
+
+static cudaError_t n_core_get(int *n) {
+    static int n_core; /* multiprocessors */
+    cudaError_t e = cudaSuccess;
+    if (!n_core) {
+        int device;
+        e = cudaGetDevice(&device);
+        if (e == cudaSuccess) e = cudaDeviceGetAttribute(&n_core, cudaDevAttrMultiProcessorCount, device);
+    }
+    *n = n_core;
+    return e;
+}
+
+static cudaError_t launch_any(cudaStream_t s, const large_args *a, int rows, int n_core) {
+    const bool wide = rows == 128;
+    switch (LARGE_WGMMA && wide ? (int)a->w.format : CU_FORMATS) {
+    case CU_BF16: return launch_wide<CU_BF16>(s, a, n_core);
+    case CU_I8: return launch_wide<CU_I8>(s, a, n_core);
+    case CU_I4: return launch_wide<CU_I4>(s, a, n_core);
+    case CU_F8: return launch_wide<CU_F8>(s, a, n_core);
+    default: break;
+    }
+    switch (a->w.format) {
+    case CU_BF16: return wide ? launch<CU_BF16, 128>(s, a) : launch<CU_BF16, 64>(s, a);
+    case CU_I8: return wide ? launch<CU_I8, 128>(s, a) : launch<CU_I8, 64>(s, a);
+    case CU_I4: return wide ? launch<CU_I4, 128>(s, a) : launch<CU_I4, 64>(s, a);
+    case CU_F8: return wide ? launch<CU_F8, 128>(s, a) : launch<CU_F8, 64>(s, a);
+    }
+    return cudaErrorInvalidValue;
+}
+
+/* What the copies and stores rely on: whole 16-byte pieces of x, whole words of h, pairs where pairs are wanted. */
+static bool is_sound(const large_args *a) {
+    if (a->ldx % 8 != 0 || (uintptr_t)a->x % 16 != 0 || a->w.n_band < 1 || a->w.n_seg < 1) return false;
+    if (a->epilogue != CU_SWIGLU) return a->y != NULL && !a->w.pairs;
+    return a->h != NULL && a->w.pairs && a->w.n_band % 2 == 0 && a->ldh % 2 == 0 && (uintptr_t)a->h % 4 == 0;
+}
+
+cudaError_t cu_large_run(cudaStream_t s, const cu_job *j) {
+    int n_core;
+    cudaError_t e = n_core_get(&n_core);
+    if (e != cudaSuccess) return e;
+    if (j->x_f32) return cudaErrorInvalidValue;
+    large_args a = {};
+    a.w = j->w;
+    a.n_row = j->n_row;
+    a.epilogue = j->epilogue;
+    a.x = j->x, a.ldx = j->ldx;
+    a.y = j->y, a.ldy = j->ldy;
+    a.h = j->h, a.ldh = j->ldh;
+    if (!is_sound(&a)) return cudaErrorInvalidValue;
+    a.n_tile_out = (a.w.n_band + LARGE_BANDS - 1) / LARGE_BANDS;
+    /* Tiles of 128 rows where there are enough of them to keep every multiprocessor at work. */
+    const int rows = (int64_t)((a.n_row + 127) / 128) * a.n_tile_out >= n_core ? 128 : 64;
+    a.n_tile_row = (a.n_row + rows - 1) / rows;
+    return launch_any(s, &a, rows, n_core);
+}
+
+cudaError_t cu_large_grouped(cudaStream_t s, const cu_grouped_job *j) {
+    const cu_routes *r = j->routes;
+    int n_core;
+    cudaError_t e = n_core_get(&n_core);
+    if (e != cudaSuccess) return e;
+    if (r->tile_rows != 64 && r->tile_rows != 128) return cudaErrorInvalidValue;
+    large_args a = {};
+    a.w = j->shape;
+    a.experts = j->experts;
+    a.tile_expert = r->tile_expert, a.tile_place = r->tile_place, a.n_tile = r->n_tile, a.first = r->first;
+    a.place_entry = j->gather ? r->place_entry : NULL;
+    a.n_used = r->n_used;
+    a.n_row = j->n_row;
+    a.epilogue = j->epilogue;
+    a.x = j->x, a.ldx = j->ldx;
+    a.y = j->y, a.ldy = j->ldy;
+    a.h = j->h, a.ldh = j->ldh;
+    if (!is_sound(&a)) return cudaErrorInvalidValue;
+    a.n_tile_out = (a.w.n_band + LARGE_BANDS - 1) / LARGE_BANDS;
+    /* As many tiles as these rows can fill at this tile size, whatever cu_tile_rows says of it. */
+    const int64_t n = (int64_t)j->n_row * r->n_used, full = n / r->tile_rows + r->n_expert;
+    a.n_tile_row = (int32_t)(full < n ? full : n);
+    return launch_any(s, &a, r->tile_rows, n_core);
+}

@@ -1,0 +1,166 @@
+/* What the kernels for many rows share: the arguments of a launch, which tile a block has, and what becomes of the
+ * sums. Device code only; included by cu_large.cu.
+ *
+ * A tile is LARGE_BANDS bands of outputs times 64 or 128 rows. Rows are those of x (plain) or places of one expert. */
+#ifndef ERN_BACKEND_CUDA_CU_LARGE_KERNEL_CUH
+#define ERN_BACKEND_CUDA_CU_LARGE_KERNEL_CUH
+
+#include "backend/cuda/cu_device.cuh"
+
+enum {
+    LARGE_BANDS = 8,  /* bands of a tile: 128 outputs */
+    LARGE_SUPER = 16, /* row tiles that are walked together past all outputs, so that L2 holds both sides */
+};
+
+typedef struct large_args {
+    cu_linear w;              /* plain: the linear; grouped: its shape */
+    const cu_linear *experts; /* NULL: plain */
+    const int32_t *tile_expert, *tile_place, *n_tile, *first;
+    const int32_t *place_entry; /* NULL: row p of x belongs to place p */
+    int32_t n_used;
+    int32_t n_row;
+    int32_t n_tile_out, n_tile_row;
+    cu_epilogue epilogue;
+    const cu_bf16 *x;
+    int64_t ldx;
+    float *y;
+    int64_t ldy;
+    cu_bf16 *h;
+    int64_t ldh;
+} large_args;
+
+typedef struct large_tile {
+    const unsigned char *pack;
+    const float *scale;
+    int32_t band0;        /* first band */
+    int32_t row, row_end; /* rows (places) row .. row_end-1 */
+} large_tile;
+
+static __host__ __device__ constexpr int large_group_bytes(cu_format f) {
+    return f == CU_BF16 ? 2048 : f == CU_I4 ? 512 : 1024;
+}
+
+/* From L2: what earlier kernels of the step wrote. Volatile, so that it stays behind the wait for them. v is left as it
+ * is unless `there`. */
+static __device__ __forceinline__ void large_l2(uint4 *v, const void *p, bool there) {
+    asm volatile("{.reg .pred p; setp.ne.b32 p, %4, 0; @p ld.global.cg.v4.u32 {%0,%1,%2,%3}, [%5];}"
+                 : "+r"(v->x), "+r"(v->y), "+r"(v->z), "+r"(v->w)
+                 : "r"((int)there), "l"(p));
+}
+static __device__ __forceinline__ int32_t large_l2i(const int32_t *p) {
+    int32_t v;
+    asm volatile("ld.global.cg.s32 %0, [%1];" : "=r"(v) : "l"(p));
+    return v;
+}
+
+/* Tile `index`; false: there is none. They run through LARGE_SUPER row tiles first, then to the next outputs. */
+static __device__ __forceinline__ bool large_find(const large_args *a, uint32_t index, int rows, large_tile *t) {
+    const uint32_t span = (uint32_t)a->n_tile_out * LARGE_SUPER, super = index / span, at = index % span;
+    const uint32_t left = (uint32_t)a->n_tile_row - super * LARGE_SUPER, high = left < LARGE_SUPER ? left : LARGE_SUPER;
+    const int32_t tile_row = (int32_t)(super * LARGE_SUPER + at % high);
+    t->band0 = (int32_t)(at / high) * LARGE_BANDS;
+    if (a->experts) {
+        if (tile_row >= large_l2i(a->n_tile)) return false;
+        const int32_t e = large_l2i(a->tile_expert + tile_row), end = large_l2i(a->first + e + 1);
+        t->row = large_l2i(a->tile_place + tile_row);
+        t->row_end = t->row + rows < end ? t->row + rows : end;
+        t->pack = (const unsigned char *)a->experts[e].pack;
+        t->scale = a->experts[e].scale;
+    } else {
+        t->row = tile_row * rows;
+        t->row_end = t->row + rows < a->n_row ? t->row + rows : a->n_row;
+        t->pack = (const unsigned char *)a->w.pack;
+        t->scale = a->w.scale;
+    }
+    return true;
+}
+
+/* Row of x that row i of the tile multiplies; -1: none, zeros instead. */
+static __device__ __forceinline__ int32_t large_row(const large_args *a, const large_tile *t, int i) {
+    const int32_t p = t->row + i;
+    if (p >= t->row_end) return -1;
+    return a->place_entry ? large_l2i(a->place_entry + p) / a->n_used : p;
+}
+
+/* ---- the A operand: codes of one half of a group (products 2 h, 2 h + 1) ------------------------------------------
+ */
+
+template <cu_format F>
+static __device__ __forceinline__ void large_codes(uint32_t a[2][4], const unsigned char *group, int h, int lane) {
+    if (F == CU_BF16) {
+#pragma unroll
+        for (int k = 0; k < 2; k++) {
+            const uint4 v = *(const uint4 *)(group + (2 * h + k) * 512 + lane * 16);
+            a[k][0] = v.x, a[k][1] = v.y, a[k][2] = v.z, a[k][3] = v.w;
+        }
+    } else if (F == CU_I4) {
+        const uint4 v = *(const uint4 *)(group + lane * 16); /* of both halves: the compiler reads it once */
+        const uint32_t word[2] = {h ? v.z : v.x, h ? v.w : v.y};
+#pragma unroll
+        for (int k = 0; k < 2; k++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) a[k][i] = cu_i4_pair(word[k] >> (4 * i));
+    } else {
+        const uint4 v = *(const uint4 *)(group + h * 512 + lane * 16);
+        const uint32_t word[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            const uint32_t w = word[i / 2] >> (i % 2 * 8);
+            a[i / 4][i % 4] = F == CU_I8 ? cu_i8_pair(w) : cu_f8_pair(w);
+        }
+    }
+}
+
+/* ---- what becomes of the sums -------------------------------------------------------------------------------------
+ *
+ * A thread has t[0..3] of an m16n8 square: outputs g, g, g + 8, g + 8 of rows 2c, 2c + 1, 2c, 2c + 1. */
+
+/* N squares of band `band`, one below the other from row `row` on: y = or += them. What is added to is read as a whole
+ * first: one wait, not one a number. */
+template <int N>
+static __device__ __forceinline__ void large_put(const large_args *a, const large_tile *tile, const float t[N * 4],
+                                                 int32_t band, int32_t row, int lane) {
+    const int32_t out = band * CU_BAND + lane / 4, row0 = row + 2 * (lane & 3), left = tile->row_end - row0;
+    float *y = a->y + row0 * a->ldy + out, old[N * 4];
+    const bool there[2] = {out < a->w.n_out, out + 8 < a->w.n_out}, add = a->epilogue == CU_ADD;
+    if (add) {
+#pragma unroll
+        for (int i = 0; i < N * 4; i++)
+            if (i / 4 * 8 + (i & 1) < left && there[i / 2 & 1])
+                old[i] = y[(i / 4 * 8 + (i & 1)) * a->ldy + (i & 2) * 4];
+    }
+#pragma unroll
+    for (int i = 0; i < N * 4; i++)
+        if (i / 4 * 8 + (i & 1) < left && there[i / 2 & 1])
+            y[(i / 4 * 8 + (i & 1)) * a->ldy + (i & 2) * 4] = add ? __fadd_rn(old[i], t[i]) : t[i];
+}
+
+static __device__ __forceinline__ float large_swiglu(float gate, float up) {
+    return __fmul_rn(__fdiv_rn(gate, __fadd_rn(1.0f, expf(-gate))), up);
+}
+
+/* The square of pair `pair` of bands, whose first row is `row`. Lanes of neighbouring outputs trade rows, so that each
+ * stores two outputs of one row as a word. All lanes call. */
+static __device__ __forceinline__ void large_put_swiglu(const large_args *a, const large_tile *tile,
+                                                        const float gate[4], const float up[4], int32_t pair,
+                                                        int32_t row, int lane) {
+    uint32_t v[2]; /* of rows 2c, 2c + 1: output g low, g + 8 high */
+#pragma unroll
+    for (int i = 0; i < 2; i++) v[i] = cu_round2(large_swiglu(gate[i], up[i]), large_swiglu(gate[2 + i], up[2 + i]));
+    const bool odd = lane & 4;
+    const uint32_t got = __shfl_xor_sync(0xffffffffu, odd ? v[0] : v[1], 4), mine = odd ? v[1] : v[0];
+    const uint32_t low = odd ? got : mine, high = odd ? mine : got; /* of the even and the odd output */
+    const int32_t r = row + 2 * (lane & 3) + odd, out = pair * CU_BAND + (lane / 4 & 6);
+    if (r >= tile->row_end) return;
+    cu_bf16 *h = a->h + r * a->ldh + out;
+#pragma unroll
+    for (int i = 0; i < 2; i++, h += 8) {
+        const uint32_t two = __byte_perm(low, high, i ? 0x7632 : 0x5410);
+        if (out + 8 * i + 1 < a->w.n_out)
+            *(uint32_t *)h = two;
+        else if (out + 8 * i < a->w.n_out)
+            *h = (cu_bf16)two;
+    }
+}
+
+#endif

@@ -1,0 +1,45 @@
+/* Launching a kernel that begins while the one before it still runs (programmatic dependent launch), and clusters.
+ *
+ *   device  cu_launch_next()    from here on the next kernel may take what room is left on the chip
+ *           cu_wait_previous()  all earlier kernels of the stream are done and their writes are seen
+ * A kernel launched `early` reads weights as it likes (they were written before the stream was last waited for), but
+ * calls cu_wait_previous in every block, before it reads what an earlier kernel wrote and before it writes anything an
+ * earlier kernel may still read. Both are harmless in a kernel that was launched without. A kernel that never calls
+ * cu_launch_next lets the next begin when it ends. */
+#ifndef ERN_BACKEND_CUDA_CU_LAUNCH_CUH
+#define ERN_BACKEND_CUDA_CU_LAUNCH_CUH
+
+#include <cuda_runtime.h>
+#include <stddef.h>
+
+static __device__ __forceinline__ void cu_launch_next(void) {
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+static __device__ __forceinline__ void cu_wait_previous(void) { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
+/* fn: a __global__ function; args: pointers to its parameters. early: it may begin before the kernel in front of it
+ * ends. n_rank: blocks of a cluster along x (grid.x is a multiple of it). */
+static inline cudaError_t cu_launch(cudaStream_t s, const void *fn, dim3 grid, unsigned n_thread, size_t shared_bytes,
+                                    bool early, unsigned n_rank, void **args) {
+    cudaLaunchConfig_t config = {};
+    cudaLaunchAttribute attr[2] = {};
+    config.gridDim = grid;
+    config.blockDim = dim3(n_thread, 1, 1);
+    config.dynamicSmemBytes = shared_bytes;
+    config.stream = s;
+    config.attrs = attr;
+    if (early) {
+        attr[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        attr[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
+    }
+    if (n_rank > 1) {
+        attr[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
+        attr[config.numAttrs].val.clusterDim.x = n_rank;
+        attr[config.numAttrs].val.clusterDim.y = 1;
+        attr[config.numAttrs++].val.clusterDim.z = 1;
+    }
+    cudaError_t e = cudaLaunchKernelExC(&config, fn, args);
+    return e != cudaSuccess ? e : cudaGetLastError();
+}
+
+#endif

@@ -1,0 +1,540 @@
+/* The router of a layer of experts, the sort of its entries, and the sum of the experts' outputs.
+ *
+ * A logit is one dot product in f32 whose order depends on n_hidden alone: columns are cut in PARTS = 4 runs of
+ * part = 32 ceil(D / 128) columns; in a part, slice j of SLICES = 8 adds columns 4 j .. 4 j + 3 of each run of 32, in
+ * order, with fma; slices meet in the tree 4, 2, 1; parts are added first to last; the row's 1 / sqrt(mean + eps) comes
+ * last: logit = scale * sum(router * (x * norm_w)). The squares of the row are added in the same order. Few rows: a
+ * warp a logit, a lane a (part, slice) (few_logits). Many: a lane a slice, tiles in registers (many_logits). Columns
+ * beyond the row count as zeros, which change no bit.
+ * Two launches for few rows, three for many. n_hidden is a multiple of 4; rows start at multiples of 16 bytes. */
+#include "backend/cuda/cu_device.cuh"
+
+enum {
+    PARTS = 4,
+    SLICES = 8,
+    EXPERTS_MAX = 512,
+    USED_MAX = 16,
+    LIST_THREADS = 256,   /* of a block of choose_many and of place_entries */
+    CHOOSE_ROWS = 32,     /* rows of a block of choose_many */
+    PLACE_ENTRIES = 1024, /* entries of a block of place_entries */
+    FEW_WARPS = 32,       /* most warps of choose_few's one block */
+    FEW_ROWS_A_WARP = 4,
+    FEW_ROWS = FEW_WARPS * FEW_ROWS_A_WARP,
+    TILED_ROWS = 192, /* from here on, logits are tiled: 16 x 16 */
+    WIDE_ROWS = 2048, /* from here on, 32 x 64 */
+    COMBINE_THREADS = 128
+};
+
+/* The kernel before may still run when this one starts: its results are there after this line. The next one may start
+ * as well: it waits in the same way. The clobber keeps loads below. */
+static __device__ __forceinline__ void after_previous(void) {
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+
+static __host__ __device__ __forceinline__ int32_t part_columns(int32_t n_hidden) {
+    return (n_hidden + 32 * PARTS - 1) / (32 * PARTS) * 32;
+}
+
+/* scratch: entries of an expert [E], next free place of an expert [E], blocks that are done [1]. The launch of the
+ * logits clears it for the next. */
+static __device__ __forceinline__ void clear_scratch(int32_t *scratch, int32_t n_expert) {
+    if (blockIdx.x != 0 || blockIdx.y != 0) return;
+    for (int32_t i = (int32_t)threadIdx.x; i < 2 * n_expert + 1; i += (int32_t)blockDim.x) scratch[i] = 0;
+}
+
+/* ---- logits -------------------------------------------------------------------------------------------------------
+ */
+
+static __device__ __forceinline__ float4 zero4(void) { return make_float4(0.0f, 0.0f, 0.0f, 0.0f); }
+static __device__ __forceinline__ float4 times(float4 x, uint2 w) { /* w: four bf16, the first in the lowest bits */
+    return make_float4(__fmul_rn(x.x, __uint_as_float(w.x << 16)), __fmul_rn(x.y, __uint_as_float(w.x & 0xffff0000u)),
+                       __fmul_rn(x.z, __uint_as_float(w.y << 16)), __fmul_rn(x.w, __uint_as_float(w.y & 0xffff0000u)));
+}
+static __device__ __forceinline__ float add_products(float4 a, float4 b, float sum) {
+    sum = __fmaf_rn(a.x, b.x, sum);
+    sum = __fmaf_rn(a.y, b.y, sum);
+    sum = __fmaf_rn(a.z, b.z, sum);
+    return __fmaf_rn(a.w, b.w, sum);
+}
+/* The tree over slices, lanes 8 i .. 8 i + 7. */
+static __device__ __forceinline__ float slices_sum(float v) {
+    for (int d = SLICES / 2; d > 0; d >>= 1) v = __fadd_rn(v, __shfl_xor_sync(0xffffffffu, v, d));
+    return v;
+}
+/* Lane 8 part + slice holds its share: the whole sum, in every lane. */
+static __device__ __forceinline__ float parts_sum(float v) {
+    v = slices_sum(v);
+    float sum = 0.0f;
+#pragma unroll
+    for (int p = 0; p < PARTS; p++) sum = __fadd_rn(sum, __shfl_sync(0xffffffffu, v, p * SLICES));
+    return sum;
+}
+
+/* A warp: one expert, ROWS rows; BATCH loads of 16 bytes of each in flight. Grid: experts / warps, rows / ROWS. */
+template <int ROWS, int BATCH>
+static __global__ void __launch_bounds__(ROWS == 1 ? 64 : 256)
+    few_logits(cu_route_job j, float *logit, int32_t *scratch, int32_t n_expert) {
+    after_previous();
+    clear_scratch(scratch, n_expert);
+    const int lane = threadIdx.x & 31;
+    const int32_t expert = (int32_t)(blockIdx.x * (blockDim.x >> 5) + (threadIdx.x >> 5)), D = j.n_hidden;
+    if (expert >= n_expert) return;
+    const int32_t part = part_columns(D), first = lane / SLICES * part, row0 = (int32_t)blockIdx.y * ROWS;
+    const int32_t end = first + part < D ? first + part : D;
+    const float *w = j.router + (int64_t)expert * D;
+    const uint32_t zero = cu_hidden_zero(D);
+    const float *x_row[ROWS];
+    float sum[ROWS], square[ROWS];
+#pragma unroll
+    for (int r = 0; r < ROWS; r++) { /* rows beyond the last are the last once more */
+        x_row[r] = j.x + (int64_t)(row0 + r < j.n_row ? row0 + r : j.n_row - 1) * D;
+        sum[r] = square[r] = 0.0f;
+    }
+    for (int32_t from = 0; from < part; from += 32 * BATCH) { /* all lanes take all steps */
+        float4 a[BATCH], x[ROWS][BATCH];
+        uint2 norm[BATCH];
+#pragma unroll
+        for (int k = 0; k < BATCH; k++) {
+            const int32_t i = first + from + k * 32 + lane % SLICES * 4;
+            norm[k] = *(const uint2 *)(j.norm_w + (i < end ? i : 0)); /* beyond the end x is zero */
+            a[k] = cu_load4(w, i, end);
+#pragma unroll
+            for (int r = 0; r < ROWS; r++) x[r][k] = cu_load4(x_row[r], i, end);
+        }
+#pragma unroll
+        for (int r = 0; r < ROWS; r++) {
+            square[r] = cu_after(square[r], x[r], BATCH, zero);
+            sum[r] = cu_after(sum[r], a, BATCH, zero);
+        }
+#pragma unroll
+        for (int k = 0; k < BATCH; k++) {
+#pragma unroll
+            for (int r = 0; r < ROWS; r++) {
+                square[r] = cu_add_squares(x[r][k], square[r]);
+                sum[r] = add_products(times(x[r][k], norm[k]), a[k], sum[r]);
+            }
+        }
+    }
+#pragma unroll
+    for (int r = 0; r < ROWS; r++) {
+        const float scale = cu_norm_scale(parts_sum(square[r]), D, j.eps), all = parts_sum(sum[r]);
+        if (lane == 0 && row0 + r < j.n_row) logit[(int64_t)(row0 + r) * n_expert + expert] = __fmul_rn(all, scale);
+    }
+}
+
+/* 16 bytes from global to shared memory; !in: zeros (from is not read). */
+static __device__ __forceinline__ void copy16(float *to, const float *from, bool in) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"((uint32_t)__cvta_generic_to_shared(to)),
+                 "l"(from), "r"(in ? 16 : 0)
+                 : "memory");
+}
+
+/* N sums of each of the eight slices (v of lanes 8 i .. 8 i + 7) to N / 8 sums in each of those lanes: lane with slice
+ * s gets numbers s N / 8 .. of v, in v[0 ..]. Additions as slices_sum has them. */
+template <int N, int DISTANCE = SLICES / 2> static __device__ __forceinline__ void fold_slices(float *v) {
+    const bool up = threadIdx.x & DISTANCE;
+#pragma unroll
+    for (int k = 0; k < N / 2; k++) {
+        const float keep = up ? v[k + N / 2] : v[k], give = up ? v[k] : v[k + N / 2];
+        v[k] = __fadd_rn(keep, __shfl_xor_sync(0xffffffffu, give, DISTANCE));
+    }
+    if constexpr (DISTANCE > 1) fold_slices<N / 2, DISTANCE / 2>(v);
+}
+
+/* Tiles of R x X logits of a lane's slice; a warp is 8 slices x (2 x 2) tiles, a block WR x WX warps:
+ *
+ *   lane = slice + 8 (r + 2 x)      rows of a block 2 R WR, experts 2 X WX
+ *
+ * Columns pass in steps of 32 through STAGES buffers in shared memory, [row or expert][32] f32 (a row is the 32 banks:
+ * eight lanes with 16 bytes each read it without conflict). A thread multiplies the numbers of x that it copied by
+ * norm_w before the others read them, and adds their squares: it has one row and one slice all the way.
+ * Grid: rows, experts. */
+template <int R, int X, int WR, int WX, int STAGES>
+static __global__ void __launch_bounds__(32 * WR * WX, WR *WX == 8 ? 2 : 4)
+    many_logits(cu_route_job j, float *logit, int32_t *scratch, int32_t n_expert) {
+    enum { THREADS = 32 * WR * WX, ROWS = 2 * R * WR, EXPERTS = 2 * X * WX, W_COPIES = EXPERTS * SLICES / THREADS };
+    static_assert(ROWS * SLICES == THREADS, "a thread copies one piece of x a step");
+    static_assert(EXPERTS * SLICES % THREADS == 0 && R * X % SLICES == 0, "");
+    __shared__ __align__(16) float xs[STAGES][ROWS * 32];
+    __shared__ __align__(16) float ws[STAGES][EXPERTS * 32];
+    __shared__ float scales[ROWS];
+    after_previous();
+    clear_scratch(scratch, n_expert);
+    const int32_t D = j.n_hidden, n_step = (D + 31) / 32, part_steps = part_columns(D) / 32;
+    const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5, slice = lane & 7;
+    const int32_t row0 = (int32_t)blockIdx.x * ROWS, expert0 = (int32_t)blockIdx.y * EXPERTS;
+
+    /* what this thread copies: piece thread % 8 of row thread / 8, the same of its experts */
+    const int32_t copy_column = thread % SLICES * 4, copy_row = row0 + thread / SLICES;
+    const bool copy_row_in = copy_row < j.n_row;
+    const float *x_from = j.x + (int64_t)(copy_row_in ? copy_row : 0) * D;
+    const auto copy_step = [&](int32_t step) {
+        if (step < n_step) {
+            const int32_t column = step * 32 + copy_column;
+            const bool in = column < D;
+            float *x_to = xs[step % STAGES], *w_to = ws[step % STAGES];
+            copy16(x_to + thread * 4, in ? x_from + column : j.x, in && copy_row_in);
+#pragma unroll
+            for (int k = 0; k < W_COPIES; k++) {
+                const int piece = k * THREADS + thread;
+                const int32_t expert = expert0 + piece / SLICES;
+                const bool good = in && expert < n_expert;
+                copy16(w_to + piece * 4, good ? j.router + (int64_t)expert * D + column : j.router, good);
+            }
+        }
+        asm volatile("cp.async.commit_group;" ::: "memory"); /* an empty group counts as well */
+    };
+    const auto norm_of = [&](int32_t step) {
+        const int32_t column = step * 32 + copy_column;
+        return column < D ? *(const uint2 *)(j.norm_w + column) : make_uint2(0u, 0u);
+    };
+
+    /* what this thread adds up */
+    const int tile_row = (warp % WR * 2 + ((lane >> 3) & 1)) * R, tile_expert = (warp / WR * 2 + (lane >> 4)) * X;
+    float sum[R * X], total[R * X / SLICES], square = 0.0f, square_total = 0.0f;
+#pragma unroll
+    for (int k = 0; k < R * X; k++) sum[k] = 0.0f;
+#pragma unroll
+    for (int k = 0; k < R * X / SLICES; k++) total[k] = 0.0f;
+
+    for (int32_t step = 0; step < STAGES - 1; step++) copy_step(step);
+    uint2 norm = norm_of(0);
+    int32_t left = part_steps; /* of the part */
+    for (int32_t step = 0; step < n_step; step++) {
+        asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 2) : "memory");
+        float *own = xs[step % STAGES] + thread * 4;
+        const float4 x_own = *(const float4 *)own;
+        square = cu_add_squares(x_own, square);
+        *(float4 *)own = times(x_own, norm);
+        __syncthreads(); /* the step is whole; nobody reads the buffer of the step before any more */
+        copy_step(step + STAGES - 1);
+        norm = norm_of(step + 1);
+        const float *xt = xs[step % STAGES] + tile_row * 32 + slice * 4;
+        const float *wt = ws[step % STAGES] + tile_expert * 32 + slice * 4;
+        float4 w[X];
+#pragma unroll
+        for (int e = 0; e < X; e++) w[e] = *(const float4 *)(wt + e * 32);
+#pragma unroll
+        for (int r = 0; r < R; r++) {
+            const float4 x = *(const float4 *)(xt + r * 32);
+#pragma unroll
+            for (int e = 0; e < X; e++) sum[r * X + e] = add_products(x, w[e], sum[r * X + e]);
+        }
+        if (--left > 0 && step + 1 < n_step) continue;
+        left = part_steps;
+        fold_slices<R * X>(sum);
+#pragma unroll
+        for (int k = 0; k < R * X / SLICES; k++) total[k] = __fadd_rn(total[k], sum[k]);
+#pragma unroll
+        for (int k = 0; k < R * X; k++) sum[k] = 0.0f;
+        square_total = __fadd_rn(square_total, slices_sum(square));
+        square = 0.0f;
+    }
+
+    if (thread % SLICES == 0) scales[thread / SLICES] = cu_norm_scale(square_total, D, j.eps);
+    __syncthreads();
+#pragma unroll
+    for (int k = 0; k < R * X / SLICES; k++) {
+        const int at = slice * (R * X / SLICES) + k, r = tile_row + at / X;
+        const int32_t row = row0 + r, expert = expert0 + tile_expert + at % X;
+        if (row < j.n_row && expert < n_expert)
+            logit[(int64_t)row * n_expert + expert] = __fmul_rn(total[k], scales[r]);
+    }
+}
+
+/* ---- choice -------------------------------------------------------------------------------------------------------
+ */
+
+/* Numbers in the order of floats, NaN somewhere, never 0. */
+static __device__ __forceinline__ uint32_t rank_key(float f) {
+    const uint32_t bits = __float_as_uint(f), key = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+    return key > 0u ? key : 1u;
+}
+
+/* One row by one warp: softmax, the K best of prob + bias, shares. Lane l has experts l + 32 q, q < Q. Lane r < K
+ * returns the expert of rank r and writes it and its share. */
+template <int Q>
+static __device__ __forceinline__ int32_t choose_row(const cu_routes &r, const float *bias, float norm_min,
+                                                     int32_t row) {
+    const int lane = threadIdx.x & 31;
+    const int32_t E = r.n_expert, K = r.n_used;
+    const float *logit = r.logit + (int64_t)row * E;
+    float prob[Q], top = -INFINITY, sum = 0.0f;
+    uint32_t key[Q];
+#pragma unroll
+    for (int q = 0; q < Q; q++) {
+        prob[q] = lane + 32 * q < E ? logit[lane + 32 * q] : -INFINITY;
+        top = fmaxf(top, prob[q]);
+    }
+    for (int d = 16; d > 0; d >>= 1) top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, d));
+#pragma unroll
+    for (int q = 0; q < Q; q++) {
+        prob[q] = lane + 32 * q < E ? expf(__fsub_rn(prob[q], top)) : 0.0f;
+        sum = __fadd_rn(sum, prob[q]);
+    }
+    sum = cu_warp_sum(sum);
+#pragma unroll
+    for (int q = 0; q < Q; q++) {
+        const int32_t e = lane + 32 * q;
+        prob[q] = __fdiv_rn(prob[q], sum);
+        key[q] = e < E ? rank_key(bias ? __fadd_rn(prob[q], bias[e]) : prob[q]) : 0u; /* 0: not to be chosen */
+    }
+    int32_t mine = 0;
+    float mine_prob = 0.0f, chosen_sum = 0.0f;
+    for (int32_t rank = 0; rank < K; rank++) {
+        uint32_t best = 0u, best_id = 0xffffffffu;
+#pragma unroll
+        for (int q = 0; q < Q; q++) best = key[q] > best ? key[q] : best;
+        best = __reduce_max_sync(0xffffffffu, best);
+#pragma unroll
+        for (int q = Q - 1; q >= 0; q--)
+            if (key[q] == best) best_id = (uint32_t)(lane + 32 * q);
+        best_id = __reduce_min_sync(0xffffffffu, best_id);
+        float p = 0.0f;
+#pragma unroll
+        for (int q = 0; q < Q; q++) {
+            p = best_id / 32u == (uint32_t)q ? prob[q] : p;
+            key[q] = best_id == (uint32_t)(lane + 32 * q) ? 0u : key[q];
+        }
+        p = __shfl_sync(0xffffffffu, p, (int)(best_id % 32u));
+        chosen_sum = __fadd_rn(chosen_sum, p);
+        if (lane == rank) {
+            mine = (int32_t)best_id;
+            mine_prob = p;
+        }
+    }
+    if (lane < K) {
+        r.chosen[(int64_t)row * K + lane] = mine;
+        r.share[(int64_t)row * K + lane] = __fdiv_rn(mine_prob, chosen_sum < norm_min ? norm_min : chosen_sum);
+    }
+    return mine;
+}
+
+/* By a whole block, from the number of entries of each expert: first (also to `start`, shared), tiles, their number.
+ * tile_start [E + 1] shared. Ends with a barrier. */
+static __device__ void list_tiles(const cu_routes &r, const int32_t *count, int32_t *start, int32_t *tile_start) {
+    const int32_t E = r.n_expert, lane = (int32_t)(threadIdx.x & 31), warp = (int32_t)(threadIdx.x >> 5);
+    if (warp == 0) { /* a lane sums a run of experts, then lanes are summed, then it goes over its run again */
+        const int32_t run = (E + 31) / 32, low = lane * run < E ? lane * run : E, high = low + run < E ? low + run : E;
+        int32_t n = 0, n_tile = 0;
+        for (int32_t e = low; e < high; e++) {
+            n += count[e];
+            n_tile += (count[e] + r.tile_rows - 1) / r.tile_rows;
+        }
+        int32_t before = n, tiles_before = n_tile;
+        for (int d = 1; d < 32; d <<= 1) {
+            const int32_t a = __shfl_up_sync(0xffffffffu, before, d), b = __shfl_up_sync(0xffffffffu, tiles_before, d);
+            if (lane >= d) {
+                before += a;
+                tiles_before += b;
+            }
+        }
+        if (lane == 31) {
+            start[E] = r.first[E] = before;
+            tile_start[E] = *r.n_tile = tiles_before;
+        }
+        before -= n;
+        tiles_before -= n_tile;
+        for (int32_t e = low; e < high; e++) {
+            start[e] = r.first[e] = before;
+            tile_start[e] = tiles_before;
+            before += count[e];
+            tiles_before += (count[e] + r.tile_rows - 1) / r.tile_rows;
+        }
+    }
+    __syncthreads();
+    for (int32_t e = warp; e < E; e += (int32_t)(blockDim.x >> 5)) {
+        const int32_t at = tile_start[e], n = tile_start[e + 1] - at;
+        for (int32_t i = lane; i < n; i += 32) {
+            r.tile_expert[at + i] = e;
+            r.tile_place[at + i] = start[e] + i * r.tile_rows;
+        }
+    }
+    __syncthreads();
+}
+
+/* At most FEW_ROWS rows: choice and sort by one block. */
+template <int Q>
+static __global__ void __launch_bounds__(32 * FEW_WARPS)
+    choose_few(cu_routes r, const float *bias, float norm_min, int32_t n_row) {
+    __shared__ int32_t count[EXPERTS_MAX], start[EXPERTS_MAX + 1], tile_start[EXPERTS_MAX + 1];
+    after_previous();
+    const int32_t lane = (int32_t)(threadIdx.x & 31), warp = (int32_t)(threadIdx.x >> 5);
+    const int32_t n_warp = (int32_t)(blockDim.x >> 5);
+    for (int32_t e = (int32_t)threadIdx.x; e < r.n_expert; e += (int32_t)blockDim.x) count[e] = 0;
+    __syncthreads();
+    int32_t expert[FEW_ROWS_A_WARP], nth[FEW_ROWS_A_WARP]; /* of lane < K: of the row's entry of that rank */
+#pragma unroll
+    for (int k = 0; k < FEW_ROWS_A_WARP; k++) {
+        const int32_t row = warp + k * n_warp;
+        expert[k] = nth[k] = 0;
+        if (row >= n_row) continue;
+        expert[k] = choose_row<Q>(r, bias, norm_min, row);
+        if (lane < r.n_used) nth[k] = atomicAdd(&count[expert[k]], 1);
+    }
+    __syncthreads();
+    list_tiles(r, count, start, tile_start);
+#pragma unroll
+    for (int k = 0; k < FEW_ROWS_A_WARP; k++) {
+        const int32_t row = warp + k * n_warp;
+        if (row >= n_row || lane >= r.n_used) continue;
+        const int32_t entry = row * r.n_used + lane, place = start[expert[k]] + nth[k];
+        r.place_entry[place] = entry;
+        r.entry_place[entry] = place;
+    }
+}
+
+/* Any number of rows: choice and count; the block that is done last lists the tiles. */
+template <int Q>
+static __global__ void __launch_bounds__(LIST_THREADS)
+    choose_many(cu_routes r, const float *bias, float norm_min, int32_t n_row) {
+    __shared__ int32_t count[EXPERTS_MAX], start[EXPERTS_MAX + 1], tile_start[EXPERTS_MAX + 1];
+    __shared__ bool last;
+    after_previous();
+    const int32_t thread = (int32_t)threadIdx.x, lane = thread & 31, E = r.n_expert;
+    int32_t *all_count = r.scratch, *next_place = r.scratch + E, *done = r.scratch + 2 * E;
+    for (int32_t e = thread; e < E; e += LIST_THREADS) count[e] = 0;
+    __syncthreads();
+    for (int32_t k = thread >> 5; k < CHOOSE_ROWS; k += LIST_THREADS / 32) {
+        const int32_t row = (int32_t)blockIdx.x * CHOOSE_ROWS + k;
+        if (row >= n_row) break;
+        const int32_t expert = choose_row<Q>(r, bias, norm_min, row);
+        if (lane < r.n_used) atomicAdd(&count[expert], 1);
+    }
+    __syncthreads();
+    for (int32_t e = thread; e < E; e += LIST_THREADS)
+        if (count[e] > 0) atomicAdd(&all_count[e], count[e]);
+    __threadfence(); /* the counts are out before the block is counted as done */
+    __syncthreads();
+    if (thread == 0) last = atomicAdd(done, 1) == (int32_t)gridDim.x - 1;
+    __syncthreads();
+    if (!last) return;
+    __threadfence();
+    for (int32_t e = thread; e < E; e += LIST_THREADS) count[e] = atomicAdd(&all_count[e], 0);
+    __syncthreads();
+    list_tiles(r, count, start, tile_start);
+    for (int32_t e = thread; e < E; e += LIST_THREADS) next_place[e] = start[e];
+}
+
+/* Entries to their places: a block takes a run of places of each expert for its entries at once. */
+static __global__ void __launch_bounds__(LIST_THREADS) place_entries(cu_routes r, int32_t n_entry) {
+    __shared__ int32_t count[EXPERTS_MAX], base[EXPERTS_MAX];
+    after_previous();
+    const int32_t thread = (int32_t)threadIdx.x, E = r.n_expert, entry0 = (int32_t)blockIdx.x * PLACE_ENTRIES + thread;
+    int32_t *next_place = r.scratch + E, expert[PLACE_ENTRIES / LIST_THREADS], nth[PLACE_ENTRIES / LIST_THREADS];
+    for (int32_t e = thread; e < E; e += LIST_THREADS) count[e] = 0;
+#pragma unroll
+    for (int k = 0; k < PLACE_ENTRIES / LIST_THREADS; k++) {
+        const int32_t entry = entry0 + k * LIST_THREADS;
+        expert[k] = entry < n_entry ? r.chosen[entry] : -1;
+    }
+    __syncthreads();
+#pragma unroll
+    for (int k = 0; k < PLACE_ENTRIES / LIST_THREADS; k++)
+        nth[k] = expert[k] >= 0 ? atomicAdd(&count[expert[k]], 1) : 0;
+    __syncthreads();
+    for (int32_t e = thread; e < E; e += LIST_THREADS) base[e] = count[e] > 0 ? atomicAdd(&next_place[e], count[e]) : 0;
+    __syncthreads();
+#pragma unroll
+    for (int k = 0; k < PLACE_ENTRIES / LIST_THREADS; k++) {
+        if (expert[k] < 0) continue;
+        const int32_t entry = entry0 + k * LIST_THREADS, place = base[expert[k]] + nth[k];
+        r.place_entry[place] = entry;
+        r.entry_place[entry] = place;
+    }
+}
+
+static unsigned pieces(int32_t n, int32_t of) { return (unsigned)((n + of - 1) / of); }
+
+cudaError_t cu_route(cudaStream_t s, const cu_route_job *j, const cu_routes *r) {
+    const int32_t T = j->n_row, E = r->n_expert, K = r->n_used;
+    if (T <= 0 || E <= 0 || E > EXPERTS_MAX || K <= 0 || K > USED_MAX || K > E || j->n_hidden % 4 != 0)
+        return cudaErrorInvalidValue;
+    if (T <= 4)
+        few_logits<1, 10><<<dim3(pieces(E, 2), (unsigned)T), 64, 0, s>>>(*j, r->logit, r->scratch, E);
+    else if (T < TILED_ROWS)
+        few_logits<4, 4><<<dim3(pieces(E, 8), pieces(T, 4)), 256, 0, s>>>(*j, r->logit, r->scratch, E);
+    else if (T < WIDE_ROWS)
+        many_logits<4, 4, 2, 2, 8><<<dim3(pieces(T, 16), pieces(E, 16)), 128, 0, s>>>(*j, r->logit, r->scratch, E);
+    else
+        many_logits<8, 8, 2, 4, 3><<<dim3(pieces(T, 32), pieces(E, 64)), 256, 0, s>>>(*j, r->logit, r->scratch, E);
+    if (T <= FEW_ROWS) {
+        const unsigned threads = (unsigned)(T < 16 ? 16 : T < FEW_WARPS ? T : FEW_WARPS) * 32u;
+        if (E <= 64)
+            choose_few<2><<<1, threads, 0, s>>>(*r, j->bias, j->norm_min, T);
+        else
+            choose_few<EXPERTS_MAX / 32><<<1, threads, 0, s>>>(*r, j->bias, j->norm_min, T);
+        return cudaGetLastError();
+    }
+    if (E <= 64)
+        choose_many<2><<<pieces(T, CHOOSE_ROWS), LIST_THREADS, 0, s>>>(*r, j->bias, j->norm_min, T);
+    else
+        choose_many<EXPERTS_MAX / 32><<<pieces(T, CHOOSE_ROWS), LIST_THREADS, 0, s>>>(*r, j->bias, j->norm_min, T);
+    place_entries<<<pieces(T * K, PLACE_ENTRIES), LIST_THREADS, 0, s>>>(*r, T * K);
+    return cudaGetLastError();
+}
+
+/* ---- the sum of a row's experts ------------------------------------------------------------------------------------
+ */
+
+/* A thread: W (4 or 1) neighbouring numbers of one row. USED: K where it is compiled in, 0: any. */
+template <int W, int USED>
+static __global__ void __launch_bounds__(COMBINE_THREADS)
+    combine_kernel(float *x, float *out, const float *expert_y, const float *shared, const int32_t *entry_place,
+                   const float *share, int32_t n_used, int32_t n_hidden) {
+    after_previous();
+    const int32_t K = USED > 0 ? USED : n_used, row = (int32_t)blockIdx.x;
+    const int32_t i = (int32_t)(blockIdx.y * COMBINE_THREADS + threadIdx.x) * W;
+    if (i >= n_hidden) return;
+    const int64_t at = (int64_t)row * n_hidden + i;
+    float y[W], old[W], sh[W];
+    if (W == 4) {
+        *(float4 *)old = *(const float4 *)(x + at);
+        *(float4 *)sh = shared ? *(const float4 *)(shared + at) : zero4();
+    } else {
+        old[0] = x[at];
+        sh[0] = shared ? shared[at] : 0.0f;
+    }
+#pragma unroll
+    for (int w = 0; w < W; w++) y[w] = 0.0f;
+#pragma unroll(USED > 0 ? USED : 4)
+    for (int32_t k = 0; k < K; k++) {
+        const float part = share[(int64_t)row * K + k];
+        const float *from = expert_y + (int64_t)entry_place[(int64_t)row * K + k] * n_hidden + i;
+        float v[W];
+        if (W == 4)
+            *(float4 *)v = *(const float4 *)from;
+        else
+            v[0] = from[0];
+#pragma unroll
+        for (int w = 0; w < W; w++) y[w] = __fmaf_rn(part, v[w], y[w]);
+    }
+    /* y + 0 is y but for the sign of a zero, which x + y does not show unless x is a zero as well */
+#pragma unroll
+    for (int w = 0; w < W; w++) old[w] = __fadd_rn(old[w], __fadd_rn(y[w], sh[w]));
+    if (W == 4) {
+        *(float4 *)(x + at) = *(const float4 *)old;
+        if (out) *(float4 *)(out + at) = *(const float4 *)y;
+    } else {
+        x[at] = old[0];
+        if (out) out[at] = y[0];
+    }
+}
+
+cudaError_t cu_combine(cudaStream_t s, float *x, float *out, const float *expert_y, const float *shared,
+                       const cu_routes *r, int32_t n_row, int32_t n_hidden) {
+    if (n_row <= 0) return cudaSuccess;
+    const int32_t K = r->n_used;
+    const dim3 wide((unsigned)n_row, pieces(n_hidden, 4 * COMBINE_THREADS));
+    if (n_hidden % 4 != 0)
+        combine_kernel<1, 0><<<dim3((unsigned)n_row, pieces(n_hidden, COMBINE_THREADS)), COMBINE_THREADS, 0, s>>>(
+            x, out, expert_y, shared, r->entry_place, r->share, K, n_hidden);
+    else if (K == 6)
+        combine_kernel<4, 6>
+            <<<wide, COMBINE_THREADS, 0, s>>>(x, out, expert_y, shared, r->entry_place, r->share, K, n_hidden);
+    else
+        combine_kernel<4, 0>
+            <<<wide, COMBINE_THREADS, 0, s>>>(x, out, expert_y, shared, r->entry_place, r->share, K, n_hidden);
+    return cudaGetLastError();
+}

@@ -1,0 +1,218 @@
+/* Kernels that take a row at a time: embedding, RMS norm, the input of the multi-token-prediction layer.
+ *
+ * A norm is one warp's work, whatever the launch: its sum is cu_sum_squares of cu_device.cuh, the same that the linears
+ * with a norm in front call, so both give the same bits. Rows of up to 2560 numbers stay in registers between the sum
+ * and the product; longer ones, and rows that 16-byte loads cannot take, are read twice.
+ * Rows of x, of the weights and of the outputs start at multiples of 16 bytes where n_hidden is a multiple of 4 (8
+ * bytes for bf16): what cudaMalloc gives. Nothing beyond n_hidden numbers of an output row is written. */
+#include "backend/cuda/cu_device.cuh"
+
+enum { EMBED_THREADS = 128, NORM_WARPS = 4, FEW_ROWS = 256 };
+
+/* The kernel before may still run when this one starts: its results are there after this line. The next one may start
+ * as well: it waits in the same way. The clobber keeps loads below. */
+static __device__ __forceinline__ void after_previous(void) {
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+
+static __device__ __forceinline__ float load1(const float *x) { return *x; }
+static __device__ __forceinline__ float load1(const cu_bf16 *x) { return cu_f32(*x); }
+static __device__ __forceinline__ float4 load4(const float *x) { return *(const float4 *)x; }
+static __device__ __forceinline__ float4 load4(const cu_bf16 *x) {
+    const uint2 v = *(const uint2 *)x; /* four numbers, the first in the lowest bits */
+    return make_float4(__uint_as_float(v.x << 16), __uint_as_float(v.x & 0xffff0000u), __uint_as_float(v.y << 16),
+                       __uint_as_float(v.y & 0xffff0000u));
+}
+
+/* ---- norm ---------------------------------------------------------------------------------------------------------
+ */
+
+/* w: bits of four weights, loaded beforehand: the compiler may not move a load of w over a store to out. */
+static __device__ __forceinline__ void store_normed4(cu_bf16 *out, float4 v, float scale, uint2 w) {
+    uint2 to;
+    to.x = cu_round2(cu_normed(v.x, scale, (cu_bf16)(w.x & 0xffffu)), cu_normed(v.y, scale, (cu_bf16)(w.x >> 16)));
+    to.y = cu_round2(cu_normed(v.z, scale, (cu_bf16)(w.y & 0xffffu)), cu_normed(v.w, scale, (cu_bf16)(w.y >> 16)));
+    *(uint2 *)out = to;
+}
+
+/* The sum of a row that is f32, or widened from bf16: one order for both. */
+static __device__ __forceinline__ float row_squares(const float *x, int32_t n) { return cu_sum_squares(x, n); }
+static __device__ __forceinline__ float row_squares(const cu_bf16 *x, int32_t n) {
+    float sum = 0.0f;
+    for (int32_t i = (threadIdx.x & 31) * 4; i < n; i += 128)
+        for (int32_t k = i; k < i + 4 && k < n; k++) sum = __fmaf_rn(cu_f32(x[k]), cu_f32(x[k]), sum);
+    return cu_warp_sum(sum);
+}
+
+/* One row by one warp: out [n] = bf16(norm of x [n]). HELD > 0: n is a multiple of 4 and at most 128 HELD; a lane keeps
+ * its HELD quadruples, all loads in flight at once. HELD == 0: any n, read twice. */
+template <int HELD, typename T>
+static __device__ __forceinline__ void norm_row(cu_bf16 *out, const T *x, const cu_bf16 *w, int32_t n, float eps) {
+    const int32_t first = (threadIdx.x & 31) * 4;
+    if (HELD > 0) {
+        float4 v[HELD > 0 ? HELD : 1];
+        uint2 bits[HELD > 0 ? HELD : 1];
+        float sum = 0.0f;
+#pragma unroll
+        for (int k = 0; k < HELD; k++) {
+            v[k] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+            if (first + k * 128 < n) v[k] = load4(x + first + k * 128);
+        }
+#pragma unroll
+        for (int k = 0; k < HELD; k++) {
+            bits[k] = make_uint2(0u, 0u);
+            if (first + k * 128 < n) bits[k] = *(const uint2 *)(w + first + k * 128);
+        }
+#pragma unroll
+        for (int k = 0; k < HELD; k++) sum = cu_add_squares(v[k], sum);
+        const float scale = cu_norm_scale(cu_warp_sum(sum), n, eps);
+#pragma unroll
+        for (int k = 0; k < HELD; k++) {
+            const int32_t i = first + k * 128;
+            if (i < n) store_normed4(out + i, v[k], scale, bits[k]);
+        }
+        return;
+    }
+    const float scale = cu_norm_scale(row_squares(x, n), n, eps);
+    if ((n & 3) == 0) {
+        for (int32_t i = first; i < n; i += 512) {
+            float4 v[4];
+            uint2 bits[4];
+#pragma unroll
+            for (int k = 0; k < 4; k++) {
+                if (i + k * 128 >= n) continue;
+                v[k] = load4(x + i + k * 128);
+                bits[k] = *(const uint2 *)(w + i + k * 128);
+            }
+#pragma unroll
+            for (int k = 0; k < 4; k++)
+                if (i + k * 128 < n) store_normed4(out + i + k * 128, v[k], scale, bits[k]);
+        }
+    } else {
+        for (int32_t i = threadIdx.x & 31; i < n; i += 32) out[i] = cu_round(cu_normed(load1(x + i), scale, w[i]));
+    }
+}
+
+/* The least HELD of those compiled that holds a row; 0: none. */
+static int held(int32_t n) { return n % 4 != 0 || n > 2560 ? 0 : n <= 1024 ? 8 : 20; }
+
+template <int HELD>
+static __global__ void __launch_bounds__(32 * NORM_WARPS)
+    norm_kernel(cu_bf16 *out, const float *x, const int32_t *rows, const cu_bf16 *w, int32_t n, int32_t n_hidden,
+                float eps) {
+    after_previous();
+    const int32_t i = (int32_t)(blockIdx.x * (blockDim.x >> 5) + (threadIdx.x >> 5));
+    if (i >= n) return;
+    const int64_t row = rows ? rows[i] : i;
+    norm_row<HELD>(out + (int64_t)i * CU_PAD(n_hidden), x + row * n_hidden, w, n_hidden, eps);
+}
+
+cudaError_t cu_norm(cudaStream_t s, cu_bf16 *out, const float *x, const int32_t *rows, const cu_bf16 *w, int32_t n,
+                    int32_t n_hidden, float eps) {
+    if (n <= 0) return cudaSuccess;
+    /* few rows: each on a multiprocessor of its own */
+    const int warps = n <= FEW_ROWS ? 1 : NORM_WARPS;
+    const unsigned blocks = (unsigned)((n + warps - 1) / warps), threads = (unsigned)(32 * warps);
+    switch (held(n_hidden)) {
+    case 8: norm_kernel<8><<<blocks, threads, 0, s>>>(out, x, rows, w, n, n_hidden, eps); break;
+    case 20: norm_kernel<20><<<blocks, threads, 0, s>>>(out, x, rows, w, n, n_hidden, eps); break;
+    default: norm_kernel<0><<<blocks, threads, 0, s>>>(out, x, rows, w, n, n_hidden, eps); break;
+    }
+    return cudaGetLastError();
+}
+
+/* ---- embedding ----------------------------------------------------------------------------------------------------
+ */
+
+/* A block a row: it alone reads and mends the row's token. */
+static __global__ void __launch_bounds__(EMBED_THREADS)
+    embed_kernel(float *x, int32_t *token, const int32_t *prev, const cu_bf16 *embed, int32_t n_hidden) {
+    after_previous();
+    const int32_t given = token[blockIdx.x];
+    const int32_t id = given < 0 ? prev[-1 - given] : given;
+    __syncthreads(); /* all have read */
+    if (given < 0 && threadIdx.x == 0) token[blockIdx.x] = id;
+    const cu_bf16 *from = embed + (int64_t)id * n_hidden;
+    float *to = x + (int64_t)blockIdx.x * n_hidden;
+    if ((n_hidden & 3) == 0) {
+        const int32_t step = 4 * EMBED_THREADS;
+        for (int32_t i = (int32_t)threadIdx.x * 4; i < n_hidden; i += 5 * step) {
+            float4 v[5]; /* all loads before the first store: one wait for a row of 2560 */
+#pragma unroll
+            for (int k = 0; k < 5; k++)
+                if (i + k * step < n_hidden) v[k] = load4(from + i + k * step);
+#pragma unroll
+            for (int k = 0; k < 5; k++)
+                if (i + k * step < n_hidden) *(float4 *)(to + i + k * step) = v[k];
+        }
+    } else {
+        for (int32_t i = (int32_t)threadIdx.x; i < n_hidden; i += EMBED_THREADS) to[i] = cu_f32(from[i]);
+    }
+}
+
+cudaError_t cu_embed(cudaStream_t s, float *x, int32_t *token, const int32_t *prev, const cu_bf16 *embed, int32_t n_row,
+                     int32_t n_hidden) {
+    if (n_row <= 0) return cudaSuccess;
+    embed_kernel<<<(unsigned)n_row, EMBED_THREADS, 0, s>>>(x, token, prev, embed, n_hidden);
+    return cudaGetLastError();
+}
+
+/* ---- the input of the multi-token-prediction layer -----------------------------------------------------------------
+ */
+
+/* The token after row t: known, sampled at the wanted row t, or 0 (nobody needs that row). */
+static __device__ int32_t next_token(int32_t known, int32_t t, const int32_t *want, const int32_t *sampled,
+                                     int32_t n_want) {
+    if (known >= 0) return known;
+    int32_t low = 0, high = n_want; /* the first wanted row that is t or later */
+    while (low < high) {
+        const int32_t mid = (low + high) / 2;
+        if (want[mid] < t)
+            low = mid + 1;
+        else
+            high = mid;
+    }
+    return low < n_want && want[low] == t ? sampled[low] : 0;
+}
+
+/* Two warps a row: z = [norm of the next token's embedding | norm of x]. */
+template <int HELD>
+static __global__ void __launch_bounds__(64)
+    mtp_kernel(cu_bf16 *z, int32_t *next_out, const float *x, const int32_t *next, const int32_t *want,
+               const int32_t *sampled, int32_t n_want, const cu_bf16 *embed, const cu_bf16 *emb_norm,
+               const cu_bf16 *hidden_norm, int32_t n_hidden, float eps) {
+    after_previous();
+    const int32_t t = (int32_t)blockIdx.x;
+    cu_bf16 *out = z + (int64_t)t * CU_PAD(2 * n_hidden);
+    if (threadIdx.x < 32) {
+        const int32_t id = next_token(next[t], t, want, sampled, n_want);
+        __syncwarp(); /* next_out may be next itself */
+        if (threadIdx.x == 0) next_out[t] = id;
+        norm_row<HELD>(out, embed + (int64_t)id * n_hidden, emb_norm, n_hidden, eps);
+    } else {
+        norm_row<HELD>(out + n_hidden, x + (int64_t)t * n_hidden, hidden_norm, n_hidden, eps);
+    }
+}
+
+cudaError_t cu_mtp_in(cudaStream_t s, cu_bf16 *z, int32_t *next_out, const float *x, const int32_t *next,
+                      const int32_t *want, const int32_t *sampled, int32_t n_want, const cu_bf16 *embed,
+                      const cu_bf16 *emb_norm, const cu_bf16 *hidden_norm, int32_t n_row, int32_t n_hidden, float eps) {
+    if (n_row <= 0) return cudaSuccess;
+    const unsigned blocks = (unsigned)n_row;
+    switch (held(n_hidden)) {
+    case 8:
+        mtp_kernel<8><<<blocks, 64, 0, s>>>(z, next_out, x, next, want, sampled, n_want, embed, emb_norm, hidden_norm,
+                                            n_hidden, eps);
+        break;
+    case 20:
+        mtp_kernel<20><<<blocks, 64, 0, s>>>(z, next_out, x, next, want, sampled, n_want, embed, emb_norm, hidden_norm,
+                                             n_hidden, eps);
+        break;
+    default:
+        mtp_kernel<0><<<blocks, 64, 0, s>>>(z, next_out, x, next, want, sampled, n_want, embed, emb_norm, hidden_norm,
+                                            n_hidden, eps);
+        break;
+    }
+    return cudaGetLastError();
+}

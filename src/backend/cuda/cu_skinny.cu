@@ -1,0 +1,198 @@
+/* Linears of 1..64 rows, plain and of experts: how the work of cu_skinny_kernel.cuh is cut. By shape and number of rows
+ * for speed alone; the sums are the same however it is cut. */
+#include "backend/cuda/cu_skinny_kernel.cuh"
+
+enum {
+    DEVICES_MAX = 16,
+    WIDTHS = 4,              /* 8, 16, 32, 64 rows */
+    SHARED_MAX = 231 * 1000, /* of a block, what the kernel holds besides left out */
+    SHARED_ALL = 228 * 1024, /* of a multiprocessor, a block's own kilobyte included */
+    PART_BYTES = 16 * 1024,  /* of partial sums, if it need not be more */
+    JOBS_EACH = 8,           /* most jobs of a block of experts' linears */
+};
+
+typedef struct skinny_plan {
+    int32_t n_warp;
+    size_t bytes;
+} skinny_plan;
+
+static int32_t ceil_div(int32_t a, int32_t b) { return (a + b - 1) / b; }
+static int32_t least(int32_t a, int32_t b) { return a < b ? a : b; }
+static int32_t most(int32_t a, int32_t b) { return a > b ? a : b; }
+
+typedef struct format_sizes {
+    int32_t slot, depth;
+} format_sizes;
+static const format_sizes format_size[CU_FORMATS] = {
+    {skinny_shape<CU_BF16>::SLOT, skinny_shape<CU_BF16>::DEPTH},
+    {skinny_shape<CU_I8>::SLOT, skinny_shape<CU_I8>::DEPTH},
+    {skinny_shape<CU_I4>::SLOT, skinny_shape<CU_I4>::DEPTH},
+    {skinny_shape<CU_F8>::SLOT, skinny_shape<CU_F8>::DEPTH},
+};
+
+static const void *const kernels[CU_FORMATS][WIDTHS] = {
+    {(const void *)skinny_kernel<CU_BF16, 1>, (const void *)skinny_kernel<CU_BF16, 2>,
+     (const void *)skinny_kernel<CU_BF16, 4>, (const void *)skinny_kernel<CU_BF16, 8>},
+    {(const void *)skinny_kernel<CU_I8, 1>, (const void *)skinny_kernel<CU_I8, 2>,
+     (const void *)skinny_kernel<CU_I8, 4>, (const void *)skinny_kernel<CU_I8, 8>},
+    {(const void *)skinny_kernel<CU_I4, 1>, (const void *)skinny_kernel<CU_I4, 2>,
+     (const void *)skinny_kernel<CU_I4, 4>, (const void *)skinny_kernel<CU_I4, 8>},
+    {(const void *)skinny_kernel<CU_F8, 1>, (const void *)skinny_kernel<CU_F8, 2>,
+     (const void *)skinny_kernel<CU_F8, 4>, (const void *)skinny_kernel<CU_F8, 8>},
+};
+
+/* What the chip and the compiler say, asked for once a device, before the first launch on it. */
+typedef struct skinny_device {
+    bool ready;
+    int32_t n_sm;
+    int32_t n_register[CU_FORMATS][WIDTHS];
+} skinny_device;
+
+static cudaError_t device_ready(const skinny_device **out) {
+    static skinny_device devices[DEVICES_MAX];
+    int id;
+    cudaError_t e = cudaGetDevice(&id);
+    if (e != cudaSuccess) return e;
+    if (id >= DEVICES_MAX) return cudaErrorInvalidDevice;
+    skinny_device *d = &devices[id];
+    *out = d;
+    if (d->ready) return cudaSuccess;
+    e = cudaDeviceGetAttribute(&d->n_sm, cudaDevAttrMultiProcessorCount, id);
+    for (int f = 0; f < CU_FORMATS; f++) {
+        for (int w = 0; w < WIDTHS && e == cudaSuccess; w++) {
+            cudaFuncAttributes attr;
+            e = cudaFuncGetAttributes(&attr, kernels[f][w]);
+            d->n_register[f][w] = attr.numRegs;
+            if (e == cudaSuccess)
+                e = cudaFuncSetAttribute(kernels[f][w], cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED_MAX);
+        }
+    }
+    d->ready = e == cudaSuccess;
+    return e;
+}
+
+/* Fill in how many blocks share a job, its rounds and passes. True when x fits into shared memory. */
+static bool plan_for(skinny_args *a, skinny_plan *p, cu_format f, int32_t n_rank) {
+    const int32_t each = ceil_div(a->n_seg, n_rank), n_tile = ceil_div(a->n_row, 8);
+    p->n_warp = most(ceil_div(each, ceil_div(each, SKINNY_WARPS_MAX)), SKINNY_WARPS_MIN);
+    const int32_t n_cw = p->n_warp * n_rank;
+    a->n_rank = n_rank;
+    a->n_round = ceil_div(a->n_seg, n_cw);
+    const int32_t n_unit = a->n_round << a->pairs;
+    const size_t ring = (size_t)p->n_warp * format_size[f].depth * format_size[f].slot;
+    const size_t x = (size_t)a->n_round * p->n_warp * (a->n_row <= 8 ? a->n_row * 256 : n_tile * 2048);
+    const size_t part = (size_t)n_cw * (a->n_row * CU_BAND + (f == CU_F8)) * sizeof(float); /* one unit a warp */
+    a->n_pass = least(most((int32_t)(PART_BYTES / (2 * part)), 1), n_unit);
+    a->n_turn = 2;
+    p->bytes = ring + x + 2 * (size_t)a->n_pass * part;
+    a->x_shared = true;
+    if (p->bytes <= SHARED_MAX) return true;
+    a->n_pass = a->n_turn = 1;
+    p->bytes = ring + x + part;
+    if (p->bytes <= SHARED_MAX) return true;
+    a->x_shared = false;
+    a->n_turn = ring + 2 * part <= SHARED_MAX / 2 ? 2 : 1;
+    p->bytes = ring + a->n_turn * part;
+    return false;
+}
+
+/* The fewest blocks a job that give every multiprocessor something and have room for x; n_tile: jobs are as many times
+ * there. */
+static void plan(skinny_args *a, skinny_plan *p, cu_format f, int32_t n_tile, int32_t n_sm) {
+    const int64_t enough = (int64_t)n_sm * 9 / 10;
+    int32_t fits = 0, fills = 0;
+    for (int32_t n_rank = 1; n_rank <= 4; n_rank *= 2) {
+        if (n_rank > 1 && a->n_seg < n_rank * 4) break;
+        const bool x = plan_for(a, p, f, n_rank), full = (int64_t)a->n_job * n_tile * n_rank >= enough;
+        if (x && full) return;
+        if (x) fits = n_rank;
+        if (full && !fills) fills = n_rank;
+    }
+    plan_for(a, p, f, fits ? fits : fills ? fills : 1);
+}
+
+/* Blocks that run at the same time. */
+static int32_t slots_of(const skinny_device *d, const skinny_plan *p, cu_format f, int width) {
+    const int32_t by_register = 65536 / ((d->n_register[f][width] + 7) / 8 * 8 * p->n_warp * 32);
+    const int32_t by_shared = SHARED_ALL / (int32_t)(p->bytes + 1024 + 512);
+    return d->n_sm * most(least(least(by_register, by_shared), 2048 / (p->n_warp * 32)), 1);
+}
+
+/* How many jobs of a tile are worked at together, by a block or cluster each; the others follow in turns. All with the
+ * same number of turns, nearly, unless that leaves multiprocessors without a block. Of experts not too many turns,
+ * since tiles may be fewer than n_tile. */
+static int32_t jobs_at_once(const skinny_args *a, int32_t n_tile, int32_t slots, int32_t n_sm) {
+    int32_t turns = (int32_t)(((int64_t)a->n_job * n_tile * a->n_rank + slots - 1) / slots);
+    if (a->grouped) turns = least(turns, JOBS_EACH);
+    const int32_t even = ceil_div(a->n_job, turns);
+    return a->grouped || even * a->n_rank >= n_sm ? even : least(a->n_job, most(slots / a->n_rank, 1));
+}
+
+static cudaError_t launch(cudaStream_t s, skinny_args *a, const cu_linear *w, int32_t n_tile) {
+    const skinny_device *d;
+    cudaError_t e = device_ready(&d);
+    if (e != cudaSuccess) return e;
+    const cu_format f = w->format;
+    const int width = a->n_row <= 8 ? 0 : a->n_row <= 16 ? 1 : a->n_row <= 32 ? 2 : 3;
+    skinny_plan p;
+    a->n_out = w->n_out;
+    a->n_in = w->n_in;
+    a->n_seg = w->n_seg;
+    a->pairs = w->pairs;
+    a->n_job = w->n_band >> a->pairs;
+    plan(a, &p, f, n_tile, d->n_sm);
+    if (width == 0 && !a->x_shared) return cudaErrorInvalidValue; /* n_in beyond 40,000 */
+    const int32_t slots = slots_of(d, &p, f, width);
+    const dim3 grid((unsigned)(jobs_at_once(a, n_tile, slots, d->n_sm) * a->n_rank), (unsigned)n_tile);
+    void *args[] = {a};
+    return cu_launch(s, kernels[f][width], grid, (unsigned)p.n_warp * 32, p.bytes, true, (unsigned)a->n_rank, args);
+}
+
+static bool aligned(const void *p) { return ((uintptr_t)p & 15) == 0; }
+
+cudaError_t cu_skinny_run(cudaStream_t s, const cu_job *j) {
+    if (j->n_row <= 0) return cudaSuccess;
+    if (j->n_row > CU_SKINNY_MAX || (j->x_f32 && j->n_row > 8) || j->w.pairs != (j->epilogue == CU_SWIGLU))
+        return cudaErrorInvalidValue;
+    skinny_args a = {};
+    a.pack = (const unsigned char *)j->w.pack;
+    a.scale = j->w.scale;
+    a.n_row = j->n_row;
+    a.epilogue = j->epilogue;
+    a.x = j->x;
+    a.ldx = j->ldx;
+    a.y = j->y;
+    a.ldy = j->ldy;
+    a.h = j->h;
+    a.ldh = j->ldh;
+    a.x_f32 = j->x_f32;
+    a.norm_w = j->norm_w;
+    a.eps = j->eps;
+    a.norm_wide = j->w.n_in % 8 == 0 && aligned(j->x_f32) && aligned(j->norm_w);
+    return launch(s, &a, &j->w, 1);
+}
+
+cudaError_t cu_skinny_grouped(cudaStream_t s, const cu_grouped_job *j) {
+    const cu_routes *r = j->routes;
+    if (j->n_row <= 0) return cudaSuccess;
+    if (r->tile_rows > CU_SKINNY_MAX || j->shape.pairs != (j->epilogue == CU_SWIGLU)) return cudaErrorInvalidValue;
+    skinny_args a = {};
+    a.n_row = r->tile_rows;
+    a.grouped = true;
+    a.gather = j->gather;
+    a.epilogue = j->epilogue;
+    a.x = j->x;
+    a.ldx = j->ldx;
+    a.y = j->y;
+    a.ldy = j->ldy;
+    a.h = j->h;
+    a.ldh = j->ldh;
+    a.experts = j->experts;
+    a.tile_expert = r->tile_expert;
+    a.tile_place = r->tile_place;
+    a.n_tile = r->n_tile;
+    a.first = r->first;
+    a.place_entry = r->place_entry;
+    a.n_used = r->n_used;
+    return launch(s, &a, &j->shape, (int32_t)cu_tiles_max(j->n_row, r->n_used, r->n_expert));
+}

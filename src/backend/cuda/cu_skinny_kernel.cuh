@@ -1,0 +1,544 @@
+/* Streaming packed weights once past 1..64 rows: the kernel of cu_skinny.cu.
+ *
+ * A job is a band of 16 outputs, or a pair of bands (gate, up). A unit is one segment of a band: 4096, 2048 or 1024
+ * bytes that lie together, products with all rows, one partial sum of 16 outputs by n_row rows. Warps share the
+ * segments of a job; all blocks of a cluster (1, 2 or 4) work at the same job, so that matrices of few bands fill the
+ * chip:
+ *      unit v of a warp in a job: band v % B, segment (v / B) * n_cw + cw, where cw is the warp's number in the cluster
+ * Partials go to shared memory of the cluster's first block (rank 0), which adds them in the order of segments after
+ * each pass of a few units, so that neither many segments nor many rows need much room.
+ *
+ * Weights come through a ring in shared memory, DEPTH units a warp, by cp.async of 16 bytes a lane. A lane reads back
+ * only what it copied itself, so the ring needs no barrier, and units ahead (of the next jobs too) stay in flight
+ * across the barriers of the sums. It costs no registers, so blocks of the next kernel find room to do the same while
+ * this one ends; the first units are asked for before cu_wait_previous.
+ *
+ * x lies in shared memory as the lanes read it, each lane's own 32 bytes of a group: no barrier, no bank conflict. If
+ * it does not fit it is read from L2 again and again.
+ *
+ *   shared: ring [warp][DEPTH][SLOT] | x [round][warp][tile of 8 rows][4][xl] uint4 | part [turn][slots][n_row][16] f32
+ *           | scale [turn][slots] f32 (fp8);   slots = units a pass * n_cw
+ * Two turns if there is room: then the next pass writes elsewhere, and one barrier a pass is enough. */
+#ifndef ERN_BACKEND_CUDA_CU_SKINNY_KERNEL_CUH
+#define ERN_BACKEND_CUDA_CU_SKINNY_KERNEL_CUH
+
+#include "backend/cuda/cu_device.cuh"
+#include "backend/cuda/cu_launch.cuh"
+
+enum {
+    SKINNY_WARPS_MIN = 4, /* so that a thread finishes at most NT outputs of a band */
+    SKINNY_WARPS_MAX = 8,
+};
+
+template <cu_format F> struct skinny_shape {
+    static const int UNIT = F == CU_BF16 ? 4096 : F == CU_I4 ? 1024 : 2048; /* bytes of a segment of a band */
+    static const int SLOT = UNIT + (F == CU_F8 ? 16 : 0);                   /* fp8: the segment's scale behind it */
+    static const int DEPTH = F == CU_BF16 ? 2 : F == CU_I4 ? 6 : 4;
+};
+
+typedef struct skinny_args {
+    const unsigned char *pack;
+    const float *scale;
+    int32_t n_out, n_in, n_seg;
+    int32_t n_job;   /* bands, or pairs of them */
+    int32_t pairs;   /* 1: two bands a job */
+    int32_t n_rank;  /* blocks of a cluster */
+    int32_t n_round; /* ceil(n_seg / n_cw) */
+    int32_t n_pass;  /* units of a warp between two sums */
+    int32_t n_turn;  /* places for partials: 1 or 2 */
+    int32_t n_row;   /* rows, or most places of a tile */
+    bool x_shared;   /* x fits */
+    bool grouped, gather, norm_wide;
+    cu_epilogue epilogue;
+    const cu_bf16 *x;
+    int64_t ldx;
+    float *y;
+    int64_t ldy;
+    cu_bf16 *h;
+    int64_t ldh;
+    const float *x_f32;
+    const cu_bf16 *norm_w;
+    float eps;
+    const cu_linear *experts;
+    const int32_t *tile_expert, *tile_place, *n_tile, *first, *place_entry;
+    int32_t n_used;
+} skinny_args;
+
+/* ---- loads ------------------------------------------------------------------------------------------------------- */
+
+static __device__ __forceinline__ uint32_t skinny_shared(const void *p) {
+    return (uint32_t)__cvta_generic_to_shared(p);
+}
+static __device__ __forceinline__ void skinny_copy16(uint32_t to, const void *from) {
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+}
+static __device__ __forceinline__ void skinny_copy4(uint32_t to, const void *from) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
+}
+static __device__ __forceinline__ void skinny_commit(void) { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int LEFT> static __device__ __forceinline__ void skinny_wait(void) {
+    asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
+}
+/* From L2: what earlier kernels wrote. No clobber, so that many can be asked for at once; only used behind
+ * cu_wait_previous, which no volatile statement passes. */
+static __device__ __forceinline__ uint4 skinny_l2(const void *p) {
+    uint4 v;
+    asm volatile("ld.global.cg.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+    return v;
+}
+static __device__ __forceinline__ float skinny_l2f(const float *p) {
+    float v;
+    asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(v) : "l"(p));
+    return v;
+}
+static __device__ __forceinline__ int32_t skinny_l2i(const int32_t *p) {
+    int32_t v;
+    asm volatile("ld.global.cg.s32 %0, [%1];" : "=r"(v) : "l"(p));
+    return v;
+}
+
+/* ---- clusters ---------------------------------------------------------------------------------------------------- */
+
+static __device__ __forceinline__ uint32_t skinny_rank(void) {
+    uint32_t r;
+    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));
+    return r;
+}
+/* The same place in the shared memory of rank 0. */
+static __device__ __forceinline__ float *skinny_first_rank(float *p) {
+    uint64_t out;
+    asm volatile("mapa.u64 %0, %1, 0;" : "=l"(out) : "l"(p));
+    return (float *)out;
+}
+static __device__ __forceinline__ void skinny_arrive(void) {
+    asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+}
+static __device__ __forceinline__ void skinny_meet(void) { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
+static __device__ __forceinline__ void skinny_barrier(int32_t n_rank) {
+    if (n_rank == 1) {
+        __syncthreads();
+    } else {
+        skinny_arrive();
+        skinny_meet();
+    }
+}
+
+/* Where (row r, output o) lies in a partial: the halves of every second pair of rows change places, so that a warp's
+ * writes meet a bank twice at most and its reads once. */
+static __device__ __forceinline__ int32_t skinny_part_at(int32_t r, int32_t o) {
+    return r * CU_BAND + (o ^ ((r & 2) << 2));
+}
+
+/* ---- units ------------------------------------------------------------------------------------------------------- */
+
+/* What a warp needs to find its units, and how far it has asked for them. */
+typedef struct skinny_walk {
+    const unsigned char *pack; /* with the lane's 16 bytes added */
+    const float *scale;
+    int32_t n_seg, n_job, step, pairs, n_unit, cw, n_cw;
+    int32_t job, v; /* next to ask for */
+} skinny_walk;
+
+/* Ask for the next unit; a group of copies is closed each time, with or without any. */
+template <cu_format F> static __device__ __forceinline__ void skinny_ask(skinny_walk *k, uint32_t slot, int lane) {
+    if (k->job < k->n_job) {
+        const int32_t seg = (k->v >> k->pairs) * k->n_cw + k->cw;
+        if (seg < k->n_seg) {
+            const int32_t at = ((k->job << k->pairs) + (k->v & k->pairs)) * k->n_seg + seg;
+            const unsigned char *from = k->pack + (int64_t)at * skinny_shape<F>::UNIT;
+            const uint32_t to = slot + lane * 16;
+#pragma unroll
+            for (int i = 0; i < skinny_shape<F>::UNIT; i += 512) skinny_copy16(to + i, from + i);
+            if (F == CU_F8 && lane == 0) skinny_copy4(slot + skinny_shape<F>::UNIT, k->scale + at);
+        }
+        if (++k->v == k->n_unit) {
+            k->v = 0;
+            k->job += k->step;
+        }
+    }
+    skinny_commit();
+}
+
+/* The A operand of the four products of a group from the lane's bytes. slot: with the lane's 16 bytes added. */
+template <cu_format F>
+static __device__ __forceinline__ void skinny_codes(uint32_t a[4][4], const unsigned char *slot, int group) {
+    if (F == CU_BF16) {
+#pragma unroll
+        for (int s = 0; s < 4; s++) {
+            const uint4 v = *(const uint4 *)(slot + (group * 4 + s) * 512);
+            a[s][0] = v.x, a[s][1] = v.y, a[s][2] = v.z, a[s][3] = v.w;
+        }
+    } else if (F == CU_I4) {
+        const uint4 v = *(const uint4 *)(slot + group * 512);
+        const uint32_t word[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+        for (int s = 0; s < 4; s++)
+#pragma unroll
+            for (int k = 0; k < 4; k++) a[s][k] = cu_i4_pair(word[s] >> (4 * k));
+    } else {
+#pragma unroll
+        for (int t = 0; t < 2; t++) {
+            const uint4 v = *(const uint4 *)(slot + (group * 2 + t) * 512);
+            const uint32_t word[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+            for (int k = 0; k < 8; k++) {
+                const uint32_t w = word[k / 2] >> (8 * (k % 2));
+                a[2 * t + k / 4][k % 4] = F == CU_I8 ? cu_i8_pair(w) : cu_f8_pair(w);
+            }
+        }
+    }
+}
+
+/* Where a lane finds its numbers of x. */
+typedef struct skinny_x {
+    const uint4 *shared; /* of the segment, with the lane added; NULL: from L2 */
+    const cu_bf16 *x;    /* L2: with the segment's inputs and the lane's 16 c added */
+    int64_t ldx;
+    const int32_t *row; /* of x, by row of the tile */
+    int32_t n_row, xl, g;
+} skinny_x;
+
+/* 32 bytes of row 8 nt + g in group `group`. */
+template <int NT> static __device__ __forceinline__ void skinny_b(uint32_t b[8], const skinny_x *x, int nt, int group) {
+    uint4 lo = make_uint4(0, 0, 0, 0), hi = lo;
+    if (8 * nt + x->g < x->n_row) {
+        if (NT == 1 || x->shared) { /* 8 rows always fit: the host sees to it */
+            lo = x->shared[(nt * 4 + group * 2) * x->xl];
+            hi = x->shared[(nt * 4 + group * 2 + 1) * x->xl];
+        } else {
+            const cu_bf16 *p = x->x + x->row[8 * nt + x->g] * x->ldx + group * 64;
+            lo = skinny_l2(p);
+            hi = skinny_l2(p + 8);
+        }
+    }
+    b[0] = lo.x, b[1] = lo.y, b[2] = lo.z, b[3] = lo.w;
+    b[4] = hi.x, b[5] = hi.y, b[6] = hi.z, b[7] = hi.w;
+}
+
+/* One segment: a chain of eight products for each eight rows, from zero. Two chains side by side hide each other. */
+template <cu_format F, int NT>
+static __device__ __forceinline__ void skinny_segment(float acc[NT][4], const unsigned char *slot, const skinny_x *x) {
+    const int SIDE = NT < 2 ? 1 : NT < 8 ? 2 : 4;
+#pragma unroll
+    for (int nt = 0; nt < NT; nt++) acc[nt][0] = acc[nt][1] = acc[nt][2] = acc[nt][3] = 0.0f;
+#pragma unroll
+    for (int group = 0; group < 2; group++) {
+        uint32_t a[4][4];
+        skinny_codes<F>(a, slot, group);
+#pragma unroll
+        for (int nt = 0; nt < NT; nt += SIDE) {
+            if (8 * nt >= x->n_row) continue;
+            uint32_t b[SIDE][8];
+#pragma unroll
+            for (int k = 0; k < SIDE; k++) skinny_b<NT>(b[k], x, nt + k, group);
+#pragma unroll
+            for (int s = 0; s < 4; s++)
+#pragma unroll
+                for (int k = 0; k < SIDE; k++) cu_mma(acc[nt + k], a[s], b[k][2 * s], b[k][2 * s + 1]);
+        }
+    }
+}
+
+/* ---- x ----------------------------------------------------------------------------------------------------------- */
+
+/* The warp's segments of x to shared memory. xs: with the warp and the lane added. */
+template <int NT>
+static __device__ __forceinline__ void skinny_x_load(uint4 *xs, const skinny_args *a, const int32_t *row, int32_t n_row,
+                                                     int cw, int n_cw, int xl, int lane) {
+    const int ONCE = NT < 4 ? 2 : 4; /* tiles of eight rows in flight */
+    const int32_t n = a->n_round * NT, round = (blockDim.x / 32) * ((n_row + 7) / 8) * 4 * xl;
+    for (int32_t m0 = 0; m0 < n; m0 += ONCE) {
+        uint4 v[ONCE][4];
+#pragma unroll
+        for (int k = 0; k < ONCE; k++) {
+            const int32_t seg = (m0 + k) / NT * n_cw + cw, r = (m0 + k) % NT * 8 + lane / 4;
+            if (m0 + k < n && seg < a->n_seg && r < n_row) {
+                const cu_bf16 *from = a->x + row[r] * a->ldx + (int64_t)seg * CU_SEGMENT + 16 * (lane % 4);
+#pragma unroll
+                for (int q = 0; q < 4; q++) v[k][q] = skinny_l2(from + q / 2 * 64 + q % 2 * 8);
+            }
+        }
+#pragma unroll
+        for (int k = 0; k < ONCE; k++) {
+            const int32_t seg = (m0 + k) / NT * n_cw + cw, r = (m0 + k) % NT * 8 + lane / 4;
+            if (m0 + k < n && seg < a->n_seg && r < n_row) {
+#pragma unroll
+                for (int q = 0; q < 4; q++) xs[(m0 + k) / NT * round + ((m0 + k) % NT * 4 + q) * xl] = v[k][q];
+            }
+        }
+    }
+}
+
+/* cu_sum_squares with loads of 16 bytes, eight in flight: the same order, the same bits. n % 4 == 0. */
+static __device__ __forceinline__ float skinny_sum_squares(const float *x, int32_t n, int lane) {
+    float sum = 0.0f;
+    for (int32_t i0 = lane * 4; i0 < n; i0 += 1024) {
+        uint4 v[8];
+#pragma unroll
+        for (int k = 0; k < 8; k++) v[k] = skinny_l2(x + (i0 + k * 128 < n ? i0 + k * 128 : i0)); /* no branch */
+#pragma unroll
+        for (int k = 0; k < 8; k++) {
+            const float next = cu_add_squares(make_float4(__uint_as_float(v[k].x), __uint_as_float(v[k].y),
+                                                          __uint_as_float(v[k].z), __uint_as_float(v[k].w)),
+                                              sum);
+            sum = i0 + k * 128 < n ? next : sum;
+        }
+    }
+    __syncwarp();
+    return cu_warp_sum(sum);
+}
+
+/* Where inputs i .. i + 7 (i % 8 == 0) of row r < 8 lie in the x of this block; < 0: in another block of the cluster.
+ */
+typedef struct skinny_place {
+    int32_t n_cw, n_warp, rank, x_warp, x_round, xl;
+} skinny_place;
+static __device__ __forceinline__ int32_t skinny_x_at(const skinny_place *p, int32_t r, int32_t i) {
+    const int32_t seg = i / CU_SEGMENT, cw = seg % p->n_cw, q = i / 64 % 2 * 2 + i / 8 % 2, c = i / 16 % 4;
+    if (cw / p->n_warp != p->rank) return -1;
+    return seg / p->n_cw * p->x_round + cw % p->n_warp * p->x_warp + q * p->xl + r * 4 + c;
+}
+
+static __device__ __forceinline__ uint32_t skinny_normed2(uint32_t x0, uint32_t x1, uint32_t w, float scale) {
+    return (uint32_t)cu_round(cu_normed(__uint_as_float(x0), scale, (cu_bf16)(w & 0xffff))) |
+           (uint32_t)cu_round(cu_normed(__uint_as_float(x1), scale, (cu_bf16)(w >> 16))) << 16;
+}
+
+/* Eight numbers of a row of x_f32 and of the norm's weight: chunk `id` of all rows, in_row to a row. Beyond n: zero. */
+typedef struct skinny_chunk {
+    uint4 lo, hi, w;
+} skinny_chunk;
+static __device__ __forceinline__ skinny_chunk skinny_chunk_load(const skinny_args *a, int32_t id, int32_t in_row) {
+    const uint4 zero = make_uint4(0, 0, 0, 0);
+    const int32_t r = id / in_row, i = (id - r * in_row) * 8;
+    skinny_chunk o = {zero, zero, zero};
+    if (r < a->n_row && i < a->n_in) {
+        const float *x = a->x_f32 + (int64_t)r * a->n_in + i;
+        o.lo = skinny_l2(x);
+        o.hi = skinny_l2(x + 4);
+        o.w = *(const uint4 *)(a->norm_w + i);
+    }
+    return o;
+}
+static __device__ __forceinline__ void skinny_chunk_store(uint4 *xs, const float row_scale[8], const skinny_chunk *k,
+                                                          const skinny_place *p, int32_t id, int32_t in_row,
+                                                          int32_t n_row) {
+    const int32_t r = id / in_row;
+    if (r >= n_row) return;
+    const int32_t at = skinny_x_at(p, r, (id - r * in_row) * 8);
+    const float scale = row_scale[r];
+    if (at >= 0)
+        xs[at] = make_uint4(
+            skinny_normed2(k->lo.x, k->lo.y, k->w.x, scale), skinny_normed2(k->lo.z, k->lo.w, k->w.y, scale),
+            skinny_normed2(k->hi.x, k->hi.y, k->w.z, scale), skinny_normed2(k->hi.z, k->hi.w, k->w.w, scale));
+}
+
+/* Norm of x_f32, at most 8 rows, to the same places as skinny_x_load would put it. All threads of the block share the
+ * rows in chunks of eight; the first two of a thread are asked for before the sums, so that they come together. xs: of
+ * the block. norm_wide: n_in is a multiple of 8 and all is aligned. */
+static __device__ __forceinline__ void skinny_x_norm(uint4 *xs, float row_scale[8], const skinny_args *a,
+                                                     const skinny_place *p) {
+    const int thread = threadIdx.x, n_thread = blockDim.x;
+    const int32_t n = a->n_in, in_row = a->n_seg * (CU_SEGMENT / 8), n_chunk = a->n_row * in_row;
+    skinny_chunk one = skinny_chunk_load(a, thread, in_row), two = skinny_chunk_load(a, thread + n_thread, in_row);
+    for (int32_t r = thread / 32; r < a->n_row; r += p->n_warp) {
+        const float sum = skinny_sum_squares(a->x_f32 + (int64_t)r * n, n, thread & 31);
+        if (thread % 32 == 0) row_scale[r] = cu_norm_scale(sum, n, a->eps);
+    }
+    __syncthreads();
+#pragma unroll 1
+    for (int32_t id = thread;;) {
+        skinny_chunk_store(xs, row_scale, &one, p, id, in_row, a->n_row);
+        skinny_chunk_store(xs, row_scale, &two, p, id + n_thread, in_row, a->n_row);
+        id += 2 * n_thread;
+        if (id >= n_chunk) break;
+        one = skinny_chunk_load(a, id, in_row);
+        two = skinny_chunk_load(a, id + n_thread, in_row);
+    }
+    __syncthreads();
+}
+
+/* The same for any n_in and alignment, number by number. */
+static __device__ __noinline__ void skinny_x_norm_narrow(uint4 *xs, float row_scale[8], const skinny_args *a,
+                                                         const skinny_place *p) {
+    const int thread = threadIdx.x;
+    const int32_t n = a->n_in, padded = a->n_seg * CU_SEGMENT;
+    for (int32_t r = thread / 32; r < a->n_row; r += p->n_warp) {
+        const float sum = cu_sum_squares(a->x_f32 + (int64_t)r * n, n);
+        if (thread % 32 == 0) row_scale[r] = cu_norm_scale(sum, n, a->eps);
+    }
+    __syncthreads();
+#pragma unroll 1
+    for (int32_t id = thread; id < a->n_row * padded; id += blockDim.x) {
+        const int32_t r = id / padded, i = id % padded, at = skinny_x_at(p, r, i / 8 * 8);
+        const float x = i < n ? cu_normed(skinny_l2f(a->x_f32 + (int64_t)r * n + i), row_scale[r], a->norm_w[i]) : 0.0f;
+        if (at >= 0) ((cu_bf16 *)(xs + at))[i % 8] = cu_round(x);
+    }
+    __syncthreads();
+}
+
+/* ---- the kernel -------------------------------------------------------------------------------------------------- */
+
+/* silu(gate) * up: cu_kernels.h's formula, each step rounded. */
+static __device__ __forceinline__ float skinny_swiglu(float gate, float up) {
+    return __fmul_rn(__fdiv_rn(gate, __fadd_rn(1.0f, expf(-gate))), up);
+}
+
+/* At least 3 blocks a multiprocessor for 8 rows, 2 for up to 32, 1 for 64: the limit of registers. */
+template <cu_format F, int NT>
+__global__ void __launch_bounds__(SKINNY_WARPS_MAX * 32, 1 + (NT < 8) + (NT < 2))
+    skinny_kernel(const __grid_constant__ skinny_args a) {
+    typedef skinny_shape<F> shape;
+    extern __shared__ uint4 skinny_memory[];
+    __shared__ int32_t row[8 * NT];
+    __shared__ float row_scale[8];
+    const int thread = threadIdx.x, n_thread = blockDim.x, lane = thread & 31, n_warp = n_thread / 32;
+    const int warp = __shfl_sync(0xffffffffu, thread / 32, 0), g = lane / 4, c = lane % 4;
+    const int32_t rank = a.n_rank > 1 ? (int32_t)skinny_rank() : 0;
+    const int32_t first_job = blockIdx.x / a.n_rank, step = gridDim.x / a.n_rank;
+    const int32_t pairs = a.pairs, n_unit = a.n_round << pairs;
+    const unsigned char *pack = a.pack;
+    const float *scale = a.scale;
+    int32_t n_row = a.n_row, place = 0;
+
+    cu_launch_next();
+    if (a.grouped) { /* which weights it will be is for an earlier kernel to say */
+        cu_wait_previous();
+        if ((int32_t)blockIdx.y >= skinny_l2i(a.n_tile)) return;
+        const int32_t expert = skinny_l2i(a.tile_expert + blockIdx.y);
+        place = skinny_l2i(a.tile_place + blockIdx.y);
+        n_row = min(n_row, skinny_l2i(a.first + expert + 1) - place);
+        pack = (const unsigned char *)a.experts[expert].pack;
+        scale = a.experts[expert].scale;
+    }
+    unsigned char *const ring = (unsigned char *)skinny_memory + warp * (shape::DEPTH * shape::SLOT);
+    const uint32_t ring_at = skinny_shared(ring);
+    const int32_t cw = rank * n_warp + warp, n_cw = a.n_rank * n_warp;
+    skinny_walk walk = {pack + lane * 16, scale, a.n_seg, a.n_job, step, pairs, n_unit, cw, n_cw, first_job, 0};
+#pragma unroll
+    for (int d = 0; d < shape::DEPTH; d++) skinny_ask<F>(&walk, ring_at + d * shape::SLOT, lane);
+    if (a.n_rank > 1) skinny_arrive(); /* the others may write to our memory from here on */
+
+    if (!a.grouped) cu_wait_previous();
+    for (int32_t r = thread; r < n_row; r += n_thread)
+        row[r] = !a.grouped ? r : a.gather ? skinny_l2i(a.place_entry + place + r) / a.n_used : place + r;
+    __syncthreads();
+    const int xl = NT == 1 ? 4 * n_row : 32;
+    uint4 *xs = (uint4 *)((unsigned char *)skinny_memory + n_warp * (shape::DEPTH * shape::SLOT));
+    const int32_t x_warp = (n_row + 7) / 8 * 4 * xl, x_round = n_warp * x_warp;
+    float *part = (float *)(a.x_shared ? xs + a.n_round * x_round : xs);
+    if (NT == 1 && a.x_f32) {
+        const skinny_place where = {n_cw, n_warp, rank, x_warp, x_round, xl};
+        if (a.norm_wide)
+            skinny_x_norm(xs, row_scale, &a, &where);
+        else
+            skinny_x_norm_narrow(xs, row_scale, &a, &where);
+    }
+    xs += warp * x_warp + lane;
+    if (!a.x_f32 && a.x_shared) skinny_x_load<NT>(xs, &a, row, n_row, cw, n_cw, xl, lane);
+    skinny_x x = {NULL, NULL, a.ldx, row, n_row, xl, g};
+
+    const int32_t slots = a.n_pass * n_cw, slot_size = n_row * CU_BAND;
+    float *const part_scale = part + a.n_turn * slots * slot_size;
+    float *to = part, *to_scale = part_scale;
+    if (a.n_rank > 1) {
+        skinny_meet();
+        to = skinny_first_rank(part);
+        to_scale = skinny_first_rank(part_scale);
+    }
+    int depth = 0, turn = 0;
+    for (int32_t job = first_job; job < a.n_job; job += step) {
+        /* This thread finishes output o of rows r, r + n_thread / 16 ...: what that needs comes while we compute. */
+        const int32_t o = thread % CU_BAND, out = job * CU_BAND + o;
+        float total[2][NT], old[NT], by[2] = {1.0f, 1.0f};
+        if (rank == 0) {
+            if (F == CU_I8 || F == CU_I4) {
+                by[0] = scale[(job << pairs) * CU_BAND + o];
+                if (pairs) by[1] = scale[((job << 1) + 1) * CU_BAND + o];
+            }
+        }
+#pragma unroll
+        for (int k = 0; k < NT; k++) {
+            const int32_t r = (thread + k * n_thread) / CU_BAND;
+            total[0][k] = total[1][k] = old[k] = 0.0f;
+            if (rank == 0 && a.epilogue == CU_ADD && r < n_row && out < a.n_out)
+                old[k] = skinny_l2f(a.y + (place + r) * a.ldy + out);
+        }
+        for (int32_t v0 = 0; v0 < n_unit; v0 += a.n_pass) {
+            const int32_t v1 = min(v0 + a.n_pass, n_unit);
+            for (int32_t v = v0; v < v1; v++) {
+                const int32_t round = v >> pairs, seg = round * n_cw + cw;
+                skinny_wait<shape::DEPTH - 1>();
+                __syncwarp();
+                if (seg < a.n_seg) {
+                    float acc[NT][4];
+                    const unsigned char *slot = ring + depth * shape::SLOT;
+                    x.shared = a.x_shared ? xs + round * x_round : NULL;
+                    x.x = a.x + (int64_t)seg * CU_SEGMENT + 16 * c;
+                    skinny_segment<F, NT>(acc, slot + lane * 16, &x);
+                    const int32_t at = (turn * a.n_pass + v - v0) * n_cw + cw;
+                    float *p = to + at * slot_size;
+#pragma unroll
+                    for (int nt = 0; nt < NT; nt++) {
+                        const int32_t r = 8 * nt + 2 * c;
+                        if (r < n_row) {
+                            p[skinny_part_at(r, g)] = acc[nt][0];
+                            p[skinny_part_at(r, g + 8)] = acc[nt][2];
+                        }
+                        if (r + 1 < n_row) {
+                            p[skinny_part_at(r + 1, g)] = acc[nt][1];
+                            p[skinny_part_at(r + 1, g + 8)] = acc[nt][3];
+                        }
+                    }
+                    if (F == CU_F8 && lane == 0) to_scale[at] = *(const float *)(slot + shape::UNIT);
+                }
+                skinny_ask<F>(&walk, ring_at + depth * shape::SLOT, lane);
+                depth = depth + 1 == shape::DEPTH ? 0 : depth + 1;
+            }
+            skinny_barrier(a.n_rank);
+            if (rank == 0) {
+#pragma unroll
+                for (int k = 0; k < NT; k++) {
+                    const int32_t r = (thread + k * n_thread) / CU_BAND;
+                    if (r >= n_row) continue;
+                    for (int32_t v = v0; v < v1; v++) {
+                        const int32_t n = min(n_cw, a.n_seg - (v >> pairs) * n_cw);
+                        const int32_t at = (turn * a.n_pass + v - v0) * n_cw;
+                        const float *p = part + at * slot_size + skinny_part_at(r, o);
+                        float sum = v & pairs ? total[1][k] : total[0][k];
+#pragma unroll 8
+                        for (int32_t i = 0; i < n; i++) {
+                            const float segment = p[i * slot_size];
+                            sum = F == CU_F8 ? __fmaf_rn(part_scale[at + i], segment, sum) : __fadd_rn(segment, sum);
+                        }
+                        if (v & pairs)
+                            total[1][k] = sum;
+                        else
+                            total[0][k] = sum;
+                    }
+                }
+            }
+            if (a.n_turn == 2)
+                turn ^= 1; /* a place is written again after the next pass's barrier, which comes after these sums */
+            else
+                skinny_barrier(a.n_rank);
+        }
+        if (rank != 0 || out >= a.n_out) continue;
+#pragma unroll
+        for (int k = 0; k < NT; k++) {
+            const int32_t r = (thread + k * n_thread) / CU_BAND;
+            if (r >= n_row) continue;
+            float z = total[0][k], up = total[1][k];
+            if (F == CU_I8 || F == CU_I4) {
+                z = __fmul_rn(z, by[0]);
+                up = __fmul_rn(up, by[1]);
+            }
+            if (a.epilogue == CU_SWIGLU)
+                a.h[(place + r) * a.ldh + out] = cu_round(skinny_swiglu(z, up));
+            else
+                a.y[(place + r) * a.ldy + out] = a.epilogue == CU_ADD ? __fadd_rn(old[k], z) : z;
+        }
+    }
+}
+
+#endif

@@ -1,0 +1,276 @@
+/* Sizes, checks, the layout of scratch and pinned memory, and errors of the cuda backend. See cu_state.h. */
+#include "backend/cuda/cu_state.h"
+
+#include <stdio.h>
+#include <string.h>
+
+enum {
+    CUT = 512,              /* what a piece of a block is aligned to: groups of packed weights ask for it */
+    PIECE = 64,             /* the same inside a step's arrays */
+    LANE_BYTES = 4 << 20,   /* most of a page that is moved at once */
+    ATTN_BYTES = 512 << 20, /* most for partial results of attention */
+    AUX_WORDS = 8 << 20,    /* beyond one row's, most words of a step's rules; more takes turns */
+};
+
+/* ---- errors ------------------------------------------------------------------------------------------------------ */
+
+/* What the user can do, as a clause. */
+static const char *mends(cudaError_t e) {
+    switch (e) {
+    case cudaErrorMemoryAllocation:
+        return "lower the KV pages, the batched tokens or the share of the GPU's memory that is used";
+    case cudaErrorECCUncorrectable:
+    case cudaErrorHardwareStackError:
+    case cudaErrorDevicesUnavailable:
+    case cudaErrorNoDevice:
+    case cudaErrorSystemNotReady:
+    case cudaErrorUnknown: return "the GPU is lost to this process; look at nvidia-smi and start again";
+    case cudaErrorInsufficientDriver:
+    case cudaErrorNoKernelImageForDevice: return "update the NVIDIA driver, or use a GPU of compute capability 9.0";
+    default: return "this is a mistake in ernest; please report it with this line, and start again";
+    }
+}
+
+ern_status cu_fail(cudaError_t e, const char *where, ern_err *err) {
+    const ern_code code = e == cudaErrorMemoryAllocation ? ERN_ERR_MEMORY : ERN_ERR_DEVICE;
+    return ERN_FAIL(err, code, "the GPU reported %s (%s) at %.160s: %s", cudaGetErrorName(e), cudaGetErrorString(e),
+                    where, mends(e));
+}
+
+void cu_note(cu_backend *b, cudaError_t e, const char *where) {
+    int none = cudaSuccess;
+    if (e == cudaSuccess || !atomic_compare_exchange_strong(&b->error, &none, (int)e)) return;
+    atomic_store(&b->error_where, where);
+}
+
+/* ---- checks ------------------------------------------------------------------------------------------------------ */
+
+static ern_status linear_check(const ern_linear *w, const ern_linear *like, const char *name, int32_t layer,
+                               ern_err *err) {
+    if (!w->data) return ERN_OK;
+    if (w->dtype == ERN_DTYPE_F32)
+        return ERN_FAIL(err, ERN_ERR_UNSUPPORTED,
+                        "%s of layer %d is stored as f32, which the cuda backend does not multiply with; store it as "
+                        "bf16",
+                        name, layer);
+    if (w->dtype == like->dtype) return ERN_OK;
+    return ERN_FAIL(err, ERN_ERR_UNSUPPORTED,
+                    "%s of layer %d is stored as %s beside %s, which the cuda backend cannot mix", name, layer,
+                    ern_dtype_name(w->dtype), ern_dtype_name(like->dtype));
+}
+
+static ern_status ffn_check(const ern_ffn *f, const ern_ffn *like, const char *name, int32_t layer, ern_err *err) {
+    ERN_TRY(linear_check(&f->gate, &like->gate, name, layer, err));
+    ERN_TRY(linear_check(&f->up, &like->gate, name, layer, err));
+    return linear_check(&f->down, &like->down, name, layer, err);
+}
+
+static ern_status layer_check(const ern_model *m, const ern_layer *w, int32_t layer, ern_err *err) {
+    ERN_TRY(linear_check(&w->q, &w->q, "q_proj", layer, err));
+    ERN_TRY(linear_check(&w->k, &w->q, "k_proj", layer, err));
+    ERN_TRY(linear_check(&w->v, &w->q, "v_proj", layer, err));
+    ERN_TRY(linear_check(&w->o, &w->o, "o_proj", layer, err));
+    if (!w->is_moe) return ffn_check(&w->ffn, &w->ffn, "the feed-forward", layer, err);
+    for (int32_t e = 0; e < m->config.n_expert; e++)
+        ERN_TRY(ffn_check(&w->expert[e], &w->expert[0], "an expert", layer, err));
+    return ffn_check(&w->shared, &w->shared, "the shared expert", layer, err);
+}
+
+static ern_status weights_check(const ern_model *m, bool mtp, ern_err *err) {
+    const int32_t L = m->config.n_layer;
+    for (int32_t l = 0; l < L; l++) ERN_TRY(layer_check(m, &m->layer[l], l, err));
+    ERN_TRY(linear_check(&m->head, &m->head, "lm_head", L, err));
+    if (!mtp) return ERN_OK;
+    ERN_TRY(linear_check(&m->mtp.proj, &m->mtp.proj, "mtp_linear_proj", L, err));
+    return layer_check(m, &m->mtp.layer, L, err);
+}
+
+static ern_status shape_check(const ern_config *c, const ern_backend_options *o, ern_err *err) {
+    if (o->kv_dtype != ERN_KV_BF16 && o->kv_dtype != ERN_KV_I8)
+        return ERN_FAIL(err, ERN_ERR_UNSUPPORTED,
+                        "the cuda backend keeps its KV cache in bf16 or int8; f32 is the ref backend's");
+    if (c->n_head_dim != 16 && c->n_head_dim != 64 && c->n_head_dim != 128)
+        return ERN_FAIL(err, ERN_ERR_UNSUPPORTED,
+                        "the cuda backend has attention for head sizes 16, 64 and 128; this model has %d",
+                        c->n_head_dim);
+    if (c->n_head / c->n_kv_head > CU_ATTEND_ROWS)
+        return ERN_FAIL(err, ERN_ERR_UNSUPPORTED,
+                        "the cuda backend has attention for at most %d query heads to a KV head; this model has %d",
+                        (int)CU_ATTEND_ROWS, c->n_head / c->n_kv_head);
+    if (c->n_expert > CU_EXPERTS_MAX || (c->n_expert > 0 && c->n_expert_used > CU_USED_MAX))
+        return ERN_FAIL(err, ERN_ERR_UNSUPPORTED,
+                        "the cuda backend routes to at most %d of %d experts; this model has %d of %d",
+                        (int)CU_USED_MAX, (int)CU_EXPERTS_MAX, c->n_expert_used, c->n_expert);
+    return ERN_OK;
+}
+
+/* ---- derived numbers --------------------------------------------------------------------------------------------- */
+
+static cu_cache cache_of(const ern_config *c, const ern_backend_options *o, int32_t n_kv_layer) {
+    const int64_t cells = (o->n_page_cell + 15) / 16 * 16, int8 = o->kv_dtype == ERN_KV_I8;
+    cu_cache k = {.n_page_cell = o->n_page_cell,
+                  .n_kv_head = c->n_kv_head,
+                  .n_head = c->n_head,
+                  .n_head_dim = c->n_head_dim,
+                  .dtype = o->kv_dtype};
+    k.plane_bytes = cells * c->n_head_dim * (int8 ? 1 : 2) + (int8 ? cells * (int64_t)sizeof(float) : 0);
+    k.page_bytes = n_kv_layer * 2 * c->n_kv_head * k.plane_bytes;
+    return k;
+}
+
+/* Words of aux for one row that asks for everything. */
+static int64_t row_aux_words(const ern_config *c, const ern_backend_options *o) {
+    static const int32_t some_id = 0;
+    static const uint32_t some_mask = 0;
+    static const ern_bias some_bias = {0, 0};
+    const ern_sample all = {.temperature = 1,
+                            .top_p = 1,
+                            .repetition = 2,
+                            .frequency = 1,
+                            .presence = 1,
+                            .seen = &some_id,
+                            .n_seen = o->n_len_max,
+                            .n_prompt = o->n_len_max,
+                            .bias = &some_bias,
+                            .n_bias = c->n_vocab,
+                            .ban = &some_id,
+                            .n_ban = c->n_vocab,
+                            .mask = &some_mask,
+                            .forced = -1,
+                            .n_top = ERN_TOP_MAX};
+    return cu_sample_aux_words(&all, c->n_vocab);
+}
+
+static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+ern_status cu_state_init(cu_backend *b, const ern_model *m, const ern_backend_options *o, ern_err *err) {
+    const ern_config *c = &m->config;
+    ERN_ASSERT(o->n_page > 0 && o->n_page_cell > 0 && o->n_row_max > 0 && o->n_seq_max > 0 && o->n_want_max > 0 &&
+               o->n_want_max <= o->n_row_max && o->n_len_max > 0);
+    ERN_ASSERT(((int64_t)o->n_page + 1) * o->n_page_cell <= INT32_MAX);
+    b->model = m;
+    b->o = *o;
+    if (o->mtp && !m->has_mtp)
+        return ERN_FAIL(err, ERN_ERR_USAGE, "%s has no MTP layer; start without speculative method mtp", m->dir);
+    ERN_TRY(shape_check(c, o, err));
+    ERN_TRY(weights_check(m, o->mtp, err));
+    b->n_page_max = (o->n_len_max + o->n_page_cell - 1) / o->n_page_cell;
+    b->n_kv_layer = c->n_layer + (o->mtp ? 1 : 0);
+    b->n_ffn_row = (int32_t)smaller(o->n_row_max, CU_FFN_ROWS);
+    b->n_logit_row = (int32_t)smaller(o->n_want_max, CU_LOGIT_ROWS);
+    b->cache = cache_of(c, o, b->n_kv_layer);
+    b->kv_bytes = (size_t)(o->n_page + 1) * (size_t)b->cache.page_bytes;
+    b->lane_bytes = (size_t)smaller(b->cache.page_bytes, LANE_BYTES);
+    const int64_t each = (int64_t)o->n_len_max + c->n_vocab / 32 + 1024;
+    b->n_aux = (int32_t)(row_aux_words(c, o) + smaller(each * o->n_seq_max, AUX_WORDS));
+    b->attn_bytes = (size_t)cu_attn_scratch_bytes(&b->cache, o->n_row_max, o->n_seq_max, o->n_len_max, ATTN_BYTES);
+    return ERN_OK;
+}
+
+/* ---- layout ------------------------------------------------------------------------------------------------------ */
+
+static void *take(cu_cut *c, size_t n, size_t each_bytes, size_t align) {
+    const size_t at = c->used;
+    c->used += (n * each_bytes + align - 1) / align * align;
+    return c->base ? c->base + at : NULL;
+}
+
+void *cu_cut_take(cu_cut *c, size_t n, size_t each_bytes) { return take(c, n, each_bytes, CUT); }
+
+cu_input cu_input_at(const cu_backend *b, unsigned char *base, int32_t n_row, int32_t n_seq, int32_t n_want) {
+    const size_t T = (size_t)n_row, S = (size_t)n_seq, W = (size_t)n_want, id = sizeof(int32_t);
+    cu_cut c = {base, 0};
+    cu_input in;
+    in.token = take(&c, T, id, PIECE);
+    in.next = take(&c, b->o.mtp ? T : 0, id, PIECE);
+    in.pos = take(&c, T, id, PIECE);
+    in.cell = take(&c, T, id, PIECE);
+    in.row0 = take(&c, S + 1, id, PIECE);
+    in.kv_len = take(&c, S, id, PIECE);
+    in.want = take(&c, W, id, PIECE);
+    in.page_at = c.used;
+    in.page = take(&c, S * (size_t)b->n_page_max, id, PIECE);
+    in.rule_at = c.used;
+    in.rule = take(&c, W, sizeof *in.rule, PIECE);
+    in.aux_at = c.used;
+    in.aux = take(&c, 0, id, PIECE);
+    return in;
+}
+
+static size_t input_bytes(const cu_backend *b) {
+    const cu_input in = cu_input_at(b, NULL, b->o.n_row_max, b->o.n_seq_max, b->o.n_want_max);
+    return in.aux_at + (size_t)b->n_aux * sizeof *in.aux;
+}
+
+/* Work lists for every number of rows up to n_row. */
+static int64_t tiles_max(int32_t n_row, int32_t K, int32_t E) {
+    int64_t most = 0;
+    for (int32_t n = 1; n <= n_row; n++) most = larger(most, cu_tiles_max(n, K, E));
+    return most;
+}
+
+static void routes_layout(cu_backend *b, cu_cut *c) {
+    const ern_config *m = &b->model->config;
+    const size_t R = (size_t)b->n_ffn_row, E = (size_t)m->n_expert, K = (size_t)m->n_expert_used, id = sizeof(int32_t);
+    const size_t tiles = (size_t)tiles_max(b->n_ffn_row, m->n_expert_used, m->n_expert);
+    cu_routes *r = &b->routes;
+    r->n_expert = m->n_expert;
+    r->n_used = m->n_expert_used;
+    r->chosen = cu_cut_take(c, R * K, id);
+    r->share = cu_cut_take(c, R * K, sizeof(float));
+    r->first = cu_cut_take(c, E + 1, id);
+    r->place_entry = cu_cut_take(c, R * K, id);
+    r->entry_place = cu_cut_take(c, R * K, id);
+    r->tile_expert = cu_cut_take(c, tiles, id);
+    r->tile_place = cu_cut_take(c, tiles, id);
+    r->n_tile = cu_cut_take(c, 1, id);
+    r->logit = cu_cut_take(c, R * E, sizeof(float));
+    r->scratch = cu_cut_take(c, 2 * E + 2, id);
+    const size_t shared_f = (size_t)m->n_shared_expert * (size_t)m->n_expert_ffn, D = (size_t)m->n_hidden;
+    b->expert_hid = cu_cut_take(c, R * K * CU_PAD((size_t)m->n_expert_ffn), sizeof(cu_bf16));
+    b->expert_y = cu_cut_take(c, R * K * D, sizeof(float));
+    b->shared_hid = cu_cut_take(c, R * CU_PAD(shared_f), sizeof(cu_bf16));
+    b->shared_y = cu_cut_take(c, R * D, sizeof(float));
+}
+
+static void scratch_layout(cu_backend *b) {
+    const ern_config *m = &b->model->config;
+    const size_t T = (size_t)b->o.n_row_max, W = (size_t)b->o.n_want_max, R = (size_t)b->n_ffn_row,
+                 I = (size_t)b->n_logit_row, D = (size_t)m->n_hidden, C = (size_t)m->n_head_dim,
+                 Q = (size_t)m->n_head * C, KV = (size_t)m->n_kv_head * C, f = sizeof(float), id = sizeof(int32_t);
+    cu_cut cut = {b->scratch, 0}, *c = &cut;
+    b->x = cu_cut_take(c, T * D, f);
+    b->xn = cu_cut_take(c, T * CU_PAD(D), sizeof(cu_bf16));
+    b->qkv = cu_cut_take(c, T * (size_t)larger((int64_t)(Q + 2 * KV), (int64_t)D), f);
+    b->q = cu_cut_take(c, T * Q, sizeof(cu_bf16));
+    b->att = cu_cut_take(c, T * CU_PAD(Q), sizeof(cu_bf16));
+    b->inv_freq = cu_cut_take(c, C / 2, f);
+    b->attn = cu_cut_take(c, b->attn_bytes, 1);
+    b->attn_work = cu_cut_take(c, (size_t)cu_attn_work_count(b->o.n_row_max, b->o.n_seq_max), id);
+    b->row_seq = cu_cut_take(c, T, id);
+    b->hid = cu_cut_take(c, R * CU_PAD((size_t)m->n_ffn), sizeof(cu_bf16));
+    if (m->n_expert > 0) routes_layout(b, c);
+    b->logits = cu_cut_take(c, I * (size_t)m->n_vocab, f);
+    b->sampler = cu_cut_take(c, (size_t)cu_sample_scratch_bytes(b->n_logit_row, m->n_vocab), 1);
+    b->sampled = cu_cut_take(c, W, sizeof *b->sampled);
+    b->ids = cu_cut_take(c, W, id);
+    b->draft = cu_cut_take(c, b->o.mtp ? W : 0, id);
+    b->mtp_in = cu_cut_take(c, b->o.mtp ? T * CU_PAD(2 * D) : 0, sizeof(cu_bf16));
+    b->mtp_next = cu_cut_take(c, b->o.mtp ? T : 0, id);
+    b->input = cu_cut_take(c, input_bytes(b), 1);
+    b->scratch_bytes = cut.used;
+}
+
+void cu_layout(cu_backend *b) {
+    const size_t W = (size_t)b->o.n_want_max;
+    scratch_layout(b);
+    cu_cut pinned = {b->pinned, 0};
+    for (int i = 0; i < CU_SLOTS; i++) {
+        b->slot[i].block = cu_cut_take(&pinned, input_bytes(b), 1);
+        b->slot[i].sampled = cu_cut_take(&pinned, W, sizeof(ern_sampled));
+        b->slot[i].draft = cu_cut_take(&pinned, b->o.mtp ? W : 0, sizeof(int32_t));
+    }
+    for (int i = 0; i < CU_LANES; i++) b->lane[i].bounce = cu_cut_take(&pinned, b->lane_bytes, 1);
+    b->pinned_bytes = pinned.used;
+}

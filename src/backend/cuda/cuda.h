@@ -1,0 +1,20 @@
+/* The cuda backend: the whole step on one GPU of compute capability 9.0, weights packed into its memory, bf16
+ * activations between f32 residual rows, KV in bf16 or int8.
+ *
+ * Linears multiply activations rounded to bf16 with what the weights' codes stand for, in every format; so act_exact
+ * changes nothing. KV pages are laid out as cu_kernels.h draws them.
+ *
+ * Hides everything but its table of operations. It is a shared object, loaded where a GPU is there; the step
+ * (cu_step.c) queues the kernels of cu_kernels.h, or a graph of them. Includes nothing of the other backends. */
+#ifndef ERN_BACKEND_CUDA_CUDA_H
+#define ERN_BACKEND_CUDA_CUDA_H
+
+#include "backend/backend.h"
+
+extern const ern_backend_ops cuda_backend_ops;
+
+/* NULL when a GPU is here that this backend can use; else one clause that says why not, without a full stop. Static
+ * memory. The first call wakes the driver, which takes a moment. */
+const char *cuda_missing(void);
+
+#endif
