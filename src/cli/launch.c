@@ -18,6 +18,7 @@
 enum {
     PAGE_CELLS = 64,
     STEP_TOKENS = 512,
+    STEP_TOKENS_GPU = 8192,
     QUEUE_MAX = 4096,
     STOP_MAX = 16,
     STOP_BYTES = 1024,
@@ -32,9 +33,11 @@ static bool is_name(const char *text, const char *name) { return strcmp(text, na
 /* ---- capacity and scheduling ------------------------------------------------------------------------------------- */
 
 /* FastDeploy takes 8192 tokens per step; on a CPU such a step would last so long that running replies stall and a
- * cancel waits, so the default is small. The results do not depend on it. */
-static int64_t default_step(int64_t len, int64_t seqs, bool chunks) {
-    int64_t most = len * seqs, step = chunks ? STEP_TOKENS : len;
+ * cancel waits, so there the default is small. The results do not depend on it. */
+static int64_t default_step(const options *o, int64_t len, int64_t seqs, bool chunks) {
+    const ern_backend_ops *backend;
+    bool gpu = command_backend(o, &backend, NULL) == ERN_OK && is_name(backend->name, "cuda");
+    int64_t most = len * seqs, step = !chunks ? len : gpu ? STEP_TOKENS_GPU : STEP_TOKENS;
     if (step < seqs) step = seqs;
     return step < most ? step : most;
 }
@@ -117,7 +120,7 @@ static ern_status check_capacity(launch *l, const options *o, ern_err *err) {
     int64_t len = options_int(o, "max-model-len"), seqs = options_int(o, "max-num-seqs");
     bool chunks = options_flag(o, "enable-chunked-prefill");
     bool own_step = options_given(o, "max-num-batched-tokens");
-    int64_t step = own_step ? options_int(o, "max-num-batched-tokens") : default_step(len, seqs, chunks);
+    int64_t step = own_step ? options_int(o, "max-num-batched-tokens") : default_step(o, len, seqs, chunks);
     ERN_TRY(check_step(step, len, seqs, chunks, err));
     int64_t pages = options_given(o, "num-gpu-blocks-override") ? options_int(o, "num-gpu-blocks-override") : 0;
     uint64_t memory = options_given(o, "memory") ? to_bytes(options_real(o, "memory")) : 0;

@@ -143,7 +143,7 @@ const option option_table[] = {
     {.name = "max-num-seqs", .type = OPTION_INT, .fallback = "8", .min = 1, .max = 256, .group = "Capacity", .tag = 'S',
      .command = CMD_SERVE, .help = "Most sequences computed together", .example = "--max-num-seqs 128"},
     {.name = "max-num-batched-tokens", .type = OPTION_INT, .min = 1, .max = 1048576, .group = "Capacity", .tag = 'T',
-     .command = CMD_SERVE, .help = "Most tokens of one step; default: 512, or --max-model-len without chunked prefill"},
+     .command = CMD_SERVE, .help = "Most tokens of one step; default: 512 (8192 on a GPU), or --max-model-len without chunked prefill"},
     {.name = "memory", .type = OPTION_REAL, .min = 0.01, .max = 65536, .group = "Capacity", .tag = 'E',
      .command = CMD_SERVE,
      .help = "GiB for the KV cache, scratch, copies of weights and (not on a GPU) --swap-space; default: what the machine "

@@ -435,6 +435,138 @@ static void same_made(const char *shape, int32_t n_layer, const ern_quant_plan *
     made_model_close(&m);
 }
 
+/* ---- a thousand requests -------------------------------------------------------------------------------------------
+ *
+ * Each by itself, its prompt in one step; then all of them with 256 running at a time, prompts in pieces of random size
+ * beside decoding ones. Every token and logprob must be the same. */
+
+enum {
+    REQUESTS = 1024,
+    TOGETHER = 256,
+    ANSWER = 8,
+    LONGEST = 200,
+    CELLS = 64,
+    PAGES_REQUEST = (LONGEST + ANSWER) / CELLS + 1,
+    STEP_MOST = 2048
+};
+
+typedef struct seat {
+    int32_t request, pos; /* request < 0: free */
+} seat;
+
+typedef struct crowd {
+    ern_batch in;
+    int32_t token[STEP_MOST], next[STEP_MOST], pos[STEP_MOST], cell[STEP_MOST], want[TOGETHER], row0[TOGETHER + 1];
+    int32_t kv_len[TOGETHER], page[TOGETHER * PAGES_REQUEST], from[TOGETHER]; /* from: the seat of a wanted row */
+    ern_sample sample[TOGETHER];
+} crowd;
+
+static int32_t prompt_length(int32_t r) { return 1 + (int32_t)(ern_counter64(21, (uint64_t)r) % LONGEST); }
+
+static void crowd_add(crowd *c, const ern_model *m, int32_t index, const seat *s, int32_t n,
+                      const ern_sampled *answer) {
+    const int32_t q = c->in.n_seq++, len = prompt_length(s->request);
+    for (int32_t i = 0; i < PAGES_REQUEST; i++) c->page[q * PAGES_REQUEST + i] = index * PAGES_REQUEST + i;
+    for (int32_t i = 0; i < n; i++) {
+        const int32_t r = c->in.n_row++, p = s->pos + i;
+        c->pos[r] = p;
+        c->cell[r] = c->page[q * PAGES_REQUEST + p / CELLS] * CELLS + p % CELLS;
+        c->token[r] =
+            p < len ? (int32_t)(ern_counter64(22, (uint64_t)(s->request * 1000 + p)) % (uint64_t)m->config.n_vocab)
+                    : answer[p - len].token;
+        c->next[r] = -1;
+    }
+    c->kv_len[q] = s->pos + n;
+    c->row0[q + 1] = c->in.n_row;
+    if (s->pos + n < len) return;
+    c->from[c->in.n_want] = index;
+    c->sample[c->in.n_want] = (ern_sample){.temperature = s->request % 2 ? 0.8f : 0,
+                                           .top_p = 0.9f,
+                                           .repetition = 1,
+                                           .seed = (uint64_t)s->request,
+                                           .position = s->pos + n,
+                                           .forced = -1,
+                                           .n_top = 5};
+    c->want[c->in.n_want++] = c->in.n_row - 1;
+}
+
+/* want NULL: fill have; else compare with it. Returns the number of events that differ. */
+static int64_t serve_all(const ern_model *m, int32_t n_seat, bool pieces, ern_sampled (*have)[ANSWER],
+                         ern_sampled (*want)[ANSWER]) {
+    static crowd c;
+    static seat seats[TOGETHER];
+    ern_err err = {.text = ""};
+    ern_backend *b;
+    const ern_backend_options o = {.n_page = TOGETHER * PAGES_REQUEST,
+                                   .n_page_cell = CELLS,
+                                   .n_row_max = STEP_MOST,
+                                   .n_seq_max = n_seat,
+                                   .n_want_max = n_seat,
+                                   .n_len_max = LONGEST + ANSWER,
+                                   .kv_dtype = ERN_KV_BF16,
+                                   .level = -1,
+                                   .mtp = m->has_mtp};
+    const ern_backend_ops *cuda = ern_backend_find("cuda");
+    int32_t n_begun = 0, n_done = 0;
+    int64_t n_bad = 0;
+    uint64_t drawn = 0;
+    made_check(cuda->open(&b, m, &o, &err), &err, "opening cuda");
+    for (int32_t i = 0; i < n_seat; i++) seats[i].request = -1;
+    while (n_done < REQUESTS) {
+        c.in = (ern_batch){.n_page_max = PAGES_REQUEST,
+                           .token = c.token,
+                           .next = m->has_mtp ? c.next : NULL,
+                           .pos = c.pos,
+                           .cell = c.cell,
+                           .row0 = c.row0,
+                           .kv_len = c.kv_len,
+                           .page = c.page,
+                           .want = c.want,
+                           .sample = c.sample};
+        int32_t rows[TOGETHER] = {0};
+        for (int32_t i = 0; i < n_seat; i++) {
+            if (seats[i].request < 0 && n_begun < REQUESTS) seats[i] = (seat){n_begun++, 0};
+            if (seats[i].request < 0) continue;
+            int32_t left = prompt_length(seats[i].request) - seats[i].pos, room = STEP_MOST - c.in.n_row - (n_seat - i);
+            int32_t most = pieces ? 1 + (int32_t)(ern_counter64(23, drawn++) % 64) : LONGEST;
+            rows[i] = left < 1 ? 1 : left < most ? left : most;
+            if (rows[i] > room) rows[i] = room > 1 ? room : 1;
+            crowd_add(&c, m, i, &seats[i], rows[i], have[seats[i].request]);
+        }
+        ern_result r;
+        cuda->submit(b, &c.in);
+        made_check(cuda->wait(b, &r, &err), &err, "a step");
+        for (int32_t w = 0; w < c.in.n_want; w++) {
+            const seat *s = &seats[c.from[w]];
+            int32_t k = s->pos + rows[c.from[w]] - prompt_length(s->request);
+            have[s->request][k] = r.sampled[w];
+            n_bad += r.sampled[w].bad || (want && !same(&want[s->request][k], &r.sampled[w]));
+        }
+        for (int32_t i = 0; i < n_seat; i++) {
+            if (seats[i].request < 0) continue;
+            seats[i].pos += rows[i];
+            if (seats[i].pos < prompt_length(seats[i].request) + ANSWER - 1) continue;
+            seats[i].request = -1;
+            n_done++;
+        }
+    }
+    cuda->close(b);
+    return n_bad;
+}
+
+static void thousand(const char *shape, int32_t n_layer) {
+    static ern_sampled alone[REQUESTS][ANSWER], together[REQUESTS][ANSWER];
+    char name[96];
+    (void)snprintf(name, sizeof name, "bits %s: %d requests among %d", shape, REQUESTS, TOGETHER);
+    if (filter && !strstr(name, filter)) return;
+    made_model m = made_model_open_layers(shape, false, 11, n_layer);
+    int64_t n_nan = serve_all(m.model, 1, false, alone, NULL),
+            n_bad = serve_all(m.model, TOGETHER, true, together, alone);
+    say(n_nan == 0 && n_bad == 0, name, "%lld of %d tokens differ from those alone; %lld bad", (long long)n_bad,
+        REQUESTS * ANSWER, (long long)n_nan);
+    made_model_close(&m);
+}
+
 int main(int argc, char **argv) {
     static const ern_quant how[] = {ERN_QUANT_WINT8, ERN_QUANT_WINT4, ERN_QUANT_FP8};
     filter = argc > 1 && *argv[1] ? argv[1] : NULL;
@@ -456,6 +588,8 @@ int main(int argc, char **argv) {
         same_made("0.3b", 2, NULL, false);
         for (size_t i = 0; i < 3; i++) same_made("0.3b", 2, &(ern_quant_plan){how[i], how[i], ERN_QUANT_WINT8}, i == 1);
     }
+    thousand("0.3b", 2);
+    thousand("tiny-moe", 0);
     printf("gpu_model: %d cases, %d failed\n", n_case, n_failed);
     return n_failed > 0;
 }
