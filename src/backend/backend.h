@@ -108,8 +108,9 @@ typedef struct ern_backend_ops {
     void (*kv_copy)(ern_backend *b, const ern_page_pair *pair, int32_t n);
     /* Pages to host memory and back: n * page_bytes, each as ern_kv_dtype draws it. Beside the engine's thread, two
      * more may call these at any time, also while steps are in flight; they block. The caller sees to it that no step
-     * in flight writes a page that is read or names one that is written, and that no other copy does. */
-    void (*kv_read)(ern_backend *b, const int32_t *page, int32_t n, void *host);
+     * in flight writes a page that is read or names one that is written, and that no other copy does. False: the device
+     * has failed, as the next wait will tell; host holds no pages. */
+    bool (*kv_read)(ern_backend *b, const int32_t *page, int32_t n, void *host);
     void (*kv_write)(ern_backend *b, const int32_t *page, int32_t n, const void *host);
     /* fn NULL: off. */
     void (*probe)(ern_backend *b, ern_probe_fn *fn, void *ud);

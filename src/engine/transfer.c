@@ -56,11 +56,10 @@ static void run(transfer *t, transfer_job *j) {
     unsigned char *host = j->host_page >= 0 ? t->host + (size_t)j->host_page * t->o.page_bytes : NULL;
     j->ok = true;
     switch (j->kind) {
-    case TRANSFER_OUT: ops->kv_read(t->o.backend, &j->device_page, 1, host); break;
+    case TRANSFER_OUT: j->ok = ops->kv_read(t->o.backend, &j->device_page, 1, host); break;
     case TRANSFER_IN: ops->kv_write(t->o.backend, &j->device_page, 1, host); break;
     case TRANSFER_SAVE:
-        ops->kv_read(t->o.backend, &j->device_page, 1, t->block);
-        j->ok = store_write(t->o.disk, &j->block, t->block);
+        j->ok = ops->kv_read(t->o.backend, &j->device_page, 1, t->block) && store_write(t->o.disk, &j->block, t->block);
         break;
     case TRANSFER_LOAD:
         j->ok = store_read(t->o.disk, &j->block, t->block);

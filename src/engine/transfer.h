@@ -28,7 +28,7 @@ typedef struct transfer_job {
     int32_t node;                   /* the cache's own, handed back */
     uint32_t node_gen;
     store_block block; /* SAVE and LOAD. token is copied by start; NULL when handed back */
-    bool ok;           /* when handed back. OUT and IN cannot fail */
+    bool ok;           /* when handed back. IN cannot fail, and OUT only when the device has, which ends the engine */
 } transfer_job;
 
 typedef struct transfer_ops {

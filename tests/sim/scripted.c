@@ -218,11 +218,12 @@ static void scripted_kv_copy(ern_backend *base, const ern_page_pair *pair, int32
 }
 
 /* As things are at this moment, steps in flight or not: if they matter, the engine is wrong, and the tokens will be. */
-static void scripted_kv_read(ern_backend *base, const int32_t *page, int32_t n, void *host) {
+static bool scripted_kv_read(ern_backend *base, const int32_t *page, int32_t n, void *host) {
     scripted_backend *b = of(base);
     size_t P = (size_t)b->o.n_page_cell;
     for (int32_t i = 0; i < n; i++)
         memcpy((uint64_t *)host + (size_t)i * P, b->kv + (size_t)page[i] * P, P * sizeof *b->kv);
+    return true;
 }
 
 static void scripted_kv_write(ern_backend *base, const int32_t *page, int32_t n, const void *host) {

@@ -81,7 +81,10 @@ static ern_status say_wait(ern_backend *b, ern_result *out, ern_err *err) {
 }
 
 static void say_copy(ern_backend *b, const ern_page_pair *p, int32_t n) { (void)b, (void)p, (void)n; }
-static void say_read(ern_backend *b, const int32_t *p, int32_t n, void *h) { (void)b, (void)p, (void)n, (void)h; }
+static bool say_read(ern_backend *b, const int32_t *p, int32_t n, void *h) {
+    (void)b, (void)p, (void)n, (void)h;
+    return true;
+}
 static void say_write(ern_backend *b, const int32_t *p, int32_t n, const void *h) {
     (void)b, (void)p, (void)n, (void)h;
 }

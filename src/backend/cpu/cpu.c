@@ -222,10 +222,11 @@ static void cpu_kv_copy(ern_backend *base, const ern_page_pair *pair, int32_t n)
     }
 }
 
-static void cpu_kv_read(ern_backend *base, const int32_t *page, int32_t n, void *host) {
+static bool cpu_kv_read(ern_backend *base, const int32_t *page, int32_t n, void *host) {
     cpu_backend *b = of(base);
     for (int32_t i = 0; i < n; i++)
         memcpy((unsigned char *)host + (size_t)i * page_bytes(b), page_at(b, page[i]), page_bytes(b));
+    return true;
 }
 
 static void cpu_kv_write(ern_backend *base, const int32_t *page, int32_t n, const void *host) {

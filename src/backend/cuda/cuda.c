@@ -272,7 +272,7 @@ static void page_move(cu_backend *b, cu_lane *l, unsigned char *page, unsigned c
 }
 
 /* Also after the page copies that were asked for before. read, write: one of them. */
-static void pages_move(cu_backend *b, const int32_t *page, int32_t n, unsigned char *read, const unsigned char *write) {
+static bool pages_move(cu_backend *b, const int32_t *page, int32_t n, unsigned char *read, const unsigned char *write) {
     const size_t all = (size_t)b->cache.page_bytes;
     cu_lane *l = lane_take(b);
     CU_DO(b, cudaSetDevice(DEVICE));
@@ -281,17 +281,16 @@ static void pages_move(cu_backend *b, const int32_t *page, int32_t n, unsigned c
         const size_t at = (size_t)i * all;
         page_move(b, l, page_at(b, page[i]), read ? read + at : NULL, write ? write + at : NULL);
     }
-    /* What a lost device did not tell must not pass for a page: NaN, in bf16 and in the scales of int8. */
-    if (read && failed(b)) memset(read, 0xff, (size_t)n * all);
     pthread_mutex_unlock(&l->lock);
+    return !failed(b);
 }
 
-static void cuda_kv_read(ern_backend *base, const int32_t *page, int32_t n, void *host) {
-    pages_move(of(base), page, n, host, NULL);
+static bool cuda_kv_read(ern_backend *base, const int32_t *page, int32_t n, void *host) {
+    return pages_move(of(base), page, n, host, NULL);
 }
 
 static void cuda_kv_write(ern_backend *base, const int32_t *page, int32_t n, const void *host) {
-    pages_move(of(base), page, n, NULL, host);
+    (void)pages_move(of(base), page, n, NULL, host);
 }
 
 /* ---- probe ------------------------------------------------------------------------------------------------------- */

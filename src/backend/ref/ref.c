@@ -161,10 +161,11 @@ static void ref_kv_copy(ern_backend *base, const ern_page_pair *pair, int32_t n)
         memmove(page_at(of(base), pair[i].to), page_at(of(base), pair[i].from), of(base)->page_bytes);
 }
 
-static void ref_kv_read(ern_backend *base, const int32_t *page, int32_t n, void *host) {
+static bool ref_kv_read(ern_backend *base, const int32_t *page, int32_t n, void *host) {
     size_t bytes = of(base)->page_bytes;
     for (int32_t i = 0; i < n; i++)
         memcpy((unsigned char *)host + (size_t)i * bytes, page_at(of(base), page[i]), bytes);
+    return true;
 }
 
 static void ref_kv_write(ern_backend *base, const int32_t *page, int32_t n, const void *host) {
