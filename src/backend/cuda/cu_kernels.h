@@ -143,7 +143,7 @@ typedef struct cu_routes {
 /* Depends on the step's size only for speed. */
 static inline int32_t cu_tile_rows(int32_t n_row, int32_t n_used, int32_t n_expert) {
     int64_t mean = ((int64_t)n_row * n_used + n_expert - 1) / n_expert;
-    return mean <= 8 ? 8 : mean <= 16 ? 16 : mean <= 32 ? 32 : mean <= 96 ? 64 : 128;
+    return mean <= 2 ? 8 : mean <= 10 ? 16 : mean <= 26 ? 32 : mean <= 96 ? 64 : 128;
 }
 static inline int64_t cu_tiles_max(int32_t n_row, int32_t n_used, int32_t n_expert) {
     int64_t n = (int64_t)n_row * n_used, rows = cu_tile_rows(n_row, n_used, n_expert);
