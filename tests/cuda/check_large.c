@@ -1,8 +1,20 @@
-/* cu_large_run and cu_large_grouped: against scalar double where a test can afford it, and bit for bit against the
- * kernels for few rows everywhere. Weights are drawn as packed bytes, read back by the layout's definition. */
+/* cu_mid_run and cu_large_run, plain and grouped: against scalar double where a test can afford it, and bit for bit
+ * against the kernels for few rows everywhere. Weights are drawn as packed bytes, read back by the layout's definition.
+ */
 #include "check.h"
 
-enum { FEW = 64 }; /* rows of a piece for the kernels for few rows */
+enum { FEW = 8 }; /* rows of a piece for the kernels for few rows */
+
+/* The kernels that are checked here. */
+typedef struct kernels {
+    const char *name;
+    cudaError_t (*run)(cudaStream_t, const cu_job *);
+    cudaError_t (*grouped)(cudaStream_t, const cu_grouped_job *);
+    int32_t n_row[10];             /* of plain checks, ascending; 0: no more */
+    int32_t tile_first, tile_last; /* rows of a grouped tile: twice the one before each */
+} kernels;
+static const kernels mid = {"mid", cu_mid_run, cu_mid_grouped, {9, 16, 17, 32, 33, 64, 65, 100, 200}, 16, 64};
+static const kernels large = {"large", cu_large_run, cu_large_grouped, {65, 100, 128, 200, 257}, 128, 128};
 
 static const char *const format_name[CU_FORMATS] = {"bf16", "int8", "int4", "fp8"};
 
@@ -146,11 +158,7 @@ static void compare_one(worst *to, const weights *o, const cu_bf16 *x, cu_epilog
               "swiglu", row, out, n_row);
 }
 
-static void run_plain(const cu_job *all, bool few) {
-    if (!few) {
-        CHECK_CUDA(cu_large_run(NULL, all));
-        return;
-    }
+static void run_few(const cu_job *all) {
     for (int32_t row = 0; row < all->n_row; row += FEW) {
         cu_job j = *all;
         j.n_row = all->n_row - row < FEW ? all->n_row - row : FEW;
@@ -161,14 +169,13 @@ static void run_plain(const cu_job *all, bool few) {
     }
 }
 
-/* One format and shape at several numbers of rows: both kernels, every epilogue. */
-static void check_plain(cu_format f, shape s) {
-    static const int32_t n_rows[] = {65, 100, 128, 200, 257};
+/* One format and shape at several numbers of rows, every epilogue: the kernel and the one for few rows. */
+static void check_plain(const kernels *k, cu_format f, shape s) {
     enum { MAX = 257 };
     char name[2][80];
-    snprintf(name[0], sizeof name[0], "large %s %d -> %d%s", format_name[f], s.n_in, s.n_out, s.pairs ? " pairs" : "");
-    snprintf(name[1], sizeof name[1], "large bits %s %d -> %d%s", format_name[f], s.n_in, s.n_out,
-             s.pairs ? " pairs" : "");
+    for (int i = 0; i < 2; i++)
+        snprintf(name[i], sizeof name[i], "%s %s%s %d -> %d%s", k->name, i ? "bits " : "", format_name[f], s.n_in,
+                 s.n_out, s.pairs ? " pairs" : "");
     if (!check_begin(name[0]) && !check_begin(name[1])) return;
 
     weights o = weights_new(f, s);
@@ -181,9 +188,9 @@ static void check_plain(cu_format f, shape s) {
     const bool small = (int64_t)s.n_in * s.n_out <= 20000;
     worst w = {0};
     bool same = true, kept = true;
-    for (size_t n = 0; n < sizeof n_rows / sizeof *n_rows; n++)
+    for (int n = 0; k->n_row[n]; n++)
         for (int ep = s.pairs ? CU_SWIGLU : CU_STORE; ep <= (s.pairs ? CU_SWIGLU : CU_ADD); ep++) {
-            const int32_t n_row = n_rows[n];
+            const int32_t n_row = k->n_row[n];
             memset(before, 0xff, bytes);
             if (ep == CU_ADD) {
                 float *b = (float *)(void *)before;
@@ -197,7 +204,10 @@ static void check_plain(cu_format f, shape s) {
                 j.y = dy, j.ldy = ld;
             for (int few = 0; few < 2; few++) {
                 CHECK_CUDA(cudaMemcpy(dy, before, bytes, cudaMemcpyHostToDevice));
-                run_plain(&j, few);
+                if (few)
+                    run_few(&j);
+                else
+                    CHECK_CUDA(k->run(NULL, &j));
                 check_get(few ? want : got, dy, bytes);
             }
             same &= memcmp(got, want, bytes) == 0;
@@ -269,12 +279,12 @@ static void make_routes(cu_routes *r, int32_t n_row, int32_t tile_rows, int32_t 
     free(tile_place);
 }
 
-static void check_grouped(cu_format f, shape s, int32_t n_row) {
+static void check_grouped(const kernels *k, cu_format f, shape s, int32_t n_row) {
     const cu_epilogue ep = s.pairs ? CU_SWIGLU : CU_STORE;
     const int32_t n = n_row * K, ldx = CU_PAD(s.n_in), ld = s.pairs ? CU_PAD(s.n_out) : s.n_out;
     const size_t size = s.pairs ? sizeof(cu_bf16) : sizeof(float), bytes = (size_t)n * (size_t)ld * size;
     char name[80];
-    snprintf(name, sizeof name, "large grouped %s %d -> %d%s", format_name[f], s.n_in, s.n_out,
+    snprintf(name, sizeof name, "%s grouped %s %d -> %d%s", k->name, format_name[f], s.n_in, s.n_out,
              s.pairs ? " pairs" : "");
     if (!check_begin(name)) return;
 
@@ -290,7 +300,7 @@ static void check_grouped(cu_format f, shape s, int32_t n_row) {
     if (!by_place || !place_entry || !got || !want) abort();
     void *dx = check_new(x, (size_t)n_x * (size_t)ldx * sizeof *x), *dy = check_new(NULL, bytes);
     bool same = true;
-    for (int32_t rows = 64; rows <= 128; rows *= 2) {
+    for (int32_t rows = k->tile_first; rows <= k->tile_last; rows *= 2) {
         cu_routes r;
         make_routes(&r, n_row, rows, first, place_entry);
         cu_grouped_job j = {.shape = described, .experts = dexperts, .routes = &r, .n_row = n_row, .gather = s.pairs};
@@ -301,7 +311,7 @@ static void check_grouped(cu_format f, shape s, int32_t n_row) {
         else
             j.y = dy, j.ldy = ld;
         CHECK_CUDA(cudaMemset(dy, 0xff, bytes));
-        CHECK_CUDA(cu_large_grouped(NULL, &j));
+        CHECK_CUDA(k->grouped(NULL, &j));
         check_get(got, dy, bytes);
 
         for (int32_t p = 0; p < n; p++)
@@ -316,7 +326,7 @@ static void check_grouped(cu_format f, shape s, int32_t n_row) {
                 one.h = (cu_bf16 *)dy + (int64_t)first[i] * ld, one.ldh = ld;
             else
                 one.y = (float *)dy + (int64_t)first[i] * ld, one.ldy = ld;
-            if (one.n_row) CHECK_CUDA(cu_large_run(NULL, &one));
+            if (one.n_row) CHECK_CUDA(k->run(NULL, &one));
         }
         check_get(want, dy, bytes);
         same &= memcmp(got, want, bytes) == 0;
@@ -342,30 +352,37 @@ static void check_grouped(cu_format f, shape s, int32_t n_row) {
 /* ---- speed (information, no case) ---------------------------------------------------------------------------------
  */
 
-/* Random bytes for a big buffer: a few MB drawn, repeated on the device. */
-static void *fill_device(cu_format f, size_t bytes) {
+enum { FILLED = 256 << 20 };
+
+/* 256 MB of random codes, to stay: a few MB drawn, repeated on the device. */
+static char *filled(cu_format f) {
     enum { PIECE = 4 << 20 };
     static uint64_t piece[PIECE / 8];
-    char *d;
-    CHECK_CUDA(cudaMalloc((void **)&d, bytes));
+    static char *all[CU_FORMATS];
+    if (all[f]) return all[f];
+    CHECK_CUDA(cudaMalloc((void **)&all[f], FILLED));
     for (size_t i = 0; i < PIECE / 8; i++) piece[i] = random_codes(f);
-    for (size_t at = 0; at < bytes; at += PIECE)
-        CHECK_CUDA(cudaMemcpy(d + at, piece, bytes - at < PIECE ? bytes - at : PIECE, cudaMemcpyHostToDevice));
-    return d;
+    for (size_t at = 0; at < FILLED; at += PIECE)
+        CHECK_CUDA(cudaMemcpy(all[f] + at, piece, PIECE, cudaMemcpyHostToDevice));
+    return all[f];
 }
 
-static void speed(cu_format f, shape s, int32_t n_row) {
-    enum { LAUNCHES = 5 };
+/* What a step would see: launches in a graph, each with weights of its own until those fill 256 MB, so that none come
+ * from L2. */
+static void speed(const kernels *k, cu_format f, shape s, int32_t n_row) {
+    enum { LAUNCHES = 24, ROUNDS = 3 };
     char name[80];
-    snprintf(name, sizeof name, "large speed %s %d x %d -> %d%s", format_name[f], n_row, s.n_in, s.n_out,
+    snprintf(name, sizeof name, "%s speed %s %d x %d -> %d%s", k->name, format_name[f], n_row, s.n_in, s.n_out,
              s.pairs ? " pairs" : "");
     if (!check_begin(name)) return;
-    cu_job j = {.epilogue = s.pairs ? CU_SWIGLU : CU_STORE, .n_row = n_row, .ldx = CU_PAD(s.n_in)};
+    cu_job j = {.epilogue = s.pairs ? CU_SWIGLU : CU_ADD, .n_row = n_row, .ldx = CU_PAD(s.n_in)};
     j.w = (cu_linear){.format = f, .n_out = s.n_out, .n_in = s.n_in, .pairs = s.pairs};
     j.w.n_band = CU_BANDS(s.n_out) * (s.pairs ? 2 : 1);
     j.w.n_seg = CU_PAD(s.n_in) / CU_SEGMENT;
-    const int64_t n_scale = cu_scale_count(&j.w);
-    void *pack = fill_device(f, (size_t)cu_pack_bytes(&j.w)), *x = fill_device(CU_BF16, (size_t)(n_row * j.ldx) * 2);
+    const int64_t n_scale = cu_scale_count(&j.w), bytes = cu_pack_bytes(&j.w);
+    int64_t n_copy = FILLED / bytes;
+    n_copy = n_copy > LAUNCHES ? LAUNCHES : n_copy;
+    const char *pack = filled(f), *x = filled(CU_BF16);
     float *scale = malloc((size_t)(n_scale + 1) * sizeof *scale);
     void *dscale = NULL, *out = NULL;
     if (!scale) abort();
@@ -373,53 +390,79 @@ static void speed(cu_format f, shape s, int32_t n_row) {
     CHECK_CUDA(cudaMalloc(&dscale, (size_t)(n_scale + 1) * sizeof *scale));
     CHECK_CUDA(cudaMemcpy(dscale, scale, (size_t)n_scale * sizeof *scale, cudaMemcpyHostToDevice));
     CHECK_CUDA(cudaMalloc(&out, (size_t)n_row * (size_t)CU_PAD(s.n_out) * sizeof(float)));
-    j.w.pack = pack, j.w.scale = dscale, j.x = x;
+    CHECK_CUDA(cudaMemset(out, 0, (size_t)n_row * (size_t)CU_PAD(s.n_out) * sizeof(float)));
+    j.w.scale = dscale, j.x = (const cu_bf16 *)(const void *)x;
     if (s.pairs)
         j.h = out, j.ldh = CU_PAD(s.n_out);
     else
         j.y = out, j.ldy = s.n_out;
+    cudaStream_t stream;
+    cudaGraph_t graph;
+    cudaGraphExec_t exec;
     cudaEvent_t from, to;
     float ms = 0.0f;
+    CHECK_CUDA(cudaStreamCreate(&stream));
     CHECK_CUDA(cudaEventCreate(&from));
     CHECK_CUDA(cudaEventCreate(&to));
-    CHECK_CUDA(cu_large_run(NULL, &j));
-    CHECK_CUDA(cudaEventRecord(from, NULL));
-    for (int i = 0; i < LAUNCHES; i++) CHECK_CUDA(cu_large_run(NULL, &j));
-    CHECK_CUDA(cudaEventRecord(to, NULL));
+    CHECK_CUDA(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+    for (int i = 0; i < LAUNCHES; i++) {
+        j.w.pack = pack + i % n_copy * bytes;
+        CHECK_CUDA(k->run(stream, &j));
+    }
+    CHECK_CUDA(cudaStreamEndCapture(stream, &graph));
+    CHECK_CUDA(cudaGraphInstantiate(&exec, graph, 0));
+    CHECK_CUDA(cudaGraphLaunch(exec, stream));
+    CHECK_CUDA(cudaEventRecord(from, stream));
+    for (int i = 0; i < ROUNDS; i++) CHECK_CUDA(cudaGraphLaunch(exec, stream));
+    CHECK_CUDA(cudaEventRecord(to, stream));
     CHECK_CUDA(cudaEventSynchronize(to));
     CHECK_CUDA(cudaEventElapsedTime(&ms, from, to));
-    const double each = (double)ms / LAUNCHES * 1e-3;
+    const double each = (double)ms / (LAUNCHES * ROUNDS) * 1e-3;
     const double flops = 2.0 * n_row * s.n_in * (s.n_out * (s.pairs ? 2.0 : 1.0));
-    printf("info  %-56s %8.3f ms, %.0f TFLOP/s\n", name, each * 1e3, flops / each * 1e-12);
+    printf("info  %-56s %8.2f us, %5.0f TFLOP/s, %5.0f GB/s of weights\n", name, each * 1e6, flops / each * 1e-12,
+           (double)bytes / each * 1e-9);
+    CHECK_CUDA(cudaGraphExecDestroy(exec));
+    CHECK_CUDA(cudaGraphDestroy(graph));
+    CHECK_CUDA(cudaStreamDestroy(stream));
     CHECK_CUDA(cudaEventDestroy(from));
     CHECK_CUDA(cudaEventDestroy(to));
-    CHECK_CUDA(cudaFree(pack));
-    CHECK_CUDA(cudaFree(x));
     CHECK_CUDA(cudaFree(dscale));
     CHECK_CUDA(cudaFree(out));
     free(scale);
 }
 
 void check_large(void) {
-    /* Ugly ones; those of the tiny models; then 0.3b and 21b (tiles of 128 rows at 257 rows for the two widest). */
-    static const shape shapes[] = {{80, 44, true},      {64, 168, true},     {200, 80, false},
-                                   {130, 17, false},    {1024, 3072, true},  {1024, 5640, false},
-                                   {3072, 1024, false}, {2560, 3584, false}, {2560, 1536, true}};
+    /* Ugly ones; those of the tiny models; then 0.3b and 21b. The last is one of many segments: more than one pass. */
+    static const shape shapes[] = {{80, 44, true},     {64, 168, true},     {200, 80, false},    {130, 17, false},
+                                   {1024, 3072, true}, {1024, 5640, false}, {3072, 1024, false}, {2560, 3584, false},
+                                   {2560, 1536, true}, {12288, 2560, false}};
+    const int n_shape = sizeof shapes / sizeof *shapes;
     for (int f = 0; f < CU_FORMATS; f++) {
-        for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++) check_plain((cu_format)f, shapes[i]);
-        check_grouped((cu_format)f, (shape){80, 44, true}, 300);
-        check_grouped((cu_format)f, (shape){44, 80, false}, 300);
-    }
-    for (int f = 0; f < CU_FORMATS; f++) {
-        check_grouped((cu_format)f, (shape){2560, 1536, true}, 150);
-        check_grouped((cu_format)f, (shape){1536, 2560, false}, 150);
+        for (int kind = 0; kind < 2; kind++) {
+            const kernels *k = kind ? &large : &mid;
+            for (int i = 0; i < n_shape - kind; i++) check_plain(k, (cu_format)f, shapes[i]);
+            check_grouped(k, (cu_format)f, (shape){80, 44, true}, 300);
+            check_grouped(k, (cu_format)f, (shape){44, 80, false}, 300);
+            check_grouped(k, (cu_format)f, (shape){2560, 1536, true}, 150);
+            check_grouped(k, (cu_format)f, (shape){1536, 2560, false}, 150);
+        }
     }
     if (check_begin("large refuses a norm")) {
         cu_job j = {.x_f32 = (const float *)&check_seed, .n_row = 65};
         check_that("large refuses a norm", cu_large_run(NULL, &j) == cudaErrorInvalidValue, "it did not");
+        check_that("mid refuses a norm", cu_mid_run(NULL, &j) == cudaErrorInvalidValue, "it did not");
     }
-    for (int f = 0; f < CU_FORMATS; f++) speed((cu_format)f, (shape){2560, 12288, true}, 8192);
-    for (int f = 0; f < CU_FORMATS; f++) speed((cu_format)f, (shape){1024, 3072, true}, 8192);
-    speed(CU_BF16, (shape){12288, 2560, false}, 8192);
-    speed(CU_BF16, (shape){2560, 3584, false}, 1024);
+    static const shape decode[] = {{1024, 2560, false}, {2048, 1024, false}, {1024, 3072, true},  {3072, 1024, false},
+                                   {2560, 3584, false}, {2560, 2560, false}, {2560, 12288, true}, {12288, 2560, false},
+                                   {2560, 3072, true},  {3072, 2560, false}};
+    for (int i = 0; i < 10; i++)
+        for (int32_t n_row = 16; n_row <= 512; n_row *= 2) {
+            for (int f = 0; f < CU_FORMATS; f++) speed(&mid, (cu_format)f, decode[i], n_row);
+            if (n_row >= 128)
+                for (int f = 0; f < CU_FORMATS; f++) speed(&large, (cu_format)f, decode[i], n_row);
+        }
+    for (int f = 0; f < CU_FORMATS; f++) speed(&large, (cu_format)f, (shape){2560, 12288, true}, 8192);
+    for (int f = 0; f < CU_FORMATS; f++) speed(&large, (cu_format)f, (shape){1024, 3072, true}, 8192);
+    speed(&large, CU_BF16, (shape){12288, 2560, false}, 8192);
+    speed(&large, CU_BF16, (shape){2560, 3584, false}, 1024);
 }

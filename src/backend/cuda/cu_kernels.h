@@ -86,7 +86,7 @@ static inline int64_t cu_scale_count(const cu_linear *w) {
 cudaError_t cu_pack(cudaStream_t s, const cu_linear *dst, const ern_linear *src, const void *raw, const void *raw_scale,
                     int32_t first_band, int32_t band_step);
 
-/* ---- linears (cu_skinny.cu, cu_large.cu) --------------------------------------------------------------------------
+/* ---- linears (cu_skinny.cu, cu_mid.cu, cu_large.cu) ---------------------------------------------------------------
  */
 
 typedef enum cu_epilogue {
@@ -116,11 +116,12 @@ typedef struct cu_job {
 
 /* Picks the kernel by n_row: the bits do not depend on the choice. */
 cudaError_t cu_linear_run(cudaStream_t s, const cu_job *j);
-/* The two behind it: rows 1..CU_SKINNY_MAX; any number of rows. For tests and tuning. */
+/* The three behind it: rows 1..CU_SKINNY_MAX; the others any number of rows. For tests and tuning. */
 cudaError_t cu_skinny_run(cudaStream_t s, const cu_job *j);
+cudaError_t cu_mid_run(cudaStream_t s, const cu_job *j);
 cudaError_t cu_large_run(cudaStream_t s, const cu_job *j);
 
-/* ---- experts (cu_moe.cu; grouped linears in cu_skinny.cu and cu_large.cu) ------------------------------------------
+/* ---- experts (cu_moe.cu; grouped linears where the plain ones are) -------------------------------------------------
  *
  * An entry is a (row, rank) pair: n_row * K of them, entry e = row * K + rank. cu_route sorts them by expert: place p
  * holds entry place_entry[p]; expert i has places first[i] .. first[i+1]-1. */
@@ -142,7 +143,7 @@ typedef struct cu_routes {
 /* Depends on the step's size only for speed. */
 static inline int32_t cu_tile_rows(int32_t n_row, int32_t n_used, int32_t n_expert) {
     int64_t mean = ((int64_t)n_row * n_used + n_expert - 1) / n_expert;
-    return mean <= 8 ? 8 : mean <= 16 ? 16 : mean <= 32 ? 32 : mean <= 96 ? 64 : 128;
+    return mean <= 2 ? 8 : mean <= 10 ? 16 : mean <= 26 ? 32 : mean <= 96 ? 64 : 128;
 }
 static inline int64_t cu_tiles_max(int32_t n_row, int32_t n_used, int32_t n_expert) {
     int64_t n = (int64_t)n_row * n_used, rows = cu_tile_rows(n_row, n_used, n_expert);
@@ -182,7 +183,8 @@ typedef struct cu_grouped_job {
 } cu_grouped_job;
 cudaError_t cu_grouped_run(cudaStream_t s, const cu_grouped_job *j);
 cudaError_t cu_skinny_grouped(cudaStream_t s, const cu_grouped_job *j); /* tile_rows 8..64 */
-cudaError_t cu_large_grouped(cudaStream_t s, const cu_grouped_job *j);  /* tile_rows 64, 128 */
+cudaError_t cu_mid_grouped(cudaStream_t s, const cu_grouped_job *j);    /* tile_rows 16, 32, 64 */
+cudaError_t cu_large_grouped(cudaStream_t s, const cu_grouped_job *j);  /* tile_rows 128 */
 
 /* y = sum over ranks, in order, of share * expert_y[entry_place]; out = y (for the probe, may be NULL) ; x = x + (y +
  * shared), in f32. shared f32 [T, D] or NULL. */

@@ -1,151 +1,14 @@
-/* Linears of many rows (prefill): every number of cu_skinny.cu, bit for bit, with tiles that make the tensor cores the
- * limit. A tile is 128 outputs of 64 rows (large_mma: mma.sync, little work or small experts) or of 128 (large_wide:
- * wgmma). Codes and x come a segment (128 inputs) at a time through a ring in shared memory. Per segment the products
- * start from zero and are added to the totals at its end, which is what makes the sums the same for every kernel
- * (cu_kernels.h). */
+/* Linears of many rows (prefill): every number of cu_skinny.cu, bit for bit, with tiles of 128 outputs and 128 rows
+ * that make the tensor cores the limit. Codes and x come a segment (128 inputs) at a time through a ring in shared
+ * memory. Per segment the products start from zero and are added to the totals at its end, which is what makes the sums
+ * the same for every kernel (cu_kernels.h). */
 #include "backend/cuda/cu_large_kernel.cuh"
 
-/* To be measured, then to go: 1: tiles of 128 rows by wgmma (large_wide), else by mma.sync (large_mma) as well; and 1:
- * the two warpgroups of large_wide issue their products in turns. */
-#ifndef LARGE_WGMMA
-#define LARGE_WGMMA 1
-#endif
-#ifndef LARGE_TURNS
-#define LARGE_TURNS 1
-#endif
-
-enum { THREADS = 256 };
-
-/* ---- products by warps --------------------------------------------------------------------------------------------
- *
- * A warp of 8 has 32 outputs (a pair of bands) of half the rows, so that a code is turned into bf16 twice a block.
- *
- * A slot of the ring: codes of the tile's bands, 2 groups each, as packed; then x [2 groups][ROWS][128 bytes], where
- * the eight 16-byte pieces of a row sit at piece ^ (row & 7): eight lanes that read 16 bytes each, two rows by four
- * pieces 2c + h, then touch all banks. */
+/* A slot of the ring: codes of the tile's bands, 2 groups each, as packed; then x [2 groups][128 rows][128 bytes]. */
+enum { LARGE_BANDS = 8 };
 static __host__ __device__ constexpr int codes_bytes(cu_format f) { return LARGE_BANDS * 2 * large_group_bytes(f); }
 static __host__ __device__ constexpr int slot_bytes(cu_format f, int rows) {
     return codes_bytes(f) + rows * CU_SEGMENT * 2;
-}
-/* 128 rows: one block a multiprocessor; 64: two. */
-static __host__ __device__ constexpr int n_slot(cu_format f, int rows) {
-    return rows == 128 ? (f == CU_BF16 ? 3 : 4) : 96 * 1024 / slot_bytes(f, rows);
-}
-
-static __device__ __forceinline__ void copy16(uint32_t to, const void *from, bool there) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(there ? 16 : 0) : "memory");
-}
-
-template <cu_format F, int ROWS>
-static __device__ __forceinline__ void load_slot(uint32_t slot, const large_args *a, const large_tile *t,
-                                                 const int32_t *row_of, int32_t seg) {
-    constexpr int BAND_BYTES = 2 * large_group_bytes(F);
-    const int tid = threadIdx.x;
-    for (int i = 0; i < codes_bytes(F) / 16 / THREADS; i++) {
-        const int at = (tid + i * THREADS) * 16;
-        const int32_t band = t->band0 + at / BAND_BYTES, last = a->w.n_band - 1;
-        const int64_t from = (int64_t)(band < last ? band : last) * a->w.n_seg + seg;
-        copy16(slot + at, t->pack + from * BAND_BYTES + at % BAND_BYTES, band <= last);
-    }
-    const uint32_t x = slot + codes_bytes(F);
-    const int piece = tid & 15;
-    for (int i = 0; i < ROWS / 16; i++) {
-        const int r = tid / 16 + i * 16;
-        const int32_t row = row_of[r];
-        copy16(x + (piece / 8 * ROWS + r) * 128 + (((piece ^ r) & 7) << 4),
-               a->x + (row < 0 ? 0 : row) * a->ldx + (int64_t)seg * CU_SEGMENT + piece * 8, row >= 0);
-    }
-}
-
-template <cu_format F, int ROWS>
-__global__ void __launch_bounds__(THREADS, ROWS == 128 ? 1 : 2) large_mma(const __grid_constant__ large_args a) {
-    extern __shared__ __align__(1024) unsigned char ring[];
-    __shared__ int32_t row_of[ROWS];
-    constexpr int N = n_slot(F, ROWS), SLOT = slot_bytes(F, ROWS), TILES = ROWS / 16, GROUP = large_group_bytes(F);
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, c = lane % 4;
-    const int warp_out = warp % 4, warp_row = warp / 4 * (ROWS / 2);
-    large_tile t;
-
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-    if (!large_find(&a, blockIdx.x, ROWS, &t)) return;
-    if (threadIdx.x < ROWS) row_of[threadIdx.x] = large_row(&a, &t, threadIdx.x);
-    __syncthreads();
-
-    const uint32_t ring_at = (uint32_t)__cvta_generic_to_shared(ring);
-    const int32_t n_seg = a.w.n_seg;
-#pragma unroll 1
-    for (int i = 0; i < N - 1; i++) {
-        if (i < n_seg) load_slot<F, ROWS>(ring_at + i * SLOT, &a, &t, row_of, i);
-        asm volatile("cp.async.commit_group;" ::: "memory");
-    }
-    float total[2][TILES][4] = {};
-    int slot = 0, slot_load = N - 1;
-    for (int32_t seg = 0; seg < n_seg; seg++) {
-        /* The barrier says both: this slot has come for all threads, and all are done with the one before it. */
-        asm volatile("cp.async.wait_group %0;" ::"n"(N - 2) : "memory");
-        __syncthreads();
-        if (seg + N - 1 < n_seg) load_slot<F, ROWS>(ring_at + slot_load * SLOT, &a, &t, row_of, seg + N - 1);
-        asm volatile("cp.async.commit_group;" ::: "memory");
-        float scale[2] = {};
-        if (F == CU_F8)
-#pragma unroll
-            for (int m = 0; m < 2; m++) {
-                const int32_t band = t.band0 + warp_out * 2 + m, last = a.w.n_band - 1;
-                scale[m] = __ldg(t.scale + (int64_t)(band < last ? band : last) * n_seg + seg);
-            }
-
-        const unsigned char *codes = ring + slot * SLOT + warp_out * 4 * GROUP;
-        const unsigned char *x = ring + slot * SLOT + codes_bytes(F) + (warp_row + g) * 128;
-        float acc[2][TILES][4] = {};
-#pragma unroll
-        for (int step = 0; step < 4; step++) {
-            const int q = step / 2, h = step % 2; /* group, half of it */
-            uint4 b[TILES];
-            uint32_t code[2][2][4];
-#pragma unroll
-            for (int m = 0; m < 2; m++) large_codes<F>(code[m], codes + (m * 2 + q) * GROUP, h, lane);
-#pragma unroll
-            for (int i = 0; i < TILES; i++)
-                b[i] = *(const uint4 *)(x + q * (ROWS * 128) + i * 1024 + (((2 * c + h) ^ g) << 4));
-#pragma unroll
-            for (int k = 0; k < 2; k++)
-#pragma unroll
-                for (int m = 0; m < 2; m++)
-#pragma unroll
-                    for (int i = 0; i < TILES; i++)
-                        cu_mma(acc[m][i], code[m][k], k ? b[i].z : b[i].x, k ? b[i].w : b[i].y);
-        }
-#pragma unroll
-        for (int m = 0; m < 2; m++)
-#pragma unroll
-            for (int i = 0; i < TILES; i++)
-#pragma unroll
-                for (int k = 0; k < 4; k++)
-                    total[m][i][k] = F == CU_F8 ? __fmaf_rn(scale[m], acc[m][i][k], total[m][i][k])
-                                                : __fadd_rn(total[m][i][k], acc[m][i][k]);
-        slot = slot + 1 == N ? 0 : slot + 1;
-        slot_load = slot_load + 1 == N ? 0 : slot_load + 1;
-    }
-
-    const int32_t band = t.band0 + warp_out * 2;
-    if (F == CU_I8 || F == CU_I4)
-#pragma unroll
-        for (int m = 0; m < 2; m++) {
-            if (band + m >= a.w.n_band) continue;
-            const float s0 = t.scale[(band + m) * CU_BAND + g], s8 = t.scale[(band + m) * CU_BAND + g + 8];
-#pragma unroll
-            for (int i = 0; i < TILES; i++)
-#pragma unroll
-                for (int k = 0; k < 4; k++) total[m][i][k] = __fmul_rn(total[m][i][k], k < 2 ? s0 : s8);
-        }
-    const int32_t row = t.row + warp_row;
-    if (a.epilogue == CU_SWIGLU) {
-#pragma unroll
-        for (int i = 0; i < TILES; i++) large_put_swiglu(&a, &t, total[0][i], total[1][i], band / 2, row + i * 8, lane);
-    } else {
-#pragma unroll
-        for (int m = 0; m < 2; m++) large_put<TILES>(&a, &t, &total[m][0][0], band + m, row, lane);
-    }
 }
 
 /* ---- products by warpgroups ----------------------------------------------------------------------------------------
@@ -171,30 +34,6 @@ enum {
 static __host__ __device__ constexpr int wide_slots(cu_format f) { return f == CU_BF16 ? 3 : 4; }
 static __host__ __device__ constexpr int wide_bytes(cu_format f) {
     return wide_slots(f) * slot_bytes(f, WIDE_ROWS) + WIDE_SWAP + 1024; /* the ring starts at a multiple of 1024 */
-}
-
-static __device__ __forceinline__ void bar_init(uint32_t bar, int n) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(n) : "memory");
-}
-static __device__ __forceinline__ void bar_arrive(uint32_t bar) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
-}
-static __device__ __forceinline__ void bar_expect(uint32_t bar, int bytes) {
-    asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
-}
-/* Until the phase of this parity is over. */
-static __device__ __forceinline__ void bar_wait(uint32_t bar, uint32_t parity) {
-    uint32_t done = 0;
-    while (!done)
-        asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
-                     : "=r"(done)
-                     : "r"(bar), "r"(parity)
-                     : "memory");
-}
-static __device__ __forceinline__ void copy_bulk(uint32_t to, const void *from, int bytes, uint32_t bar) {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
-                 "l"(from), "r"(bytes), "r"(bar)
-                 : "memory");
 }
 
 /* d = A B + (add ? d : 0): 64 outputs, 128 rows, 16 inputs. d: as eight times two cu_mma accs side by side. */
@@ -332,7 +171,7 @@ __global__ void __launch_bounds__(WIDE_THREADS, 1) large_wide(const __grid_const
             bar_init(full + i * 8, 128); /* the threads of warpgroup 2; and the bytes that come by themselves */
             bar_init(empty + i * 8, 8);  /* the warps of the others */
         }
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        bar_init_end();
     }
     __syncthreads();
     asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -347,7 +186,7 @@ __global__ void __launch_bounds__(WIDE_THREADS, 1) large_wide(const __grid_const
         const int32_t n_seg = a.w.n_seg;
         int slot = 0;
         uint32_t parity = 0;
-        if (LARGE_TURNS && group == 1) wide_your_turn(group);
+        if (group == 1) wide_your_turn(group);
         for (uint32_t index = blockIdx.x; index < n_tile; index += gridDim.x) {
             large_tile t;
             if (!large_find(&a, index, WIDE_ROWS, &t)) continue;
@@ -361,7 +200,7 @@ __global__ void __launch_bounds__(WIDE_THREADS, 1) large_wide(const __grid_const
                 float scale = 0.0f;
                 if (F == CU_F8) scale = __ldg(t.scale + (int64_t)band_read * n_seg + seg);
                 wide_hold(acc);
-                if (LARGE_TURNS) wide_my_turn(group);
+                wide_my_turn(group);
                 wide_fence();
                 wide_group(acc, code[0], x, true);
                 wide_commit();
@@ -369,7 +208,7 @@ __global__ void __launch_bounds__(WIDE_THREADS, 1) large_wide(const __grid_const
                 wide_fence();
                 wide_group(acc, code[1], x + WIDE_ROWS * 128, false);
                 wide_commit();
-                if (LARGE_TURNS) wide_your_turn(group);
+                wide_your_turn(group);
                 wide_wait<1>();
                 wide_hold_codes(code[0]);
                 if (++slot == N) slot = 0, parity ^= 1;
@@ -394,7 +233,11 @@ __global__ void __launch_bounds__(WIDE_THREADS, 1) large_wide(const __grid_const
             }
             if (a.epilogue != CU_SWIGLU) {
 #pragma unroll
-                for (int i = 0; i < 4; i++) large_put<4>(&a, &t, total + i * 16, band, t.row + i * 32, lane);
+                for (int i = 0; i < 4; i++) {
+                    float old[16];
+                    large_old<4>(old, &a, &t, band, t.row + i * 32, lane);
+                    large_put<4>(&a, &t, total + i * 16, old, band, t.row + i * 32, lane);
+                }
                 continue;
             }
             /* The same thread of both groups has gate and up of the same outputs: group 0 ends rows 0..63. */
@@ -415,7 +258,7 @@ __global__ void __launch_bounds__(WIDE_THREADS, 1) large_wide(const __grid_const
                     large_put_swiglu(&a, &t, got + i * 4, total + 32 + i * 4, band / 2, t.row + 64 + i * 8, lane);
             }
         }
-        if (LARGE_TURNS && group == 0) wide_my_turn(group); /* the last one that the other gave */
+        if (group == 0) wide_my_turn(group); /* the last one that the other gave */
     }
 }
 
@@ -429,17 +272,6 @@ static cudaError_t shared_bytes(uint64_t *ready, const void *kernel, int bytes) 
     e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     if (e == cudaSuccess) *ready |= 1ull << device;
     return e;
-}
-
-template <cu_format F, int ROWS> static cudaError_t launch(cudaStream_t s, const large_args *a) {
-    static uint64_t ready;
-    constexpr int BYTES = n_slot(F, ROWS) * slot_bytes(F, ROWS);
-    cudaError_t e = shared_bytes(&ready, (const void *)large_mma<F, ROWS>, BYTES);
-    if (e != cudaSuccess) return e;
-    const int64_t n_tile = (int64_t)a->n_tile_out * a->n_tile_row;
-    if (n_tile > INT32_MAX) return cudaErrorInvalidValue;
-    if (n_tile > 0) large_mma<F, ROWS><<<(unsigned)n_tile, THREADS, BYTES, s>>>(*a);
-    return cudaGetLastError();
 }
 
 template <cu_format F> static cudaError_t launch_wide(cudaStream_t s, const large_args *a, int n_core) {
@@ -465,72 +297,31 @@ static cudaError_t n_core_get(int *n) {
     return e;
 }
 
-static cudaError_t launch_any(cudaStream_t s, const large_args *a, int rows, int n_core) {
-    const bool wide = rows == 128;
-    switch (LARGE_WGMMA && wide ? (int)a->w.format : CU_FORMATS) {
+static cudaError_t launch_any(cudaStream_t s, large_args *a) {
+    int n_core;
+    cudaError_t e = n_core_get(&n_core);
+    if (e != cudaSuccess) return e;
+    if (!large_sound(a)) return cudaErrorInvalidValue;
+    a->tile_bands = LARGE_BANDS;
+    a->n_tile_out = (a->w.n_band + LARGE_BANDS - 1) / LARGE_BANDS;
+    switch (a->w.format) {
     case CU_BF16: return launch_wide<CU_BF16>(s, a, n_core);
     case CU_I8: return launch_wide<CU_I8>(s, a, n_core);
     case CU_I4: return launch_wide<CU_I4>(s, a, n_core);
     case CU_F8: return launch_wide<CU_F8>(s, a, n_core);
-    default: break;
-    }
-    switch (a->w.format) {
-    case CU_BF16: return wide ? launch<CU_BF16, 128>(s, a) : launch<CU_BF16, 64>(s, a);
-    case CU_I8: return wide ? launch<CU_I8, 128>(s, a) : launch<CU_I8, 64>(s, a);
-    case CU_I4: return wide ? launch<CU_I4, 128>(s, a) : launch<CU_I4, 64>(s, a);
-    case CU_F8: return wide ? launch<CU_F8, 128>(s, a) : launch<CU_F8, 64>(s, a);
     }
     return cudaErrorInvalidValue;
 }
 
-/* What the copies and stores rely on: whole 16-byte pieces of x, whole words of h, pairs where pairs are wanted. */
-static bool is_sound(const large_args *a) {
-    if (a->ldx % 8 != 0 || (uintptr_t)a->x % 16 != 0 || a->w.n_band < 1 || a->w.n_seg < 1) return false;
-    if (a->epilogue != CU_SWIGLU) return a->y != NULL && !a->w.pairs;
-    return a->h != NULL && a->w.pairs && a->w.n_band % 2 == 0 && a->ldh % 2 == 0 && (uintptr_t)a->h % 4 == 0;
-}
-
 cudaError_t cu_large_run(cudaStream_t s, const cu_job *j) {
-    int n_core;
-    cudaError_t e = n_core_get(&n_core);
-    if (e != cudaSuccess) return e;
     if (j->x_f32) return cudaErrorInvalidValue;
-    large_args a = {};
-    a.w = j->w;
-    a.n_row = j->n_row;
-    a.epilogue = j->epilogue;
-    a.x = j->x, a.ldx = j->ldx;
-    a.y = j->y, a.ldy = j->ldy;
-    a.h = j->h, a.ldh = j->ldh;
-    if (!is_sound(&a)) return cudaErrorInvalidValue;
-    a.n_tile_out = (a.w.n_band + LARGE_BANDS - 1) / LARGE_BANDS;
-    /* Tiles of 128 rows where there are enough of them to keep every multiprocessor at work. */
-    const int rows = (int64_t)((a.n_row + 127) / 128) * a.n_tile_out >= n_core ? 128 : 64;
-    a.n_tile_row = (a.n_row + rows - 1) / rows;
-    return launch_any(s, &a, rows, n_core);
+    large_args a = large_plain(j);
+    a.n_tile_row = (a.n_row + WIDE_ROWS - 1) / WIDE_ROWS;
+    return launch_any(s, &a);
 }
 
 cudaError_t cu_large_grouped(cudaStream_t s, const cu_grouped_job *j) {
-    const cu_routes *r = j->routes;
-    int n_core;
-    cudaError_t e = n_core_get(&n_core);
-    if (e != cudaSuccess) return e;
-    if (r->tile_rows != 64 && r->tile_rows != 128) return cudaErrorInvalidValue;
-    large_args a = {};
-    a.w = j->shape;
-    a.experts = j->experts;
-    a.tile_expert = r->tile_expert, a.tile_place = r->tile_place, a.n_tile = r->n_tile, a.first = r->first;
-    a.place_entry = j->gather ? r->place_entry : NULL;
-    a.n_used = r->n_used;
-    a.n_row = j->n_row;
-    a.epilogue = j->epilogue;
-    a.x = j->x, a.ldx = j->ldx;
-    a.y = j->y, a.ldy = j->ldy;
-    a.h = j->h, a.ldh = j->ldh;
-    if (!is_sound(&a)) return cudaErrorInvalidValue;
-    a.n_tile_out = (a.w.n_band + LARGE_BANDS - 1) / LARGE_BANDS;
-    /* As many tiles as these rows can fill at this tile size, whatever cu_tile_rows says of it. */
-    const int64_t n = (int64_t)j->n_row * r->n_used, full = n / r->tile_rows + r->n_expert;
-    a.n_tile_row = (int32_t)(full < n ? full : n);
-    return launch_any(s, &a, r->tile_rows, n_core);
+    if (j->routes->tile_rows != WIDE_ROWS) return cudaErrorInvalidValue;
+    large_args a = large_experts(j);
+    return launch_any(s, &a);
 }

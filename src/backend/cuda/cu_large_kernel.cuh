@@ -1,14 +1,14 @@
-/* What the kernels for many rows share: the arguments of a launch, which tile a block has, and what becomes of the
- * sums. Device code only; included by cu_large.cu.
+/* What the kernels for more than a few rows share: the arguments of a launch, which tile a block has, the A operand,
+ * and what becomes of the sums; copies to shared memory that a barrier there counts. Device code only; included by
+ * cu_large.cu and cu_mid.cu.
  *
- * A tile is LARGE_BANDS bands of outputs times 64 or 128 rows. Rows are those of x (plain) or places of one expert. */
+ * A tile is some bands of outputs times some rows. Rows are those of x (plain) or places of one expert. */
 #ifndef ERN_BACKEND_CUDA_CU_LARGE_KERNEL_CUH
 #define ERN_BACKEND_CUDA_CU_LARGE_KERNEL_CUH
 
 #include "backend/cuda/cu_device.cuh"
 
 enum {
-    LARGE_BANDS = 8,  /* bands of a tile: 128 outputs */
     LARGE_SUPER = 16, /* row tiles that are walked together past all outputs, so that L2 holds both sides */
 };
 
@@ -19,6 +19,7 @@ typedef struct large_args {
     const int32_t *place_entry; /* NULL: row p of x belongs to place p */
     int32_t n_used;
     int32_t n_row;
+    int32_t tile_bands; /* bands of a tile */
     int32_t n_tile_out, n_tile_row;
     cu_epilogue epilogue;
     const cu_bf16 *x;
@@ -53,12 +54,45 @@ static __device__ __forceinline__ int32_t large_l2i(const int32_t *p) {
     return v;
 }
 
+/* ---- copies and barriers -------------------------------------------------------------------------------------------
+ */
+
+static __device__ __forceinline__ void bar_init(uint32_t bar, int n) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(n) : "memory");
+}
+static __device__ __forceinline__ void bar_init_end(void) {
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+static __device__ __forceinline__ void bar_arrive(uint32_t bar) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
+}
+static __device__ __forceinline__ void bar_expect(uint32_t bar, int bytes) {
+    asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
+}
+/* Until the phase of this parity is over. */
+static __device__ __forceinline__ void bar_wait(uint32_t bar, uint32_t parity) {
+    uint32_t done = 0;
+    while (!done)
+        asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
+                     : "=r"(done)
+                     : "r"(bar), "r"(parity)
+                     : "memory");
+}
+static __device__ __forceinline__ void copy_bulk(uint32_t to, const void *from, int bytes, uint32_t bar) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+                 "l"(from), "r"(bytes), "r"(bar)
+                 : "memory");
+}
+
+/* ---- tiles ---------------------------------------------------------------------------------------------------------
+ */
+
 /* Tile `index`; false: there is none. They run through LARGE_SUPER row tiles first, then to the next outputs. */
 static __device__ __forceinline__ bool large_find(const large_args *a, uint32_t index, int rows, large_tile *t) {
     const uint32_t span = (uint32_t)a->n_tile_out * LARGE_SUPER, super = index / span, at = index % span;
     const uint32_t left = (uint32_t)a->n_tile_row - super * LARGE_SUPER, high = left < LARGE_SUPER ? left : LARGE_SUPER;
     const int32_t tile_row = (int32_t)(super * LARGE_SUPER + at % high);
-    t->band0 = (int32_t)(at / high) * LARGE_BANDS;
+    t->band0 = (int32_t)(at / high) * a->tile_bands;
     if (a->experts) {
         if (tile_row >= large_l2i(a->n_tile)) return false;
         const int32_t e = large_l2i(a->tile_expert + tile_row), end = large_l2i(a->first + e + 1);
@@ -115,20 +149,26 @@ static __device__ __forceinline__ void large_codes(uint32_t a[2][4], const unsig
  *
  * A thread has t[0..3] of an m16n8 square: outputs g, g, g + 8, g + 8 of rows 2c, 2c + 1, 2c, 2c + 1. */
 
-/* N squares of band `band`, one below the other from row `row` on: y = or += them. What is added to is read as a whole
- * first: one wait, not one a number. */
+/* What y holds where N squares of band `band`, one below the other from row `row` on, will be added: read as a whole,
+ * one wait, not one a number. Only where the epilogue adds. */
 template <int N>
-static __device__ __forceinline__ void large_put(const large_args *a, const large_tile *tile, const float t[N * 4],
+static __device__ __forceinline__ void large_old(float old[N * 4], const large_args *a, const large_tile *tile,
                                                  int32_t band, int32_t row, int lane) {
     const int32_t out = band * CU_BAND + lane / 4, row0 = row + 2 * (lane & 3), left = tile->row_end - row0;
-    float *y = a->y + row0 * a->ldy + out, old[N * 4];
-    const bool there[2] = {out < a->w.n_out, out + 8 < a->w.n_out}, add = a->epilogue == CU_ADD;
-    if (add) {
+    const float *y = a->y + row0 * a->ldy + out;
+    const bool there[2] = {out < a->w.n_out, out + 8 < a->w.n_out};
+    if (a->epilogue != CU_ADD) return;
 #pragma unroll
-        for (int i = 0; i < N * 4; i++)
-            if (i / 4 * 8 + (i & 1) < left && there[i / 2 & 1])
-                old[i] = y[(i / 4 * 8 + (i & 1)) * a->ldy + (i & 2) * 4];
-    }
+    for (int i = 0; i < N * 4; i++)
+        if (i / 4 * 8 + (i & 1) < left && there[i / 2 & 1]) old[i] = y[(i / 4 * 8 + (i & 1)) * a->ldy + (i & 2) * 4];
+}
+/* y = or += these squares. */
+template <int N>
+static __device__ __forceinline__ void large_put(const large_args *a, const large_tile *tile, const float t[N * 4],
+                                                 const float old[N * 4], int32_t band, int32_t row, int lane) {
+    const int32_t out = band * CU_BAND + lane / 4, row0 = row + 2 * (lane & 3), left = tile->row_end - row0;
+    float *y = a->y + row0 * a->ldy + out;
+    const bool there[2] = {out < a->w.n_out, out + 8 < a->w.n_out}, add = a->epilogue == CU_ADD;
 #pragma unroll
     for (int i = 0; i < N * 4; i++)
         if (i / 4 * 8 + (i & 1) < left && there[i / 2 & 1])
@@ -161,6 +201,45 @@ static __device__ __forceinline__ void large_put_swiglu(const large_args *a, con
         else if (out + 8 * i < a->w.n_out)
             *h = (cu_bf16)two;
     }
+}
+
+/* What the copies and stores rely on: whole 16-byte pieces of x, whole words of h, pairs where pairs are wanted. */
+static inline bool large_sound(const large_args *a) {
+    if (a->ldx % 8 != 0 || (uintptr_t)a->x % 16 != 0 || a->w.n_band < 1 || a->w.n_seg < 1) return false;
+    if (a->epilogue != CU_SWIGLU) return a->y != NULL && !a->w.pairs;
+    return a->h != NULL && a->w.pairs && a->w.n_band % 2 == 0 && a->ldh % 2 == 0 && (uintptr_t)a->h % 4 == 0;
+}
+
+/* ---- the arguments of a launch, but for the tiles' size ------------------------------------------------------------
+ */
+
+static inline large_args large_plain(const cu_job *j) {
+    large_args a = {};
+    a.w = j->w;
+    a.n_row = j->n_row;
+    a.epilogue = j->epilogue;
+    a.x = j->x, a.ldx = j->ldx;
+    a.y = j->y, a.ldy = j->ldy;
+    a.h = j->h, a.ldh = j->ldh;
+    return a;
+}
+static inline large_args large_experts(const cu_grouped_job *j) {
+    const cu_routes *r = j->routes;
+    large_args a = {};
+    a.w = j->shape;
+    a.experts = j->experts;
+    a.tile_expert = r->tile_expert, a.tile_place = r->tile_place, a.n_tile = r->n_tile, a.first = r->first;
+    a.place_entry = j->gather ? r->place_entry : NULL;
+    a.n_used = r->n_used;
+    a.n_row = j->n_row;
+    a.epilogue = j->epilogue;
+    a.x = j->x, a.ldx = j->ldx;
+    a.y = j->y, a.ldy = j->ldy;
+    a.h = j->h, a.ldh = j->ldh;
+    /* As many tiles as these rows can fill at this tile size, whatever cu_tile_rows says of it. */
+    const int64_t n = (int64_t)j->n_row * r->n_used, full = n / r->tile_rows + r->n_expert;
+    a.n_tile_row = (int32_t)(full < n ? full : n);
+    return a;
 }
 
 #endif

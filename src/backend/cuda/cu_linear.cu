@@ -1,11 +1,28 @@
-/* Which kernel computes a linear. Few rows: weights stream past the rows and memory is the limit (cu_skinny.cu); many:
- * tiles of both (cu_large.cu). Both add up in the same order, so the choice is free at any time. */
+/* Which kernel computes a linear. Few rows: weights stream past the rows and memory is the limit (cu_skinny.cu); some
+ * hundred: still so, in tiles that blocks share (cu_mid.cu); many: the tensor cores are the limit (cu_large.cu). All
+ * add up in the same order, so the choice is free at any time. */
 #include "backend/cuda/cu_kernels.h"
 
+enum {
+    FEW = 8,
+    TILE_ROWS = 128, /* of cu_large.cu */
+    TILE_BANDS = 8,
+    CORES = 132, /* of the chip on which the choice was measured */
+};
+
+/* Tiles of 128 rows and 128 outputs pay where they leave little of the chip without work: three quarters at work are
+ * enough, of codes that are turned into bf16 less than a half, since small tiles do so more often. */
+static bool large_pays(const cu_job *j) {
+    const int64_t n_row = (j->n_row + TILE_ROWS - 1) / TILE_ROWS, n_out = (j->w.n_band + TILE_BANDS - 1) / TILE_BANDS;
+    const int64_t room = (n_row * n_out + CORES - 1) / CORES * CORES * (TILE_ROWS * TILE_BANDS);
+    return (int64_t)j->n_row * j->w.n_band * 100 > room * (j->w.format == CU_BF16 ? 75 : 45);
+}
+
 cudaError_t cu_linear_run(cudaStream_t s, const cu_job *j) {
-    return j->n_row <= CU_SKINNY_MAX ? cu_skinny_run(s, j) : cu_large_run(s, j);
+    return j->n_row <= FEW ? cu_skinny_run(s, j) : large_pays(j) ? cu_large_run(s, j) : cu_mid_run(s, j);
 }
 
 cudaError_t cu_grouped_run(cudaStream_t s, const cu_grouped_job *j) {
-    return j->routes->tile_rows <= CU_SKINNY_MAX ? cu_skinny_grouped(s, j) : cu_large_grouped(s, j);
+    const int32_t rows = j->routes->tile_rows;
+    return rows <= FEW ? cu_skinny_grouped(s, j) : rows < TILE_ROWS ? cu_mid_grouped(s, j) : cu_large_grouped(s, j);
 }
