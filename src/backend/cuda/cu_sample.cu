@@ -26,23 +26,23 @@ typedef struct cut {
 } cut;
 
 /* The sum of m over the threads before this one, of the block. */
-static __device__ __forceinline__ uint64_t mass_before(share *sh, int32_t tid, uint64_t m) {
+static __device__ __noinline__ uint64_t mass_before(share *sh, int32_t tid, uint64_t m) {
+    const int32_t lane = tid % 32, warp = tid / 32;
     uint64_t up = m;
+#pragma unroll 1
     for (int d = 1; d < 32; d <<= 1) {
-        uint64_t o = __shfl_up_sync(ALL_LANES, up, d);
-        if (tid % 32 >= d) up += o;
+        const uint64_t o = __shfl_up_sync(ALL_LANES, up, d);
+        if (lane >= d) up += o;
     }
-    if (tid % 32 == 31) sh->scan_mass[tid / 32] = up;
+    if (lane == 31) sh->scan_mass[warp] = up;
     __syncthreads();
-    up -= m;
-    for (int w = 0; w < tid / 32; w++) up += sh->scan_mass[w];
-    return up;
+    return up - m + warp_sum(lane < warp ? sh->scan_mass[lane] : 0);
 }
 
 /* In which bin the run ends: all blocks add up the bins of all and find the same. */
-static __device__ __forceinline__ void find_bin(team *t, const cut *c, uint64_t need_count, uint64_t need_mass) {
+static __device__ __noinline__ void find_bin(team *t, const cut *c, uint64_t need_count, uint64_t need_mass) {
     share *sh = t->sh;
-    const int32_t bin = t->tid;
+    const int32_t bin = t->tid, lane = bin % 32, warp = bin / 32;
     uint32_t count = 0;
     uint64_t mass = 0;
 #pragma unroll 4
@@ -51,14 +51,15 @@ static __device__ __forceinline__ void find_bin(team *t, const cut *c, uint64_t 
         mass += remote32(&sh->lo[bin], r) + ((uint64_t)remote32(&sh->hi[bin], r) << 32);
     }
     uint32_t up = count;
+#pragma unroll 1
     for (int d = 1; d < 32; d <<= 1) {
-        uint32_t o = __shfl_up_sync(ALL_LANES, up, d);
-        if (bin % 32 >= d) up += o;
+        const uint32_t o = __shfl_up_sync(ALL_LANES, up, d);
+        if (lane >= d) up += o;
     }
-    if (bin % 32 == 31) sh->scan_count[bin / 32] = up;
+    if (lane == 31) sh->scan_count[warp] = up;
     const uint64_t at_mass = c->mass + mass_before(sh, bin, mass);
-    uint64_t at_count = c->count + up - count;
-    for (int w = 0; w < bin / 32; w++) at_count += sh->scan_count[w];
+    const uint32_t others = __reduce_add_sync(ALL_LANES, lane < warp ? sh->scan_count[lane] : 0);
+    const uint64_t at_count = c->count + others + up - count;
     const bool before = at_count >= need_count || at_mass >= need_mass;
     const bool after = at_count + count >= need_count || at_mass + mass >= need_mass;
     if ((!before && after) || (!after && bin == BINS - 1)) {
@@ -76,6 +77,22 @@ static __device__ __forceinline__ void add_mass(uint32_t *lo, uint32_t *hi, uint
         high += old + low < old;
     }
     if (high) atomicAdd(hi, high);
+}
+
+/* The run ends at one of the n candidates; every block has them all. */
+static __device__ __forceinline__ void end_among_few(share *sh, int32_t tid, int32_t n, const cut *c,
+                                                     uint64_t need_count, uint64_t need_mass) {
+    if (tid < n) {
+        const uint64_t place = sh->few_place[tid];
+        uint64_t count = c->count, mass = c->mass;
+#pragma unroll 4
+        for (int32_t i = 0; i < n; i++)
+            if (sh->few_place[i] <= place) count++, mass += sh->few_mass[i];
+        const bool before = count - 1 >= need_count || mass - sh->few_mass[tid] >= need_mass;
+        if (!before && (count >= need_count || mass >= need_mass))
+            sh->found.place = place, sh->found.count = count, sh->found.mass = mass;
+    }
+    __syncthreads();
 }
 
 /* find_cut of sample.c: the shortest run of the order with need_count items or need_mass, all if neither is reached.
@@ -96,7 +113,7 @@ static __device__ __noinline__ cut find_cut(team *t, const row *r, bool in_list,
     for (;;) {
         team_sync(t); /* nobody reads the bins any more */
         sh->lo[t->tid] = sh->hi[t->tid] = sh->count[t->tid] = 0;
-        if (t->tid == 0) sh->n_short = 0;
+        if (t->tid == 0) sh->n_short = sh->n_few = 0;
         __syncthreads();
         FOR_ITEMS(&u, &v, i, l, id) {
             (void)i;
@@ -117,29 +134,48 @@ static __device__ __noinline__ cut find_cut(team *t, const row *r, bool in_list,
         }
         prefix = prefix >> (shift + BIN_BITS) << (shift + BIN_BITS) | (uint64_t)sh->found.bin << shift;
         bits = shift;
-        if (n == 1 || (c.count + n == need_count && c.mass + mass < need_mass)) {
+        if (c.count + n == need_count && c.mass + mass < need_mass) {
             c.count += n, c.mass += mass;
             c.place = prefix | ((1ull << bits) - 1);
             return c;
         }
+        if (n <= FEW) {
+            FOR_ITEMS(&u, &v, i, l, id) {
+                (void)i;
+                const uint64_t place = place_of(&q, l, id);
+                if ((place ^ prefix) >> bits) continue;
+                const uint64_t m = mass_of(l, &q.s);
+#pragma unroll 1
+                for (int r = 0; r < u.size; r++) {
+                    const uint32_t at = remote_add(&sh->n_few, r, 1);
+                    send64(&sh->few_place[at], r, place);
+                    send64(&sh->few_mass[at], r, m);
+                }
+            }
+            team_sync(t);
+            end_among_few(sh, u.tid, (int32_t)n, &c, need_count, need_mass);
+            c.place = sh->found.place, c.count = sh->found.count, c.mass = sh->found.mass;
+            return c;
+        }
         const bool move = whole && n <= SHORT;
-        uint64_t ends[2] = {0, 0}; /* the last place, and the first, inverted */
+        uint64_t last = 0, inverted = 0; /* the last place; the first, inverted */
         FOR_ITEMS(&u, &v, i, l, id) {
             const uint64_t place = place_of(&q, l, id);
             if ((place ^ prefix) >> bits) continue;
-            if (place > ends[0]) ends[0] = place;
-            if (~place > ends[1]) ends[1] = ~place;
+            last = max64(last, place);
+            inverted = max64(inverted, ~place);
             if (move) sh->shorts[atomicAdd(&sh->n_short, 1u)] = (uint16_t)i;
         }
-        team_reduce<2, false>(t, ends, NULL, NULL);
+        const three ends = team_reduce(t, false, last, inverted, 0);
+        last = ends.v[0];
         if (move) {
             v.at = sh->shorts, v.n = (int32_t)sh->n_short;
             whole = false;
         }
-        const int32_t highest = 63 - __clzll((long long)(ends[0] ^ ~ends[1])); /* n >= 2: they differ */
+        const int32_t highest = 63 - __clzll((long long)(last ^ ~ends.v[1])); /* n >= 2: they differ */
         shift = highest >= BIN_BITS ? highest - BIN_BITS + 1 : 0;
         bits = shift + BIN_BITS < bits ? shift + BIN_BITS : bits;
-        prefix = ends[0] >> bits << bits;
+        prefix = last >> bits << bits;
     }
 }
 
@@ -163,6 +199,7 @@ static __device__ __noinline__ void find_band(team *t, row *r, uint64_t need_cou
     __syncthreads();
     uint64_t v[2] = {0, 0};
     const int32_t first = t->from + t->tid % 32 * 4;
+#pragma unroll 1
     for (int32_t i = first; i < first + 4 && i < t->to; i++) {
         const float l = sh->slice[i];
         if (!(l < below && l > minus_inf())) continue;
@@ -172,12 +209,13 @@ static __device__ __noinline__ void find_band(team *t, row *r, uint64_t need_cou
         atomicAdd(&sh->lo[bin], m);
         v[0]++, v[1] += m;
     }
-    team_reduce<2, true>(t, v, NULL, NULL);
+    const three all = team_reduce(t, true, v[0], v[1], 0);
     /* which share of what is below the list is part of the run */
     uint64_t at_count = ~0ull, at_mass = ~0ull;
     if (need_count < (uint64_t)t->V)
-        at_count = (uint64_t)((float)v[0] * ((float)(need_count - count) / (float)((uint64_t)t->V - count)));
-    if (need_mass < r->mass) at_mass = (uint64_t)((float)v[1] * ((float)(need_mass - mass) / (float)(r->mass - mass)));
+        at_count = (uint64_t)((float)all.v[0] * ((float)(need_count - count) / (float)((uint64_t)t->V - count)));
+    if (need_mass < r->mass)
+        at_mass = (uint64_t)((float)all.v[1] * ((float)(need_mass - mass) / (float)(r->mass - mass)));
     const cut none = {0, 0, 0, false};
     find_bin(t, &none, at_count > 1 ? at_count : 1, at_mass > 1 ? at_mass : 1);
     const float middle = (float)(sh->found.count + sh->found.bin_count / 2);
@@ -191,7 +229,7 @@ static __device__ __noinline__ void find_band(team *t, row *r, uint64_t need_cou
     find_bin(t, &none, (uint64_t)(middle + half) + 1, ~0ull);
     r->pivot = minus_inf();
     if (sh->found.bin >= 0) r->pivot = __fsub_rn(r->s.top, __fdiv_rn((float)(sh->found.bin + 1), r->spread));
-    gather<true, true>(t, r);
+    gather<true, true>(t, r, true);
 }
 
 /* find_cut where it is cheapest. */
@@ -228,14 +266,17 @@ static __device__ __noinline__ int32_t walk_to(team *t, const row *r, const cut 
             }
             if (banded && u.tid < WARPS) sum += sh->chunk[u.tid];
         } else {
+#pragma unroll 1
             FOR_FOURS(&u, i) {
+#pragma unroll 1
                 for (int k = i; k < i + 4; k++) sum += kept_mass(&q, &kept, sh->slice[k], u.lo + k);
             }
             sum = warp_sum(sum);
             if (u.tid % 32 == 0) sh->chunk[u.tid / 32] = sum;
             sum = u.tid % 32 ? 0 : sum;
         }
-        team_reduce<1, true>(t, &sum, &mine, &before);
+        const three all = team_reduce(t, true, sum, 0, 0);
+        mine = all.mine, before = all.before;
     } else {
         team_sync(t); /* nobody reads the bins any more */
     }
@@ -261,24 +302,22 @@ static __device__ __noinline__ int32_t walk_to(team *t, const row *r, const cut 
         rest -= sh->found.mass;
         const int32_t n = by_chunk ? u.chunk : 1 << BUCKET_BITS, from = sh->found.bin * n;
         const int32_t end = from + n < u.hi - u.lo ? from + n : u.hi - u.lo, first = from + 4 * u.tid;
-        uint64_t each[4];
         m = 0;
+#pragma unroll 1
         for (int k = 0; k < 4; k++) {
             const int32_t i = first + k;
-            each[k] = i < end ? kept_mass(&q, &kept, sh->slice[i], u.lo + i) : 0;
-            m += each[k];
+            if (i < end) m += kept_mass(&q, &kept, sh->slice[i], u.lo + i);
         }
         at = mass_before(sh, u.tid, m);
         if (rest >= at && rest - at < m) {
-            int k = 0;
-            for (rest -= at; rest >= each[k]; k++) rest -= each[k];
-            sh->token = u.lo + first + k;
+            int32_t id = u.lo + first;
+            rest -= at;
+            for (uint64_t one; rest >= (one = kept_mass(&q, &kept, sh->slice[id - u.lo], id)); id++) rest -= one;
+            sh->token = id;
         }
         __syncthreads();
     }
-    uint64_t token = owns ? (uint64_t)sh->token : 0;
-    team_reduce<1, false>(t, &token, NULL, NULL);
-    return (int32_t)token;
+    return (int32_t)team_max(t, owns ? (uint64_t)sh->token : 0);
 }
 
 /* Steps 8 to 11 of docs/model.md 7. r has its list, and its mass unless top_k is on. */
@@ -368,9 +407,11 @@ static __device__ __noinline__ void edit_begin(const team *t, const edits *e) {
     if (e->n > 0) {
         FOR_FOURS(t, i) * (uint4 *)(count + i) = make_uint4(0, 0, 0, 0);
     }
+#pragma unroll 1
     for (int32_t i = t->tid; i < e->n_bias; i += THREADS)
         if (mine(t, e->bias[2 * i])) __stcg(e->entry + e->bias[2 * i], COUNT_DONE - 1);
     __syncthreads();
+#pragma unroll 1
     for (int32_t base = t->tid; base < e->n; base += BATCH * THREADS) {
         int32_t id[BATCH];
 #pragma unroll
@@ -391,12 +432,15 @@ static __device__ __noinline__ void edit_begin(const team *t, const edits *e) {
                 __stcg(e->more + 2 * (t->lo + at), (uint32_t)place);
         }
     }
+#pragma unroll 1
     for (int32_t i = t->tid; i < e->n_bias; i += THREADS)
         if (mine(t, e->bias[2 * i])) atomicMin(e->entry + e->bias[2 * i], (uint32_t)i);
     __syncthreads();
+#pragma unroll 1
     for (int32_t i = t->tid; i < e->n_bias; i += THREADS)
         if (mine(t, e->bias[2 * i]) && (__ldcg(e->entry + e->bias[2 * i]) & ~COUNT_DONE) != (uint32_t)i)
             atomicOr(e->entry + e->bias[2 * i], COUNT_DONE); /* not alone */
+#pragma unroll 1
     for (uint32_t i = t->tid; i < sh->n_edit; i += THREADS) {
         if (i < LIST)
             sh->times[i] = count[sh->list[i]] & ~COUNT_DONE;
@@ -412,17 +456,20 @@ static __device__ __noinline__ void edit_end(const team *t, const edits *e) {
     float *slice = sh->slice;
     const ern_sample *s = e->s;
     __syncthreads();
+#pragma unroll 1
     for (int32_t i = t->tid; i < e->n_bias; i += THREADS) {
         const int32_t id = e->bias[2 * i];
         if (!mine(t, id)) continue;
         const uint32_t first = __ldcg(e->entry + id);
         if ((first & ~COUNT_DONE) != (uint32_t)i) continue;
         float v = __fadd_rn(slice[id - t->lo], __int_as_float(e->bias[2 * i + 1]));
+#pragma unroll 1
         for (int32_t k = i + 1; first & COUNT_DONE && k < e->n_bias; k++)
             if (e->bias[2 * k] == id) v = __fadd_rn(v, __int_as_float(e->bias[2 * k + 1]));
         slice[id - t->lo] = v;
     }
     if (e->n_bias > 0) __syncthreads();
+#pragma unroll 1
     for (uint32_t i = t->tid; i < sh->n_edit; i += THREADS) {
         const uint32_t at = i < LIST ? sh->list[i] : __ldcg(e->more + 2 * (t->lo + i));
         const uint32_t c = i < LIST ? sh->times[i] : __ldcg(e->more + 2 * (t->lo + i) + 1);
@@ -432,6 +479,7 @@ static __device__ __noinline__ void edit_end(const team *t, const edits *e) {
         slice[at] = v;
     }
     __syncthreads();
+#pragma unroll 1
     for (int32_t i = t->tid; i < e->n_ban; i += THREADS)
         if (mine(t, e->ban[i])) slice[e->ban[i] - t->lo] = forbidden(slice[e->ban[i] - t->lo]);
     if (e->n_ban > 0) __syncthreads();
@@ -484,6 +532,7 @@ static __device__ __noinline__ void fill_logprobs(team *t, const row *r, const e
         uint64_t place = ~0ull;
         float l = chosen;
         uint32_t n = 0;
+#pragma unroll 1
         for (int b = 0; b < t->size; b++) {
             const uint32_t have = remote32(&sh->n_best, b);
             if ((uint32_t)t->tid >= n && (uint32_t)t->tid < n + have) {
@@ -493,6 +542,7 @@ static __device__ __noinline__ void fill_logprobs(team *t, const row *r, const e
             n += have;
         }
         int32_t at = 0;
+#pragma unroll 1
         for (int k = 0; k < 32; k++) at += __shfl_sync(ALL_LANES, place, k) < place;
         float value;
         if (plain) {
@@ -575,11 +625,11 @@ static __device__ __forceinline__ bool sample_row(team *t, const sample_args *a,
     const bool again = other_row || logprob_T != T || plain; /* logprobs need more than the draw's pass */
     row r = row_make(&best, T);
     if (draws) {
-        const bool k_on = s->top_k > 0 && s->top_k < t->V;
-        if (!k_on || (s->n_top >= 0 && !again))
-            gather<true, false>(t, &r);
+        const bool k_on = s->top_k > 0 && s->top_k < t->V, told = s->n_top >= 0 && !again;
+        if (!k_on || told)
+            gather<true, false>(t, &r, told || k_on || s->top_p < 1.0f || s->min_p >= MIN_P_ON);
         else
-            gather<false, false>(t, &r);
+            gather<false, false>(t, &r, true);
         *token = draw(t, &r, s);
         if (r.banded) r = row_make(&best, T); /* that list does not have the best */
     }
@@ -598,9 +648,9 @@ static __device__ __forceinline__ bool sample_row(team *t, const sample_args *a,
         r = row_make(&best, logprob_T);
     }
     if (plain && !r.listed)
-        gather<false, false>(t, &r);
+        gather<false, false>(t, &r, true);
     else if (!plain && !(r.listed && r.have_mass))
-        gather<true, false>(t, &r);
+        gather<true, false>(t, &r, true);
     fill_logprobs(t, &r, s, *token, plain);
     return true;
 }

@@ -4,11 +4,13 @@
 #ifndef ERN_BACKEND_CUDA_CU_SAMPLE_ROW_CUH
 #define ERN_BACKEND_CUDA_CU_SAMPLE_ROW_CUH
 
+#include <float.h>
 #include <stddef.h>
 
 #include "backend/cuda/cu_kernels.h"
 
 enum {
+    SENDERS = 3,  /* numbers of a sum over the team, each sent by a warp of its own */
     TEAM_MAX = 8, /* blocks of a row */
     THREADS = 512,
     WARPS = THREADS / 32,
@@ -16,7 +18,8 @@ enum {
     BIN_BITS = 9,
     BINS = 1 << BIN_BITS, /* of a round of find_cut, one a thread; also buckets of the draw */
     LIST = 1536,          /* ids that a block can list */
-    SHORT = 512,          /* candidates of the later rounds of find_cut, where the first walked the whole row */
+    SHORT = 256,          /* candidates of the later rounds of find_cut, where the first walked the whole row */
+    FEW = 48,             /* so many candidates are compared with each other */
     BUCKET_BITS = 6,      /* the draw: buckets of 64 ids; BINS of them cover a slice */
     ID_BITS = 18,         /* ERN_VOCAB_MAX */
     PLACE_BITS = BIN_BITS + 32 + ID_BITS,
@@ -26,7 +29,6 @@ enum {
     ROWS_MANY = 66,         /* clusters of 4 that an H100 holds at once: a cluster takes row after row */
     ROWS_FEW = 33,          /* clusters of 8 */
     SLICE_MAX = 101 * 1024, /* bytes of a slice of which two blocks fit in a multiprocessor */
-    PIVOT_RANK = 24,        /* of 32 threads' best logits */
 };
 #define GREEDY_BELOW 1e-5f
 #define MIN_P_ON 0x1p-60f
@@ -39,11 +41,12 @@ static_assert(1 << ID_BITS == ERN_VOCAB_MAX && BINS == THREADS && ERN_TOP_MAX <=
 
 /* What a block shares, also with the other blocks of its cluster. */
 typedef struct share {
-    uint64_t barrier, warp[3][WARPS], slot[2][3][TEAM_MAX];
+    uint64_t barrier, warp[SENDERS][WARPS], slot[2][SENDERS][TEAM_MAX];
     uint64_t chunk[WARPS]; /* mass of the ids of each warp: of all of them, or of those at or above the band */
     uint64_t scan_mass[WARPS], place[ERN_TOP_MAX];
     struct {
         uint64_t count, mass, bin_count, bin_mass; /* before the bin, of the bin */
+        uint64_t place;
         int32_t bin;
     } found;
     /* 64-bit masses in halves: 32-bit atomics are the fast ones */
@@ -55,7 +58,8 @@ typedef struct share {
     };
     uint32_t scan_count[WARPS], out[OUT_WORDS];
     float best_l[ERN_TOP_MAX];
-    uint32_t n_list, n_short, n_best, n_edit;
+    uint64_t few_place[FEW], few_mass[FEW];
+    uint32_t n_list, n_short, n_best, n_edit, n_few;
     int32_t token;
     uint16_t list[LIST], shorts[SHORT]; /* places in the slice */
     alignas(16) float slice[];          /* this block's logits, as the rule changes them; -inf up to a whole four */
@@ -85,6 +89,15 @@ static __device__ __forceinline__ int32_t cluster_size(void) {
     uint32_t n;
     asm volatile("mov.u32 %0, %%cluster_nctarank;" : "=r"(n));
     return (int32_t)n;
+}
+/* atomicAdd(mine, n) of block `rank`. */
+static __device__ __forceinline__ uint32_t remote_add(uint32_t *mine, int32_t rank, uint32_t n) {
+    uint32_t at, old;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;"
+                 : "=r"(at)
+                 : "r"((uint32_t)__cvta_generic_to_shared(mine)), "r"(rank));
+    asm volatile("atom.shared::cluster.add.u32 %0, [%1], %2;" : "=r"(old) : "r"(at), "r"(n) : "memory");
+    return old;
 }
 /* All threads of all blocks, by the barrier of the chip: for the beginning, the end and kernels that do it once. */
 static __device__ __forceinline__ void cluster_sync(void) {
@@ -118,25 +131,25 @@ static __device__ __forceinline__ void send64(void *mine, int32_t rank, uint64_t
     asm volatile("st.shared::cluster.u64 [%0], %1;" ::"r"(at), "l"(value) : "memory");
 }
 
-/* Every thread of every block; what was written before, in shared memory, is seen after. The chip's own barrier makes
- * every thread wait until its writes are seen by the whole chip, which takes microseconds; here one thread for each
- * block that is told does. */
+/* Every thread of every block; what was written before, in shared memory, is seen after. A barrier of our own, because
+ * a reduction's numbers travel with it. */
 static __device__ __forceinline__ void team_begin(const team *t) {
     if (t->tid == 0) {
         asm volatile(
             "mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"((uint32_t)__cvta_generic_to_shared(&t->sh->barrier)),
-            "r"(t->size)
+            "r"(t->size * SENDERS)
             : "memory");
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     cluster_sync();
 }
-/* For threads 0 .. size - 1, when all of the block are done. */
+/* When all of the block are done: lane r of the first SENDERS warps tells block r. */
 static __device__ __forceinline__ void team_tell(const team *t) {
+    if (t->tid >= SENDERS * 32 || t->tid % 32 >= t->size) return;
     uint32_t at;
     asm volatile("mapa.shared::cluster.u32 %0, %1, %2;"
                  : "=r"(at)
-                 : "r"((uint32_t)__cvta_generic_to_shared(&t->sh->barrier)), "r"(t->tid));
+                 : "r"((uint32_t)__cvta_generic_to_shared(&t->sh->barrier)), "r"(t->tid % 32));
     asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(at) : "memory");
 }
 static __device__ __forceinline__ void team_wait(team *t) {
@@ -154,64 +167,65 @@ static __device__ __forceinline__ void team_wait(team *t) {
 }
 static __device__ __forceinline__ void team_sync(team *t) {
     __syncthreads();
-    if (t->tid < t->size) team_tell(t);
+    team_tell(t);
     team_wait(t);
 }
 
 /* ---- numbers --------------------------------------------------------------------------------------------------- */
 
-/* Sums or maxima of N numbers over all threads of the cluster; all threads have them. A sum also tells, of its first
- * number, that of this block and that of the blocks before it. Every block sends its part to all. The two slots take
- * turns: between writing one and writing it again lies a barrier that nobody passes who still reads. */
-template <int N, bool SUM>
-static __device__ __forceinline__ void team_reduce(team *t, uint64_t *v, uint64_t *mine, uint64_t *before) {
-    share *sh = t->sh;
-#pragma unroll
-    for (int k = 0; k < N; k++) {
-        uint64_t x = v[k];
-        for (int d = 16; d > 0; d >>= 1) {
-            uint64_t y = __shfl_xor_sync(ALL_LANES, x, d);
-            x = SUM ? x + y : x > y ? x : y;
-        }
-        if (t->tid % 32 == 0) sh->warp[k][t->tid / 32] = x;
-    }
-    __syncthreads();
-    uint64_t(*slot)[TEAM_MAX] = sh->slot[t->turn];
-    if (t->tid < t->size) {
-#pragma unroll
-        for (int k = 0; k < N; k++) {
-            uint64_t x = sh->warp[k][0];
-#pragma unroll
-            for (int w = 1; w < WARPS; w++) {
-                uint64_t y = sh->warp[k][w];
-                x = SUM ? x + y : x > y ? x : y;
-            }
-            send64(&slot[k][t->rank], t->tid, x);
-        }
-        team_tell(t);
-    }
-    team_wait(t);
-#pragma unroll
-    for (int k = 0; k < N; k++) {
-        uint64_t x = 0;
-        for (int r = 0; r < t->size; r++) {
-            uint64_t y = slot[k][r];
-            if (SUM && k == 0 && mine) {
-                if (r == t->rank) *before = x, *mine = y;
-            }
-            x = SUM ? x + y : x > y ? x : y;
-        }
-        v[k] = x;
-    }
-}
 static __device__ __forceinline__ uint64_t warp_sum(uint64_t x) {
+#pragma unroll 1
     for (int d = 16; d > 0; d >>= 1) x += __shfl_xor_sync(ALL_LANES, x, d);
     return x;
 }
-static __device__ __forceinline__ uint64_t team_sum(team *t, uint64_t x) {
-    team_reduce<1, true>(t, &x, NULL, NULL);
-    return x;
+static __device__ __forceinline__ uint64_t max64(uint64_t x, uint64_t y) { return x > y ? x : y; }
+
+typedef struct three {
+    uint64_t v[SENDERS];
+    uint64_t mine, before; /* of a sum, of v[0]: this block's, that of the blocks before */
+} three;
+
+/* Sums or maxima of three numbers over all threads of the cluster; all threads have them. Every block sends its part to
+ * all. The two slots take turns: between writing one and writing it again lies a barrier that nobody passes who still
+ * reads. */
+static __device__ __noinline__ three team_reduce(team *t, bool sum, uint64_t a, uint64_t b, uint64_t c) {
+    share *sh = t->sh;
+    const int32_t lane = t->tid % 32, warp = t->tid / 32;
+#pragma unroll 1
+    for (int d = 16; d > 0; d >>= 1) {
+        const uint64_t x = __shfl_xor_sync(ALL_LANES, a, d), y = __shfl_xor_sync(ALL_LANES, b, d),
+                       z = __shfl_xor_sync(ALL_LANES, c, d);
+        a = sum ? a + x : max64(a, x);
+        b = sum ? b + y : max64(b, y);
+        c = sum ? c + z : max64(c, z);
+    }
+    if (lane == 0) sh->warp[0][warp] = a, sh->warp[1][warp] = b, sh->warp[2][warp] = c;
+    __syncthreads();
+    uint64_t(*slot)[TEAM_MAX] = sh->slot[t->turn];
+    if (warp < SENDERS) {
+        uint64_t x = sh->warp[warp][lane % WARPS];
+#pragma unroll 1
+        for (int d = WARPS / 2; d > 0; d >>= 1) {
+            const uint64_t y = __shfl_xor_sync(ALL_LANES, x, d);
+            x = sum ? x + y : max64(x, y);
+        }
+        if (lane < t->size) send64(&slot[warp][t->rank], lane, x);
+        team_tell(t);
+    }
+    team_wait(t);
+    three out = {{0, 0, 0}, 0, 0};
+#pragma unroll 1
+    for (int r = 0; r < t->size; r++) {
+        const uint64_t x = slot[0][r], y = slot[1][r], z = slot[2][r];
+        if (r == t->rank) out.before = out.v[0], out.mine = x;
+        out.v[0] = sum ? out.v[0] + x : max64(out.v[0], x);
+        out.v[1] = sum ? out.v[1] + y : max64(out.v[1], y);
+        out.v[2] = sum ? out.v[2] + z : max64(out.v[2], z);
+    }
+    return out;
 }
+static __device__ __forceinline__ uint64_t team_sum(team *t, uint64_t x) { return team_reduce(t, true, x, 0, 0).v[0]; }
+static __device__ __forceinline__ uint64_t team_max(team *t, uint64_t x) { return team_reduce(t, false, x, 0, 0).v[0]; }
 
 static __device__ __forceinline__ uint32_t ordered(float f) {
     uint32_t u = __float_as_uint(__fadd_rn(f, 0.0f));
@@ -323,6 +337,7 @@ static __device__ __forceinline__ void load_begin(const team *t, const float *l)
                 : "memory");
         }
     } else {
+#pragma unroll 1
         FOR_FOURS(t, i) {
             for (int k = i; k < i + 4; k++) slice[k] = t->lo + k < t->hi ? __ldcg(l + k) : minus_inf();
         }
@@ -333,6 +348,7 @@ static __device__ __forceinline__ void load_end(const team *t, const uint32_t *m
     float *slice = t->sh->slice;
     asm volatile("cp.async.wait_all;" ::: "memory");
     if (!mask) return;
+#pragma unroll 1
     FOR_FOURS(t, i) {
         const int32_t id = t->lo + i; /* a multiple of 4, and there is such an id */
         const uint32_t on = mask[id / 32] >> (id % 32) & 15u;
@@ -361,13 +377,12 @@ typedef struct survey {
 /* The lowest id whose logit is `top`. */
 static __device__ __noinline__ int32_t first_of(team *t, float top) {
     uint32_t id = ~0u;
+#pragma unroll 1
     FOR_FOURS(t, i) {
         for (int k = 3; k >= 0; k--)
             if (t->sh->slice[i + k] == top && (uint32_t)(t->lo + i + k) < id) id = (uint32_t)(t->lo + i + k);
     }
-    uint64_t v = ~id;
-    team_reduce<1, false>(t, &v, NULL, NULL);
-    return (int32_t) ~(uint32_t)v;
+    return (int32_t) ~(uint32_t)team_max(t, ~id);
 }
 
 /* First pass: the best logit. */
@@ -379,20 +394,16 @@ static __device__ __noinline__ survey survey_row(team *t) {
         best = max_nan(max_nan(best, max_nan(v.x, v.y)), max_nan(v.z, v.w));
         low = fminf(low, v.x);
     }
-    /* the PIVOT_RANK-th largest of each warp's bests, then the largest of these: most rows have a list of one or two
-     * thousand ids then. It is only a guess: no result depends on it. */
-    int32_t larger = 0;
-    for (int j = 0; j < 32; j++) {
-        float o = __shfl_sync(ALL_LANES, best, j);
-        larger += o > best || (o == best && j < t->tid % 32);
-    }
-    uint64_t v[3] = {ordered(best), larger == PIVOT_RANK ? ordered(best) : 0, ~ordered(low)};
-    team_reduce<3, false>(t, v, NULL, NULL);
+    /* The least of eight threads' bests, then the largest of these: most rows have a list of one or two thousand ids
+     * then. It is only a guess: no result depends on it. */
+    float least = best;
+    for (int d = 1; d < 8; d <<= 1) least = fminf(least, __shfl_xor_sync(ALL_LANES, least, d));
+    const three v = team_reduce(t, false, ordered(best), ordered(least), (uint32_t)~ordered(low));
     survey s;
-    s.key = (uint32_t)v[0];
+    s.key = (uint32_t)v.v[0];
     s.top = from_ordered(s.key);
-    s.pivot = t->V <= t->size * LIST ? minus_inf() : from_ordered((uint32_t)v[1]);
-    s.low = from_ordered(~(uint32_t)v[2]);
+    s.pivot = t->V <= t->size * LIST ? minus_inf() : from_ordered((uint32_t)v.v[1]);
+    s.low = from_ordered(~(uint32_t)v.v[2]);
     return s;
 }
 static __device__ __forceinline__ bool is_bad(const survey *s) { return s->key >= KEY_BAD || s->key <= KEY_NONE; }
@@ -421,11 +432,11 @@ static __device__ __forceinline__ view view_list(const team *t) {
     return {t->sh->slice, t->sh->list, (int32_t)t->sh->n_list, t->lo};
 }
 /* Every item: its place, logit and id. */
-#define FOR_ITEMS(t, v, i, l, id)                                     \
-    for (int32_t item_ = (t)->tid; item_ < (v)->n; item_ += THREADS)  \
-        if (const int32_t i = (v)->at ? (v)->at[item_] : item_; true) \
-            if (const float l = (v)->slice[i]; true)                  \
-                if (const int32_t id = (v)->lo + i; true)
+#define FOR_ITEMS(t, v, i, l, id)                                                                      \
+    _Pragma("unroll 1") for (int32_t item_ = (t)->tid; item_ < (v)->n;                                 \
+                             item_ += THREADS) if (const int32_t i = (v)->at ? (v)->at[item_] : item_; \
+                                                   true) if (const float l = (v)->slice[i];            \
+                                                             true) if (const int32_t id = (v)->lo + i; true)
 
 static __device__ __forceinline__ row row_make(const survey *s, float T) {
     row r = {};
@@ -445,13 +456,39 @@ typedef struct sums {
 } sums;
 enum { NO_MASS = -1 };
 
+/* Adds the places i .. i + 3 whose logit is at or above the pivot (and below what is above) to the list. */
+static __device__ __forceinline__ void list_add(share *sh, const row *r, bool band, int32_t i, const float v[4]) {
+    const float pivot = fmaxf(r->pivot, -FLT_MAX), above = r->above;
+    uint32_t mine = 0;
+#pragma unroll
+    for (int k = 0; k < 4; k++)
+        if (v[k] >= pivot && !(band && v[k] >= above)) mine |= 1u << k;
+    if (!__any_sync(ALL_LANES, mine != 0)) return;
+    const int32_t lane = (int32_t)threadIdx.x % 32;
+    uint32_t before = 0, all = 0, at = 0;
+#pragma unroll
+    for (int k = 0; k < 4; k++) {
+        const uint32_t b = __ballot_sync(ALL_LANES, mine >> k & 1);
+        before += (uint32_t)__popc(b & ((1u << lane) - 1)), all += (uint32_t)__popc(b);
+    }
+    if (lane == 0) at = atomicAdd(&sh->n_list, all);
+    at = __shfl_sync(ALL_LANES, at, 0) + before;
+#pragma unroll 1
+    for (; mine; mine &= mine - 1, at++)
+        if (at < LIST) sh->list[at] = (uint16_t)(i + __ffs((int)mine) - 1);
+}
+
 /* The list, and the mass of all the thread's ids; banded: of those that are above, and how many. */
-template <int HOW, bool BAND> static __device__ __forceinline__ sums gather_slice(const team *t, const row *r) {
+template <int HOW, bool BAND>
+static __device__ __forceinline__ sums gather_slice(const team *t, const row *r, bool list) {
     share *sh = t->sh;
     sums sum = {};
+    const int32_t to = t->to, lane = t->tid % 32;
 #pragma unroll 2
-    FOR_FOURS(t, i) {
-        const float4 f = *(const float4 *)(sh->slice + i);
+    for (int32_t base = t->from; base < to; base += 128) { /* whole warps */
+        const int32_t i = base + lane * 4;
+        const float none = minus_inf();
+        const float4 f = i < to ? *(const float4 *)(sh->slice + i) : make_float4(none, none, none, none);
         const float v[4] = {f.x, f.y, f.z, f.w};
 #pragma unroll
         for (int k = 0; k < 4; k++) { /* -inf: no mass */
@@ -459,20 +496,14 @@ template <int HOW, bool BAND> static __device__ __forceinline__ sums gather_slic
             const halves h = halves_of(weight_by<HOW>(v[k], &r->s));
             if (!BAND || v[k] >= r->above) sum.mass.a += h.a, sum.mass.b += h.b, sum.count++;
         }
-        if (!(fmaxf(fmaxf(v[0], v[1]), fmaxf(v[2], v[3])) >= r->pivot)) continue;
-#pragma unroll
-        for (int k = 0; k < 4; k++) {
-            if (!(v[k] >= r->pivot && v[k] > minus_inf()) || (BAND && v[k] >= r->above)) continue;
-            const uint32_t at = atomicAdd(&sh->n_list, 1u);
-            if (at < LIST) sh->list[at] = (uint16_t)(i + k);
-        }
+        if (list) list_add(sh, r, BAND, i, v);
     }
     return sum;
 }
 
-/* Second pass: the list, and the mass of the row where it is wanted. BAND: another such pass, for a list whose ends
+/* Second pass: the list and the mass of the row, where they are wanted. BAND: another such pass, for a list whose ends
  * were guessed. */
-template <bool MASS, bool BAND> static __device__ __noinline__ void gather(team *t, row *r) {
+template <bool MASS, bool BAND> static __device__ __noinline__ void gather(team *t, row *r, bool list) {
     enum { OVER = 60, ABOVE = 24 }; /* three numbers in one */
     share *sh = t->sh;
     __syncthreads();
@@ -482,36 +513,35 @@ template <bool MASS, bool BAND> static __device__ __noinline__ void gather(team 
     const row q = *r;
     sums h;
     if (!MASS)
-        h = gather_slice<NO_MASS, BAND>(&u, &q);
+        h = gather_slice<NO_MASS, BAND>(&u, &q, list);
     else if (q.s.T == 1.0f)
-        h = gather_slice<ONE, BAND>(&u, &q);
+        h = gather_slice<ONE, BAND>(&u, &q, list);
     else
-        h = q.s.quick ? gather_slice<QUICK, BAND>(&u, &q) : gather_slice<SLOW, BAND>(&u, &q);
+        h = q.s.quick ? gather_slice<QUICK, BAND>(&u, &q, list) : gather_slice<SLOW, BAND>(&u, &q, list);
     __syncthreads();
     const bool over = sh->n_list > LIST;
     uint64_t list_mass = 0;
+#pragma unroll 1
     for (uint32_t i = t->tid; MASS && !over && i < sh->n_list; i += THREADS)
         list_mass += mass_of(sh->slice[sh->list[i]], &q.s);
     const uint64_t mass = warp_sum(mass_from(h.mass));
     if (t->tid % 32 == 0) sh->chunk[t->tid / 32] = mass;
-    uint64_t v[3] = {t->tid % 32 ? 0 : mass, list_mass, t->tid ? 0 : over ? 1ull << OVER : (uint64_t)sh->n_list};
-    if (BAND) v[2] += (uint64_t)h.count << ABOVE;
-    if (BAND)
-        team_reduce<3, true>(t, v, NULL, NULL);
-    else
-        team_reduce<3, true>(t, v, &r->block_mass, &r->mass_before);
-    r->listed = true;
+    uint64_t counts = t->tid ? 0 : over ? 1ull << OVER : (uint64_t)sh->n_list;
+    if (BAND) counts += (uint64_t)h.count << ABOVE;
+    const three v = team_reduce(t, true, t->tid % 32 ? 0 : mass, list_mass, counts);
+    r->listed = list;
     r->weighed = MASS;
-    r->list_mass = v[1];
-    r->list_count = v[2] & ((1u << ABOVE) - 1);
-    r->list_good = v[2] < 1ull << OVER;
+    r->list_mass = v.v[1];
+    r->list_count = v.v[2] & ((1u << ABOVE) - 1);
+    r->list_good = list && v.v[2] < 1ull << OVER;
     r->banded = BAND;
     if (BAND) {
-        r->above_mass = v[0];
-        r->above_count = v[2] >> ABOVE;
+        r->above_mass = v.v[0];
+        r->above_count = v.v[2] >> ABOVE;
     } else {
         r->have_mass = MASS;
-        r->mass = v[0];
+        r->mass = v.v[0];
+        r->block_mass = v.mine, r->mass_before = v.before;
     }
 }
 
