@@ -5,7 +5,8 @@
 #include "model/sample.h"
 
 enum {
-    SEEN_MAX = 300,
+    SEEN_FEW = 300,
+    SEEN_MAX = 9000, /* more of them in a slice than a block lists */
     BIAS_MAX = 40,
     BAN_MAX = 24,
     OWN = 4, /* rows of a sequence in the step */
@@ -70,7 +71,7 @@ static ern_sample random_rule(lists *m, int32_t V) {
     s.choice = below(5);
     s.position = below(100000);
     m->row = below(OWN);
-    s.n_seen = one_in(4) ? 0 : below(SEEN_MAX + 1);
+    s.n_seen = one_in(4) ? 0 : below(1 + (one_in(4) ? SEEN_MAX : SEEN_FEW));
     m->pos = s.n_seen - 2 + below(OWN + 4);
     if (m->pos < m->row) m->pos = m->row;
     const int32_t some = one_in(2) ? V : 1 + below(40 < V ? 40 : V); /* few ids: many occur again */
@@ -234,7 +235,8 @@ static void check_rows_of(int32_t V, int32_t n, int kind, bool greedy) {
 
 /* ---- times ----------------------------------------------------------------------------------------------------- */
 
-static void time_rule(const char *name, int32_t n, const ern_sample *s, float spread, bool greedy) {
+/* Rows of a normal distribution; peaks: and 40 ids far above, as a trained model's rows have. */
+static void time_rule(const char *name, int32_t n, const ern_sample *s, float spread, bool peaks, bool greedy) {
     enum { V = V_CHECK, TURNS = 20 };
     if (!check_begin(name)) return;
     const size_t row_bytes = (size_t)V * sizeof(float);
@@ -248,6 +250,7 @@ static void time_rule(const char *name, int32_t n, const ern_sample *s, float sp
         for (int k = 0; k < 4; k++) g += (float)(int32_t)((bits >> 16 * k) & 0xffff) * 0x1p-16f;
         logits[i] = (g - 2.0f) * 1.73f * spread; /* standard deviation: spread */
     }
+    for (int i = 0; peaks && i < 40; i++) logits[below(V)] = 3.5f * spread + 6.0f * unit();
     for (int32_t w = 0; w < n; w++) {
         memmove(logits + (size_t)w * V, logits, row_bytes);
         ern_sample mine = *s;
@@ -291,24 +294,36 @@ static void times(void) {
     const ern_sample plain = {.temperature = 1, .top_p = 1, .repetition = 1, .forced = -1, .n_top = -1};
     for (int i = 0; i < 1000; i++) seen[i] = below(V_CHECK);
     ern_sample s = {.top_p = 1, .repetition = 1, .forced = -1, .n_top = -1};
-    time_rule("sample time: greedy, 1 row", 1, &s, 3, true);
-    time_rule("sample time: greedy, 256 rows", 256, &s, 3, true);
+    time_rule("sample time: greedy, 1 row", 1, &s, 3, false, true);
+    time_rule("sample time: greedy, 64 rows", 64, &s, 3, false, true);
+    time_rule("sample time: greedy, 256 rows", 256, &s, 3, false, true);
+    time_rule("sample time: greedy by the whole rule, 256 rows", 256, &s, 3, false, false);
     s = plain;
-    time_rule("sample time: plain draw, 256 rows", 256, &s, 3, false);
+    time_rule("sample time: plain draw, 1 row", 1, &s, 3, false, false);
+    time_rule("sample time: plain draw, 256 rows", 256, &s, 3, false, false);
+    s.temperature = 0.8f;
+    time_rule("sample time: plain draw, T 0.8, 256 rows", 256, &s, 3, false, false);
+    s.temperature = 1.0f;
     s.top_p = 0.9f;
-    time_rule("sample time: top_p, 1 row", 1, &s, 3, false);
-    time_rule("sample time: top_p, 256 rows", 256, &s, 3, false);
-    time_rule("sample time: top_p, flat row, 1 row", 1, &s, 1, false);
-    time_rule("sample time: top_p, flat rows, 256 rows", 256, &s, 1, false);
+    time_rule("sample time: top_p, peaked row, 1 row", 1, &s, 3, true, false);
+    time_rule("sample time: top_p, peaked rows, 256 rows", 256, &s, 3, true, false);
+    time_rule("sample time: top_p, 1 row", 1, &s, 3, false, false);
+    time_rule("sample time: top_p, 256 rows", 256, &s, 3, false, false);
+    time_rule("sample time: top_p, flat row, 1 row", 1, &s, 1, false, false);
+    time_rule("sample time: top_p, flat rows, 256 rows", 256, &s, 1, false, false);
+    time_rule("sample time: top_p, very flat rows, 256 rows", 256, &s, 0.1f, false, false);
     s.top_k = 50;
-    time_rule("sample time: top_k, top_p, 256 rows", 256, &s, 3, false);
+    time_rule("sample time: top_k, top_p, 1 row", 1, &s, 3, false, false);
+    time_rule("sample time: top_k, top_p, 256 rows", 256, &s, 3, false, false);
     s.repetition = 1.01f, s.presence = 0.01f, s.seen = seen, s.n_seen = 1000, s.n_prompt = 500;
-    time_rule("sample time: top_k, top_p, penalties on 1000, 256 rows", 256, &s, 3, false);
+    time_rule("sample time: top_k, top_p, penalties on 1000, 1 row", 1, &s, 3, false, false);
+    time_rule("sample time: top_k, top_p, penalties on 1000, 256 rows", 256, &s, 3, false, false);
     s.top_k = 0;
-    time_rule("sample time: top_p, penalties on 1000, 1 row", 1, &s, 3, false);
-    time_rule("sample time: top_p, penalties on 1000, 256 rows", 256, &s, 3, false);
+    time_rule("sample time: top_p, penalties on 1000, peaked, 256 rows", 256, &s, 3, true, false);
+    time_rule("sample time: top_p, penalties on 1000, 1 row", 1, &s, 3, false, false);
+    time_rule("sample time: top_p, penalties on 1000, 256 rows", 256, &s, 3, false, false);
     s.n_top = 5;
-    time_rule("sample time: the same, 5 raw logprobs, 256 rows", 256, &s, 3, false);
+    time_rule("sample time: the same, 5 raw logprobs, 256 rows", 256, &s, 3, false, false);
 }
 
 void check_sampling(void) {

@@ -2,9 +2,12 @@
  * may add them up; what is f32 here is a single operation after the other, in the order of sample.c, never contracted.
  *
  * A row belongs to a cluster of blocks (8, or 4 where there are many rows); block r has the ids of slice r, so that
- * blocks stand in id order. The row is read twice: for its best logit, then to gather the few ids near the top in
- * shared memory, where top_k, top_p and the draw are found. A row so flat that the list does not hold the answer is
- * walked as a whole instead, with the same code: the answer is the same. */
+ * blocks stand in id order. The row is read once, into shared memory, and changed there: all else happens on the chip.
+ * One pass finds the best logit, one adds up the masses and lists the few ids near the top, where top_k, top_p and the
+ * draw are found. Where a row is so flat that the list does not hold the answer, a few of its logits tell about where
+ * the answer is, and one more pass lists the ids around that place. If that fails too the row is walked as a whole,
+ * with the same code: the answer is the same. */
+#include "backend/cuda/cu_launch.cuh"
 #include "backend/cuda/cu_sample_row.cuh"
 
 /* ---- the order: logit descending, id ascending ----------------------------------------------------------------- */
@@ -22,49 +25,72 @@ typedef struct cut {
     bool in_list;
 } cut;
 
-/* In which bin the run ends: all blocks add up the bins of all and find the same. */
-static __device__ __forceinline__ void find_bin(team *t, const cut *c, uint64_t need_count, uint64_t need_mass) {
-    enum { PER = BINS / THREADS };
-    share *sh = t->sh;
-    const int32_t lane = t->tid % 32, warp = t->tid / 32;
-    uint32_t count[PER], counts = 0;
-    uint64_t mass[PER], masses = 0;
-    for (int k = 0; k < PER; k += 2) { /* two bins a read */
-        const int32_t bin = t->tid * PER + k;
-        uint64_t n0 = 0, n1 = 0, m0 = 0, m1 = 0;
-#pragma unroll 4
-        for (int r = 0; r < t->size; r++) {
-            const uint64_t n = remote64(&sh->count[bin], r), low = remote64(&sh->lo[bin], r),
-                           high = remote64(&sh->hi[bin], r);
-            n0 += n & 0xffffffffu, n1 += n >> 32;
-            m0 += (low & 0xffffffffu) + (high << 32);
-            m1 += (low >> 32) + (high >> 32 << 32);
-        }
-        count[k] = (uint32_t)n0, count[k + 1] = (uint32_t)n1;
-        mass[k] = m0, mass[k + 1] = m1;
-        counts += count[k] + count[k + 1], masses += m0 + m1;
-    }
-    uint32_t up_count = counts;
-    uint64_t up_mass = masses;
+/* The sum of m over the threads before this one, of the block. */
+static __device__ __noinline__ uint64_t mass_before(share *sh, int32_t tid, uint64_t m) {
+    const int32_t lane = tid % 32, warp = tid / 32;
+    uint64_t up = m;
+#pragma unroll 1
     for (int d = 1; d < 32; d <<= 1) {
-        uint32_t a = __shfl_up_sync(ALL_LANES, up_count, d);
-        uint64_t b = __shfl_up_sync(ALL_LANES, up_mass, d);
-        if (lane >= d) up_count += a, up_mass += b;
+        const uint64_t o = __shfl_up_sync(ALL_LANES, up, d);
+        if (lane >= d) up += o;
     }
-    if (lane == 31) sh->scan_count[warp] = up_count, sh->scan_mass[warp] = up_mass;
+    if (lane == 31) sh->scan_mass[warp] = up;
     __syncthreads();
-    uint64_t at_count = c->count + up_count - counts, at_mass = c->mass + up_mass - masses;
-    for (int w = 0; w < warp; w++) at_count += sh->scan_count[w], at_mass += sh->scan_mass[w];
-    for (int k = 0; k < PER; k++) {
-        bool before = at_count >= need_count || at_mass >= need_mass;
-        bool after = at_count + count[k] >= need_count || at_mass + mass[k] >= need_mass;
-        const int32_t bin = t->tid * PER + k;
-        if ((!before && after) || (!after && bin == BINS - 1)) {
-            sh->found.bin = after ? bin : -1;
-            sh->found.count = at_count, sh->found.mass = at_mass;
-            sh->found.bin_count = count[k], sh->found.bin_mass = mass[k];
-        }
-        at_count += count[k], at_mass += mass[k];
+    return up - m + warp_sum(lane < warp ? sh->scan_mass[lane] : 0);
+}
+
+/* In which bin the run ends: all blocks add up the bins of all and find the same. */
+static __device__ __noinline__ void find_bin(team *t, const cut *c, uint64_t need_count, uint64_t need_mass) {
+    share *sh = t->sh;
+    const int32_t bin = t->tid, lane = bin % 32, warp = bin / 32;
+    uint32_t count = 0;
+    uint64_t mass = 0;
+#pragma unroll 4
+    for (int r = 0; r < t->size; r++) {
+        count += remote32(&sh->count[bin], r);
+        mass += remote32(&sh->lo[bin], r) + ((uint64_t)remote32(&sh->hi[bin], r) << 32);
+    }
+    uint32_t up = count;
+#pragma unroll 1
+    for (int d = 1; d < 32; d <<= 1) {
+        const uint32_t o = __shfl_up_sync(ALL_LANES, up, d);
+        if (lane >= d) up += o;
+    }
+    if (lane == 31) sh->scan_count[warp] = up;
+    const uint64_t at_mass = c->mass + mass_before(sh, bin, mass);
+    const uint32_t others = __reduce_add_sync(ALL_LANES, lane < warp ? sh->scan_count[lane] : 0);
+    const uint64_t at_count = c->count + others + up - count;
+    const bool before = at_count >= need_count || at_mass >= need_mass;
+    const bool after = at_count + count >= need_count || at_mass + mass >= need_mass;
+    if ((!before && after) || (!after && bin == BINS - 1)) {
+        sh->found.bin = after ? bin : -1;
+        sh->found.count = at_count, sh->found.mass = at_mass;
+        sh->found.bin_count = count, sh->found.bin_mass = mass;
+    }
+    __syncthreads();
+}
+
+static __device__ __forceinline__ void add_mass(uint32_t *lo, uint32_t *hi, uint64_t mass) {
+    uint32_t high = (uint32_t)(mass >> 32), low = (uint32_t)mass;
+    if (mass) {
+        uint32_t old = atomicAdd(lo, low);
+        high += old + low < old;
+    }
+    if (high) atomicAdd(hi, high);
+}
+
+/* The run ends at one of the n candidates; every block has them all. */
+static __device__ __forceinline__ void end_among_few(share *sh, int32_t tid, int32_t n, const cut *c,
+                                                     uint64_t need_count, uint64_t need_mass) {
+    if (tid < n) {
+        const uint64_t place = sh->few_place[tid];
+        uint64_t count = c->count, mass = c->mass;
+#pragma unroll 4
+        for (int32_t i = 0; i < n; i++)
+            if (sh->few_place[i] <= place) count++, mass += sh->few_mass[i];
+        const bool before = count - 1 >= need_count || mass - sh->few_mass[tid] >= need_mass;
+        if (!before && (count >= need_count || mass >= need_mass))
+            sh->found.place = place, sh->found.count = count, sh->found.mass = mass;
     }
     __syncthreads();
 }
@@ -77,38 +103,27 @@ static __device__ __noinline__ cut find_cut(team *t, const row *r, bool in_list,
     share *sh = t->sh;
     const team u = *t;
     const row q = *r;
-    view v = in_list ? view_list(t) : view_row(t, r);
+    view v = in_list ? view_list(t) : view_row(t);
     bool whole = !in_list;
-    cut c = {0, 0, 0, in_list};
+    cut c = {0, in_list ? r->above_mass : 0, in_list ? r->above_count : 0, in_list};
     uint64_t prefix = 0;
     int32_t bits = PLACE_BITS, shift = PLACE_BITS - BIN_BITS;
     if (need_count < 1) need_count = 1;
     if (need_mass < 1) need_mass = 1;
     for (;;) {
-        cluster_sync(); /* nobody reads the bins any more */
-        for (int b = t->tid; b < BINS; b += THREADS) sh->lo[b] = sh->hi[b] = sh->count[b] = 0;
-        if (t->tid == 0) sh->n_short = 0;
+        team_sync(t); /* nobody reads the bins any more */
+        sh->lo[t->tid] = sh->hi[t->tid] = sh->count[t->tid] = 0;
+        if (t->tid == 0) sh->n_short = sh->n_few = 0;
         __syncthreads();
-        FOR_ITEMS(&u, &v, base) {
-            float l[BATCH];
-            int32_t id[BATCH];
-            items(&u, &v, base, l, id);
-#pragma unroll
-            for (int j = 0; j < BATCH; j++) {
-                uint64_t place = place_of(&q, l[j], id[j]);
-                if (id[j] < 0 || (place ^ prefix) >> bits) continue;
-                uint32_t bin = (uint32_t)(place >> shift) & (BINS - 1);
-                uint64_t mass = mass_of(l[j], &q.s);
-                uint32_t high = (uint32_t)(mass >> 32), low = (uint32_t)mass;
-                atomicAdd(&sh->count[bin], 1u);
-                if (mass) {
-                    uint32_t old = atomicAdd(&sh->lo[bin], low);
-                    high += old + low < old;
-                }
-                if (high) atomicAdd(&sh->hi[bin], high);
-            }
+        FOR_ITEMS(&u, &v, i, l, id) {
+            (void)i;
+            const uint64_t place = place_of(&q, l, id);
+            if ((place ^ prefix) >> bits) continue;
+            const uint32_t bin = (uint32_t)(place >> shift) & (BINS - 1);
+            atomicAdd(&sh->count[bin], 1u);
+            add_mass(&sh->lo[bin], &sh->hi[bin], mass_of(l, &q.s));
         }
-        cluster_sync();
+        team_sync(t);
         find_bin(t, &c, need_count, need_mass);
         c.count = sh->found.count, c.mass = sh->found.mass;
         const uint64_t n = sh->found.bin_count, mass = sh->found.bin_mass;
@@ -119,39 +134,48 @@ static __device__ __noinline__ cut find_cut(team *t, const row *r, bool in_list,
         }
         prefix = prefix >> (shift + BIN_BITS) << (shift + BIN_BITS) | (uint64_t)sh->found.bin << shift;
         bits = shift;
-        if (n == 1 || (c.count + n == need_count && c.mass + mass < need_mass)) {
+        if (c.count + n == need_count && c.mass + mass < need_mass) {
             c.count += n, c.mass += mass;
             c.place = prefix | ((1ull << bits) - 1);
             return c;
         }
-        const bool move = whole && n <= SHORT;
-        uint64_t ends[2] = {0, 0}; /* the last place, and the first, inverted */
-        FOR_ITEMS(&u, &v, base) {
-            float l[BATCH];
-            int32_t id[BATCH];
-            items(&u, &v, base, l, id);
-#pragma unroll
-            for (int j = 0; j < BATCH; j++) {
-                uint64_t place = place_of(&q, l[j], id[j]);
-                if (id[j] < 0 || (place ^ prefix) >> bits) continue;
-                if (place > ends[0]) ends[0] = place;
-                if (~place > ends[1]) ends[1] = ~place;
-                if (move) {
-                    uint32_t at = atomicAdd(&sh->n_short, 1u);
-                    sh->short_l[at] = l[j];
-                    sh->short_id[at] = id[j];
+        if (n <= FEW) {
+            FOR_ITEMS(&u, &v, i, l, id) {
+                (void)i;
+                const uint64_t place = place_of(&q, l, id);
+                if ((place ^ prefix) >> bits) continue;
+                const uint64_t m = mass_of(l, &q.s);
+#pragma unroll 1
+                for (int r = 0; r < u.size; r++) {
+                    const uint32_t at = remote_add(&sh->n_few, r, 1);
+                    send64(&sh->few_place[at], r, place);
+                    send64(&sh->few_mass[at], r, m);
                 }
             }
+            team_sync(t);
+            end_among_few(sh, u.tid, (int32_t)n, &c, need_count, need_mass);
+            c.place = sh->found.place, c.count = sh->found.count, c.mass = sh->found.mass;
+            return c;
         }
-        team_reduce<2, false>(t, ends, NULL, NULL);
+        const bool move = whole && n <= SHORT;
+        uint64_t last = 0, inverted = 0; /* the last place; the first, inverted */
+        FOR_ITEMS(&u, &v, i, l, id) {
+            const uint64_t place = place_of(&q, l, id);
+            if ((place ^ prefix) >> bits) continue;
+            last = max64(last, place);
+            inverted = max64(inverted, ~place);
+            if (move) sh->shorts[atomicAdd(&sh->n_short, 1u)] = (uint16_t)i;
+        }
+        const three ends = team_reduce(t, false, last, inverted, 0);
+        last = ends.v[0];
         if (move) {
-            v.l = sh->short_l, v.id = sh->short_id, v.n = (int32_t)sh->n_short;
+            v.at = sh->shorts, v.n = (int32_t)sh->n_short;
             whole = false;
         }
-        const int32_t highest = 63 - __clzll((long long)(ends[0] ^ ~ends[1])); /* n >= 2: they differ */
+        const int32_t highest = 63 - __clzll((long long)(last ^ ~ends.v[1])); /* n >= 2: they differ */
         shift = highest >= BIN_BITS ? highest - BIN_BITS + 1 : 0;
         bits = shift + BIN_BITS < bits ? shift + BIN_BITS : bits;
-        prefix = ends[0] >> bits << bits;
+        prefix = last >> bits << bits;
     }
 }
 
@@ -159,124 +183,145 @@ static __device__ __noinline__ cut find_cut(team *t, const row *r, bool in_list,
 
 /* Whether a run of the order may be looked for in the list: it ends there. */
 static __device__ __forceinline__ bool list_holds(const row *r, uint64_t need_count, uint64_t need_mass) {
-    return r->list_good && (r->list_count >= need_count || (r->have_mass && r->list_mass >= need_mass));
+    if (!r->list_good || (r->banded && (r->above_count >= need_count || r->above_mass >= need_mass))) return false;
+    return r->above_count + r->list_count >= need_count || (r->weighed && r->above_mass + r->list_mass >= need_mass);
+}
+
+/* Makes a list of the ids around the end of a run that the list of the best does not hold. Every thread's first four
+ * logits, those below that list, are the sample; the list is as long as its memory bears with some room. */
+static __device__ __noinline__ void find_band(team *t, row *r, uint64_t need_count, uint64_t need_mass) {
+    enum { MASS_SHIFT = 26 }; /* the sum of a sample's masses then has 32 bits */
+    share *sh = t->sh;
+    const uint64_t count = r->list_good ? r->list_count : 0, mass = r->list_good ? r->list_mass : 0;
+    const float below = r->list_good ? r->pivot : plus_inf();
+    team_sync(t); /* nobody reads the bins any more */
+    sh->lo[t->tid] = sh->hi[t->tid] = sh->count[t->tid] = 0;
+    __syncthreads();
+    uint64_t v[2] = {0, 0};
+    const int32_t first = t->from + t->tid % 32 * 4;
+#pragma unroll 1
+    for (int32_t i = first; i < first + 4 && i < t->to; i++) {
+        const float l = sh->slice[i];
+        if (!(l < below && l > minus_inf())) continue;
+        const uint32_t bin = (uint32_t)(place_of(r, l, 0) >> (PLACE_BITS - BIN_BITS));
+        const uint32_t m = (uint32_t)(mass_of(l, &r->s) >> MASS_SHIFT);
+        atomicAdd(&sh->count[bin], 1u);
+        atomicAdd(&sh->lo[bin], m);
+        v[0]++, v[1] += m;
+    }
+    const three all = team_reduce(t, true, v[0], v[1], 0);
+    /* which share of what is below the list is part of the run */
+    uint64_t at_count = ~0ull, at_mass = ~0ull;
+    if (need_count < (uint64_t)t->V)
+        at_count = (uint64_t)((float)all.v[0] * ((float)(need_count - count) / (float)((uint64_t)t->V - count)));
+    if (need_mass < r->mass)
+        at_mass = (uint64_t)((float)all.v[1] * ((float)(need_mass - mass) / (float)(r->mass - mass)));
+    const cut none = {0, 0, 0, false};
+    find_bin(t, &none, at_count > 1 ? at_count : 1, at_mass > 1 ? at_mass : 1);
+    const float middle = (float)(sh->found.count + sh->found.bin_count / 2);
+    const float half = 0.3f * (float)(t->size * LIST) * ((float)(t->size * THREADS * 4) / (float)t->V);
+    r->above = below;
+    if (middle >= half + 1.0f) {
+        find_bin(t, &none, (uint64_t)(middle - half), ~0ull);
+        const int32_t bin = sh->found.bin < 0 ? BINS - 1 : sh->found.bin;
+        r->above = fminf(below, __fsub_rn(r->s.top, __fdiv_rn((float)bin, r->spread)));
+    }
+    find_bin(t, &none, (uint64_t)(middle + half) + 1, ~0ull);
+    r->pivot = minus_inf();
+    if (sh->found.bin >= 0) r->pivot = __fsub_rn(r->s.top, __fdiv_rn((float)(sh->found.bin + 1), r->spread));
+    gather<true, true>(t, r, true);
+}
+
+/* find_cut where it is cheapest. */
+static __device__ __forceinline__ cut find_run(team *t, row *r, uint64_t need_count, uint64_t need_mass) {
+    bool in_list = list_holds(r, need_count, need_mass);
+    if (!in_list && !r->banded && r->pivot > minus_inf()) {
+        find_band(t, r, need_count, need_mass);
+        in_list = list_holds(r, need_count, need_mass);
+    }
+    return find_cut(t, r, in_list, need_count, need_mass);
 }
 
 static __device__ __forceinline__ uint64_t kept_mass(const row *r, const cut *c, float l, int32_t id) {
     return place_of(r, l, id) <= c->place ? mass_of(l, &r->s) : 0;
 }
 
-/* The first kept id, in id order, whose running mass exceeds target: first the block, then a bucket of 64 ids of it,
- * then the id. */
+/* The first kept id, in id order, whose running mass exceeds target: first the block, then a run of its ids (those of a
+ * warp, or a bucket where few are kept), then the id. */
 static __device__ __noinline__ int32_t walk_to(team *t, const row *r, const cut *c, uint64_t target) {
     share *sh = t->sh;
     const team u = *t;
     const row q = *r;
     const cut kept = *c;
-    view v = c->in_list ? view_list(t) : view_row(t, r);
+    const bool in_list = kept.in_list;
+    const view v = view_list(t);
     uint64_t mine = r->block_mass, before = r->mass_before;
-    const int32_t lane = u.tid % 32, warp = u.tid / 32;
-    if (c->place != ~0ull || !r->have_mass) {
+    const bool banded = r->banded, by_chunk = !in_list || banded;
+    if (kept.place != ~0ull || banded || !r->have_mass) {
         uint64_t sum = 0;
-        FOR_ITEMS(&u, &v, base) {
-            float l[BATCH];
-            int32_t id[BATCH];
-            items(&u, &v, base, l, id);
-#pragma unroll
-            for (int j = 0; j < BATCH; j++)
-                if (id[j] >= 0) sum += kept_mass(&q, &kept, l[j], id[j]);
+        if (in_list) {
+            FOR_ITEMS(&u, &v, i, l, id) {
+                (void)i;
+                sum += kept_mass(&q, &kept, l, id);
+            }
+            if (banded && u.tid < WARPS) sum += sh->chunk[u.tid];
+        } else {
+#pragma unroll 1
+            FOR_FOURS(&u, i) {
+#pragma unroll 1
+                for (int k = i; k < i + 4; k++) sum += kept_mass(&q, &kept, sh->slice[k], u.lo + k);
+            }
+            sum = warp_sum(sum);
+            if (u.tid % 32 == 0) sh->chunk[u.tid / 32] = sum;
+            sum = u.tid % 32 ? 0 : sum;
         }
-        team_reduce<1, true>(t, &sum, &mine, &before);
+        const three all = team_reduce(t, true, sum, 0, 0);
+        mine = all.mine, before = all.before;
     } else {
-        cluster_sync(); /* nobody reads the bins any more */
+        team_sync(t); /* nobody reads the bins any more */
     }
     const bool owns = target >= before && target - before < mine;
     if (owns) {
-        uint64_t rest = target - before;
-        for (int b = u.tid; b < BINS; b += THREADS) sh->lo[b] = sh->hi[b] = 0;
-        for (int b = u.tid; b < 1 << BUCKET_BITS; b += THREADS) sh->dense[b] = 0;
-        __syncthreads();
-        if (v.id) {
-            for (int32_t i = u.tid; i < v.n; i += THREADS) {
-                uint64_t m = kept_mass(&q, &kept, v.l[i], v.id[i]);
-                int32_t b = (v.id[i] - u.lo) >> BUCKET_BITS;
-                uint32_t low = (uint32_t)m, high = (uint32_t)(m >> 32);
-                if (!m) continue;
-                uint32_t old = atomicAdd(&sh->lo[b], low);
-                high += old + low < old;
-                if (high) atomicAdd(&sh->hi[b], high);
+        uint64_t rest = target - before, m, at;
+        if (in_list) {
+            sh->lo[u.tid] = sh->hi[u.tid] = 0;
+            __syncthreads();
+            FOR_ITEMS(&u, &v, i, l, id) {
+                const int32_t bin = banded ? i / u.chunk : i >> BUCKET_BITS;
+                add_mass(&sh->lo[bin], &sh->hi[bin], kept_mass(&q, &kept, l, id));
             }
+            __syncthreads();
+            m = sh->lo[u.tid] | (uint64_t)sh->hi[u.tid] << 32;
         } else {
-            const int32_t n_bucket = (v.n + (1 << BUCKET_BITS) - 1) >> BUCKET_BITS;
-            for (int32_t b = warp; b < n_bucket; b += 2 * WARPS) { /* two at a time: four loads in flight */
-                float l[4];
-                int32_t at[4];
-                uint64_t m[2] = {0, 0};
-                for (int k = 0; k < 4; k++) {
-                    at[k] = ((b + (k / 2) * WARPS) << BUCKET_BITS) + k % 2 * 32 + lane;
-                    l[k] = at[k] < v.n ? __ldcg(v.l + at[k]) : minus_inf();
-                }
-                for (int k = 0; k < 4; k++)
-                    if (at[k] < v.n) m[k / 2] += kept_mass(&q, &kept, l[k], u.lo + at[k]);
-                for (int h = 0; h < 2; h++) {
-                    for (int d = 16; d > 0; d >>= 1) m[h] += __shfl_xor_sync(ALL_LANES, m[h], d);
-                    int32_t bucket = b + h * WARPS;
-                    if (lane == 0 && bucket < n_bucket)
-                        sh->lo[bucket] = (uint32_t)m[h], sh->hi[bucket] = (uint32_t)(m[h] >> 32);
-                }
-            }
+            m = 0;
         }
+        if (by_chunk && u.tid < WARPS) m += sh->chunk[u.tid];
+        at = mass_before(sh, u.tid, m);
+        if (rest >= at && rest - at < m) sh->found.bin = u.tid, sh->found.mass = at;
         __syncthreads();
-        { /* scan of the buckets */
-            enum { PER = BINS / THREADS };
-            uint64_t m[PER], sum = 0;
-            for (int k = 0; k < PER; k++) {
-                m[k] = sh->lo[u.tid * PER + k] | (uint64_t)sh->hi[u.tid * PER + k] << 32;
-                sum += m[k];
-            }
-            uint64_t up = sum;
-            for (int d = 1; d < 32; d <<= 1) {
-                uint64_t b = __shfl_up_sync(ALL_LANES, up, d);
-                if (lane >= d) up += b;
-            }
-            if (lane == 31) sh->scan_mass[warp] = up;
-            __syncthreads();
-            uint64_t at = up - sum;
-            for (int w = 0; w < warp; w++) at += sh->scan_mass[w];
-            for (int k = 0; k < PER; k++) {
-                if (rest >= at && rest - at < m[k]) sh->found.bin = u.tid * PER + k, sh->found.mass = at;
-                at += m[k];
-            }
-            __syncthreads();
-        }
-        const int32_t first = u.lo + (sh->found.bin << BUCKET_BITS);
         rest -= sh->found.mass;
-        if (v.id) {
-            for (int32_t i = u.tid; i < v.n; i += THREADS)
-                if ((v.id[i] - u.lo) >> BUCKET_BITS == sh->found.bin)
-                    sh->dense[v.id[i] - first] = kept_mass(&q, &kept, v.l[i], v.id[i]);
-        } else if (u.tid < 1 << BUCKET_BITS && first + u.tid < u.hi) {
-            sh->dense[u.tid] = kept_mass(&q, &kept, __ldcg(q.l + first + u.tid), first + u.tid);
+        const int32_t n = by_chunk ? u.chunk : 1 << BUCKET_BITS, from = sh->found.bin * n;
+        const int32_t end = from + n < u.hi - u.lo ? from + n : u.hi - u.lo, first = from + 4 * u.tid;
+        m = 0;
+#pragma unroll 1
+        for (int k = 0; k < 4; k++) {
+            const int32_t i = first + k;
+            if (i < end) m += kept_mass(&q, &kept, sh->slice[i], u.lo + i);
         }
-        __syncthreads();
-        if (warp == 0) {
-            uint64_t a = sh->dense[2 * lane], b = sh->dense[2 * lane + 1], up = a + b;
-            for (int d = 1; d < 32; d <<= 1) {
-                uint64_t o = __shfl_up_sync(ALL_LANES, up, d);
-                if (lane >= d) up += o;
-            }
-            uint64_t at = up - a - b;
-            if (rest >= at && rest - at < a + b) sh->token = first + 2 * lane + (rest - at >= a);
+        at = mass_before(sh, u.tid, m);
+        if (rest >= at && rest - at < m) {
+            int32_t id = u.lo + first;
+            rest -= at;
+            for (uint64_t one; rest >= (one = kept_mass(&q, &kept, sh->slice[id - u.lo], id)); id++) rest -= one;
+            sh->token = id;
         }
         __syncthreads();
     }
-    uint64_t token = owns ? (uint64_t)sh->token : 0;
-    team_reduce<1, false>(t, &token, NULL, NULL);
-    return (int32_t)token;
+    return (int32_t)team_max(t, owns ? (uint64_t)sh->token : 0);
 }
 
 /* Steps 8 to 11 of docs/model.md 7. r has its list, and its mass unless top_k is on. */
-static __device__ __forceinline__ int32_t draw(team *t, const row *r, const ern_sample *s) {
+static __device__ __forceinline__ int32_t draw(team *t, row *r, const ern_sample *s) {
     uint64_t mass = r->mass, V = (uint64_t)t->V;
     cut c = {~0ull, mass, V, false};
     const bool k_on = s->top_k > 0 && s->top_k < t->V;
@@ -285,26 +330,25 @@ static __device__ __forceinline__ int32_t draw(team *t, const row *r, const ern_
         if (s->min_p >= MIN_P_ON) {
             float least = (float)sample_log((double)s->min_p);
             bool in_list = r->list_good && __fdiv_rn(__fsub_rn(r->pivot, r->s.top), r->s.T) < least;
-            view v = in_list ? view_list(t) : view_row(t, r);
+            view v = in_list ? view_list(t) : view_row(t);
             uint64_t n = 0;
-            FOR_ITEMS(t, &v, base) {
-                float l[BATCH];
-                int32_t id[BATCH];
-                items(t, &v, base, l, id);
-#pragma unroll
-                for (int j = 0; j < BATCH; j++)
-                    n += id[j] >= 0 && __fdiv_rn(__fsub_rn(l[j], r->s.top), r->s.T) >= least;
+            FOR_ITEMS(t, &v, i, l, id) {
+                (void)i, (void)id;
+                n += __fdiv_rn(__fsub_rn(l, r->s.top), r->s.T) >= least;
             }
             limit = team_sum(t, n);
         }
         if (k_on && (uint64_t)s->top_k < limit) limit = (uint64_t)s->top_k;
-        c = find_cut(t, r, list_holds(r, limit, ~0ull), limit, ~0ull);
+        c = find_run(t, r, limit, ~0ull);
         if (k_on) mass = c.mass;
     }
     if (s->top_p < 1.0f) {
         uint64_t need = share_of(mass, s->top_p);
-        /* a run that ends before one in the list ends there too */
-        if (need < c.mass) c = find_cut(t, r, c.in_list || list_holds(r, c.count, need), c.count, need);
+        /* a run that ends before one in the list of the best ends there too */
+        if (need < c.mass && c.in_list && !r->banded)
+            c = find_cut(t, r, true, c.count, need);
+        else if (need < c.mass)
+            c = find_run(t, r, c.count, need);
     }
     uint64_t key = counter64(s->seed, (uint64_t)(uint32_t)s->choice);
     uint64_t u = counter64(key, (uint64_t)(uint32_t)s->position) >> (64 - UNIFORM_BITS);
@@ -321,71 +365,124 @@ typedef struct sample_args {
     int32_t n_want, V;
     const cu_rule *rules;
     const int32_t *aux, *token;
-    unsigned char *scratch; /* a row's copy and count, for every cluster */
+    uint32_t *scratch; /* three numbers an id, for every cluster */
 } sample_args;
 
-/* One id as step 2 (the mask) leaves it; once more changes nothing. */
-static __device__ __forceinline__ float masked(const float *l, const uint32_t *mask, int32_t id) {
-    float v = __ldcg(l + id);
-    return mask && !(mask[id / 32] >> (id % 32) & 1) ? forbidden(v) : v;
-}
+/* Steps 3 to 6 touch few ids. A block edits those of its slice. */
+typedef struct edits {
+    const ern_sample *s;
+    const int32_t *bias, *ban, *seen, *tail;
+    int32_t n_bias, n_ban, n_seen, n; /* n: tokens seen, the tail too; 0: no penalties */
+    uint32_t *entry, *more;           /* [V]; [2V] */
+} edits;
 
-/* Steps 3 to 6 touch few ids, so they come before the row is looked at; each masks its ids first. count: [V]. */
-static __device__ __noinline__ void edit(team *t, const sample_args *a, const cu_rule *rule, float *l,
-                                         const uint32_t *mask, uint32_t *count) {
+static __device__ __forceinline__ edits edits_make(const sample_args *a, const cu_rule *rule, uint32_t *scratch) {
     const ern_sample *s = &rule->s;
-    const int32_t step = t->size * THREADS, me = t->rank * THREADS + t->tid;
-    if (s->n_bias > 0) {
-        /* an id may be listed twice: its first entry adds for all of them, in list order */
-        const int32_t *bias = a->aux + rule->bias, n = s->n_bias;
-        for (int32_t i = me; i < n; i += step) __stcg(count + bias[2 * i], COUNT_DONE - 1);
-        cluster_sync();
-        for (int32_t i = me; i < n; i += step) atomicMin(count + bias[2 * i], (uint32_t)i);
-        cluster_sync();
-        for (int32_t i = me; i < n; i += step)
-            if ((__ldcg(count + bias[2 * i]) & ~COUNT_DONE) != (uint32_t)i)
-                atomicOr(count + bias[2 * i], COUNT_DONE); /* not alone */
-        cluster_sync();
-        for (int32_t i = me; i < n; i += step) {
-            const int32_t id = bias[2 * i];
-            const uint32_t first = __ldcg(count + id);
-            if ((first & ~COUNT_DONE) != (uint32_t)i) continue;
-            float v = __fadd_rn(masked(l, mask, id), __int_as_float(bias[2 * i + 1]));
-            for (int32_t k = i + 1; first & COUNT_DONE && k < n; k++)
-                if (bias[2 * k] == id) v = __fadd_rn(v, __int_as_float(bias[2 * k + 1]));
-            __stcg(l + id, v);
-        }
-        cluster_sync();
-    }
+    edits e = {};
+    e.s = s;
+    e.entry = scratch, e.more = scratch + a->V;
+    e.n_bias = s->n_bias > 0 ? s->n_bias : 0, e.n_ban = s->n_ban > 0 ? s->n_ban : 0;
+    e.bias = a->aux + rule->bias, e.ban = a->aux + rule->ban;
     if (s->repetition != 1.0f || s->frequency != 0.0f || s->presence != 0.0f) {
         const int32_t n_own = rule->row + 1 - rule->row0;
         int32_t n_tail = rule->pos + 1 - s->n_seen;
         n_tail = n_tail < 0 ? 0 : n_tail > n_own ? n_own : n_tail;
-        const int32_t *seen = a->aux + rule->seen, *tail = a->token + rule->row + 1 - n_tail;
-        const int32_t n_seen = s->n_seen, n = n_seen + n_tail;
-        for (int32_t i = me; i < n; i += step) __stcg(count + (i < n_seen ? seen[i] : tail[i - n_seen]), 0u);
-        cluster_sync();
-        for (int32_t i = me; i < n; i += step)
-            if (i >= s->n_prompt) atomicAdd(count + (i < n_seen ? seen[i] : tail[i - n_seen]), 1u);
-        cluster_sync();
-        for (int32_t i = me; i < n; i += step) {
-            const int32_t id = i < n_seen ? seen[i] : tail[i - n_seen];
-            const uint32_t c = atomicOr(count + id, COUNT_DONE);
-            if (c & COUNT_DONE) continue;
-            float v = masked(l, mask, id);
-            v = v < 0.0f ? __fmul_rn(v, s->repetition) : __fdiv_rn(v, s->repetition);
-            if (c) v = __fsub_rn(__fsub_rn(v, __fmul_rn(__uint2float_rn(c), s->frequency)), s->presence);
-            __stcg(l + id, v);
-        }
-        cluster_sync();
+        e.seen = a->aux + rule->seen, e.tail = a->token + rule->row + 1 - n_tail;
+        e.n_seen = s->n_seen, e.n = s->n_seen + n_tail;
     }
-    if (s->n_ban > 0) {
-        for (int32_t i = me; i < s->n_ban; i += step) {
-            const int32_t id = a->aux[rule->ban + i];
-            __stcg(l + id, forbidden(__ldcg(l + id)));
-        }
-        cluster_sync();
+    return e;
+}
+static __device__ __forceinline__ bool mine(const team *t, int32_t id) { return id >= t->lo && id < t->hi; }
+static __device__ __forceinline__ int32_t seen_at(const edits *e, int32_t i) {
+    return i < e->n_seen ? e->seen[i] : e->tail[i - e->n_seen];
+}
+
+/* Before the row comes, its place in shared memory has room for a number an id: how often each was seen. What is left
+ * of that is a list of ids, each once (where it grows too long, in global memory), and how often they were seen in the
+ * reply. bias: an id may be listed twice; its first entry adds for all of them, in list order. */
+static __device__ __noinline__ void edit_begin(const team *t, const edits *e) {
+    share *sh = t->sh;
+    uint32_t *count = (uint32_t *)sh->slice;
+    if (t->tid == 0) sh->n_edit = 0;
+    if (e->n > 0) {
+        FOR_FOURS(t, i) * (uint4 *)(count + i) = make_uint4(0, 0, 0, 0);
     }
+#pragma unroll 1
+    for (int32_t i = t->tid; i < e->n_bias; i += THREADS)
+        if (mine(t, e->bias[2 * i])) __stcg(e->entry + e->bias[2 * i], COUNT_DONE - 1);
+    __syncthreads();
+#pragma unroll 1
+    for (int32_t base = t->tid; base < e->n; base += BATCH * THREADS) {
+        int32_t id[BATCH];
+#pragma unroll
+        for (int j = 0; j < BATCH; j++) {
+            const int32_t i = base + j * THREADS;
+            id[j] = i < e->n ? seen_at(e, i) : -1;
+        }
+#pragma unroll
+        for (int j = 0; j < BATCH; j++) {
+            if (!mine(t, id[j])) continue;
+            const int32_t place = id[j] - t->lo;
+            const bool reply = base + j * THREADS >= e->s->n_prompt;
+            if (reply ? atomicAdd(count + place, 1u) : atomicOr(count + place, COUNT_DONE)) continue;
+            const uint32_t at = atomicAdd(&sh->n_edit, 1u); /* the first to see it */
+            if (at < LIST)
+                sh->list[at] = (uint16_t)place;
+            else
+                __stcg(e->more + 2 * (t->lo + at), (uint32_t)place);
+        }
+    }
+#pragma unroll 1
+    for (int32_t i = t->tid; i < e->n_bias; i += THREADS)
+        if (mine(t, e->bias[2 * i])) atomicMin(e->entry + e->bias[2 * i], (uint32_t)i);
+    __syncthreads();
+#pragma unroll 1
+    for (int32_t i = t->tid; i < e->n_bias; i += THREADS)
+        if (mine(t, e->bias[2 * i]) && (__ldcg(e->entry + e->bias[2 * i]) & ~COUNT_DONE) != (uint32_t)i)
+            atomicOr(e->entry + e->bias[2 * i], COUNT_DONE); /* not alone */
+#pragma unroll 1
+    for (uint32_t i = t->tid; i < sh->n_edit; i += THREADS) {
+        if (i < LIST)
+            sh->times[i] = count[sh->list[i]] & ~COUNT_DONE;
+        else
+            __stcg(e->more + 2 * (t->lo + i) + 1, count[__ldcg(e->more + 2 * (t->lo + i))] & ~COUNT_DONE);
+    }
+    __syncthreads();
+}
+
+/* The slice is there, for this thread. */
+static __device__ __noinline__ void edit_end(const team *t, const edits *e) {
+    share *sh = t->sh;
+    float *slice = sh->slice;
+    const ern_sample *s = e->s;
+    __syncthreads();
+#pragma unroll 1
+    for (int32_t i = t->tid; i < e->n_bias; i += THREADS) {
+        const int32_t id = e->bias[2 * i];
+        if (!mine(t, id)) continue;
+        const uint32_t first = __ldcg(e->entry + id);
+        if ((first & ~COUNT_DONE) != (uint32_t)i) continue;
+        float v = __fadd_rn(slice[id - t->lo], __int_as_float(e->bias[2 * i + 1]));
+#pragma unroll 1
+        for (int32_t k = i + 1; first & COUNT_DONE && k < e->n_bias; k++)
+            if (e->bias[2 * k] == id) v = __fadd_rn(v, __int_as_float(e->bias[2 * k + 1]));
+        slice[id - t->lo] = v;
+    }
+    if (e->n_bias > 0) __syncthreads();
+#pragma unroll 1
+    for (uint32_t i = t->tid; i < sh->n_edit; i += THREADS) {
+        const uint32_t at = i < LIST ? sh->list[i] : __ldcg(e->more + 2 * (t->lo + i));
+        const uint32_t c = i < LIST ? sh->times[i] : __ldcg(e->more + 2 * (t->lo + i) + 1);
+        float v = slice[at];
+        v = v < 0.0f ? __fmul_rn(v, s->repetition) : __fdiv_rn(v, s->repetition);
+        if (c) v = __fsub_rn(__fsub_rn(v, __fmul_rn(__uint2float_rn(c), s->frequency)), s->presence);
+        slice[at] = v;
+    }
+    __syncthreads();
+#pragma unroll 1
+    for (int32_t i = t->tid; i < e->n_ban; i += THREADS)
+        if (mine(t, e->ban[i])) slice[e->ban[i] - t->lo] = forbidden(slice[e->ban[i] - t->lo]);
+    if (e->n_ban > 0) __syncthreads();
 }
 
 /* ---- logprobs -------------------------------------------------------------------------------------------------- */
@@ -395,18 +492,16 @@ static __device__ __noinline__ void fill_logprobs(team *t, const row *r, const e
                                                   bool plain) {
     share *sh = t->sh;
     ern_sampled *out = (ern_sampled *)sh->out;
-    const float chosen = __ldcg(r->l + token);
+    const int32_t owner = token / t->slice; /* its slice has been still since the masses were added up */
+    const float chosen = __uint_as_float(remote32(&sh->slice[token - owner * t->slice], owner));
     const uint64_t chosen_place = place_of(r, chosen, token);
     uint64_t better = 0;
     { /* rank: how many stand before it */
         const bool in_list = r->list_good && chosen >= r->pivot && chosen > minus_inf();
-        view v = in_list ? view_list(t) : view_row(t, r);
-        FOR_ITEMS(t, &v, base) {
-            float l[BATCH];
-            int32_t id[BATCH];
-            items(t, &v, base, l, id);
-#pragma unroll
-            for (int j = 0; j < BATCH; j++) better += id[j] >= 0 && place_of(r, l[j], id[j]) < chosen_place;
+        view v = in_list ? view_list(t) : view_row(t);
+        FOR_ITEMS(t, &v, i, l, id) {
+            (void)i;
+            better += l > chosen || (l == chosen && id < token);
         }
         better = team_sum(t, better);
     }
@@ -421,27 +516,23 @@ static __device__ __noinline__ void fill_logprobs(team *t, const row *r, const e
         const uint64_t n = (uint64_t)s->n_top;
         const bool in_list = r->list_good && (r->list_count >= n || !(r->pivot > minus_inf()));
         cut best = find_cut(t, r, in_list, n, ~0ull);
-        view v = in_list ? view_list(t) : view_row(t, r);
-        FOR_ITEMS(t, &v, base) {
-            float l[BATCH];
-            int32_t id[BATCH];
-            items(t, &v, base, l, id);
-#pragma unroll
-            for (int j = 0; j < BATCH; j++) {
-                const uint64_t place = place_of(r, l[j], id[j]);
-                if (id[j] < 0 || !(l[j] > minus_inf()) || place > best.place) continue;
-                const uint32_t at = atomicAdd(&sh->n_best, 1u);
-                if (at >= ERN_TOP_MAX) continue; /* cannot be: the run has n_top items */
-                sh->place[at] = place;
-                sh->best_l[at] = l[j];
-            }
+        view v = in_list ? view_list(t) : view_row(t);
+        FOR_ITEMS(t, &v, i, l, id) {
+            (void)i;
+            const uint64_t place = place_of(r, l, id);
+            if (!(l > minus_inf()) || place > best.place) continue;
+            const uint32_t at = atomicAdd(&sh->n_best, 1u);
+            if (at >= ERN_TOP_MAX) continue; /* cannot be: the run has n_top items */
+            sh->place[at] = place;
+            sh->best_l[at] = l;
         }
     }
-    cluster_sync();
+    team_sync(t);
     if (t->rank == 0 && t->tid < 32) { /* lane i: entry i of all blocks' one after the other; lane n_top: the token */
         uint64_t place = ~0ull;
         float l = chosen;
         uint32_t n = 0;
+#pragma unroll 1
         for (int b = 0; b < t->size; b++) {
             const uint32_t have = remote32(&sh->n_best, b);
             if ((uint32_t)t->tid >= n && (uint32_t)t->tid < n + have) {
@@ -451,6 +542,7 @@ static __device__ __noinline__ void fill_logprobs(team *t, const row *r, const e
             n += have;
         }
         int32_t at = 0;
+#pragma unroll 1
         for (int k = 0; k < 32; k++) at += __shfl_sync(ALL_LANES, place, k) < place;
         float value;
         if (plain) {
@@ -476,82 +568,107 @@ static __device__ __noinline__ void fill_logprobs(team *t, const row *r, const e
 
 /* ---- one row --------------------------------------------------------------------------------------------------- */
 
-static __device__ __forceinline__ void team_make(team *t, share *sh, int32_t V) {
+static __host__ __device__ __forceinline__ int32_t slice_of(int32_t V, int32_t size) {
+    return ((V + size - 1) / size + 3) / 4 * 4;
+}
+static __device__ __forceinline__ void team_make(team *t, share *sh, int32_t V, int32_t rank, int32_t size) {
     t->sh = sh;
     t->tid = (int32_t)threadIdx.x;
-    t->rank = cluster_rank();
-    t->size = cluster_size();
+    t->rank = rank;
+    t->size = size;
     t->V = V;
-    const int32_t slice = ((V + t->size - 1) / t->size + 3) / 4 * 4;
-    t->lo = t->rank * slice < V ? t->rank * slice : V;
-    t->hi = V - t->lo < slice ? V : t->lo + slice;
+    t->slice = slice_of(V, size);
+    t->lo = t->rank * t->slice < V ? t->rank * t->slice : V;
+    t->hi = V - t->lo < t->slice ? V : t->lo + t->slice;
+    t->chunk = slice_of(t->slice, WARPS);
+    const int32_t fours = (t->hi - t->lo + 3) / 4 * 4;
+    t->from = t->tid / 32 * t->chunk;
+    t->to = t->from + t->chunk < fours ? t->from + t->chunk : fours;
     t->turn = 0;
     t->vec = V % 4 == 0;
 }
 
-/* The whole rule; false: the row is bad. */
-static __device__ __forceinline__ bool sample_row(team *t, const sample_args *a, const cu_rule *rule, float *l,
-                                                  float *copy, int32_t *token) {
+/* The whole rule; false: the row is bad. next: the row after this one, NULL: none. */
+static __device__ __forceinline__ bool sample_row(team *t, const sample_args *a, const cu_rule *rule, const float *l,
+                                                  const float *next, uint32_t *scratch, int32_t *token) {
     const ern_sample *s = &rule->s;
     const uint32_t *mask = rule->mask >= 0 ? (const uint32_t *)a->aux + rule->mask : NULL;
     const bool raw = s->n_top >= 0 && (s->mode == ERN_LOGPROBS_RAW || s->mode == ERN_LOGPROBS_RAW_LOGITS);
     const bool plain = s->mode == ERN_LOGPROBS_RAW_LOGITS || s->mode == ERN_LOGPROBS_PROCESSED_LOGITS;
     const bool greedy = !(s->temperature >= GREEDY_BELOW) || s->top_p < GREEDY_BELOW || s->top_k == 1;
-    const bool edits =
-        s->n_bias > 0 || s->n_ban > 0 || s->repetition != 1.0f || s->frequency != 0.0f || s->presence != 0.0f;
-    if (edits) {
-        if (raw) {
-            for (int32_t i = t->lo + t->tid; i < t->hi; i += THREADS) __stcg(copy + i, masked(l, mask, i));
-            cluster_sync();
-        }
-        edit(t, a, rule, l, mask, (uint32_t *)(copy + t->V));
-    }
-    survey best = mask ? survey_row<true>(t, l, mask) : survey_row<false>(t, l, NULL);
+    const edits e = edits_make(a, rule, scratch);
+    const bool edited =
+        e.n_bias > 0 || e.n_ban > 0 || s->repetition != 1.0f || s->frequency != 0.0f || s->presence != 0.0f;
+    if (edited) edit_begin(t, &e);
+    load_begin(t, l);
+    load_end(t, mask);
+    if (next && t->vec && t->tid == 0 && t->lo < t->hi)
+        asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(next + t->lo), "r"((t->hi - t->lo) * 4)
+                     : "memory");
+    if (edited) edit_end(t, &e);
+    survey best = survey_row(t);
     if (is_bad(&best)) return false;
+    if (best.top == 0.0f || (greedy && s->forced < 0)) {
+        *token = first_of(t, best.top);
+        if (best.top == 0.0f) { /* its sign is lost in the key, and shows in the logprob's */
+            const int32_t owner = *token / t->slice;
+            best.top = __uint_as_float(remote32(&t->sh->slice[*token - owner * t->slice], owner));
+        }
+    }
     const bool draws = s->forced < 0 && !greedy;
-    *token = s->forced >= 0 ? s->forced : best.id;
+    if (s->forced >= 0) *token = s->forced;
     if (!draws && s->n_top < 0) return true;
 
     const float T = greedy ? 1.0f : s->temperature;
     float logprob_T = raw && (plain || !s->logprob_scaled) ? 1.0f : T;
-    const bool other_row = raw && edits;
+    const bool other_row = raw && edited;
     const bool again = other_row || logprob_T != T || plain; /* logprobs need more than the draw's pass */
-    row r = row_make(l, &best, T);
+    row r = row_make(&best, T);
     if (draws) {
-        const bool k_on = s->top_k > 0 && s->top_k < t->V;
-        if (!k_on || (s->n_top >= 0 && !again))
-            gather<true>(t, &r);
+        const bool k_on = s->top_k > 0 && s->top_k < t->V, told = s->n_top >= 0 && !again;
+        if (!k_on || told)
+            gather<true, false>(t, &r, told || k_on || s->top_p < 1.0f || s->min_p >= MIN_P_ON);
         else
-            gather<false>(t, &r);
+            gather<false, false>(t, &r, true);
         *token = draw(t, &r, s);
+        if (r.banded) r = row_make(&best, T); /* that list does not have the best */
     }
     if (s->n_top < 0) return true;
     if (other_row) {
-        survey other = survey_row<false>(t, copy, NULL); /* what spoils this row spoils the other: it is good */
-        r = row_make(copy, &other, logprob_T);
+        team_sync(t); /* nobody looks at the slice any more */
+        load_begin(t, l);
+        load_end(t, mask);
+        best = survey_row(t); /* what spoils this row spoils the other: it is good */
+        if (best.top == 0.0f) {
+            const int32_t id = first_of(t, best.top), owner = id / t->slice;
+            best.top = __uint_as_float(remote32(&t->sh->slice[id - owner * t->slice], owner));
+        }
+        r = row_make(&best, logprob_T);
     } else if (logprob_T != T) {
-        r = row_make(l, &best, logprob_T);
+        r = row_make(&best, logprob_T);
     }
     if (plain && !r.listed)
-        gather<false>(t, &r);
+        gather<false, false>(t, &r, true);
     else if (!plain && !(r.listed && r.have_mass))
-        gather<true>(t, &r);
+        gather<true, false>(t, &r, true);
     fill_logprobs(t, &r, s, *token, plain);
     return true;
 }
 
 static __device__ __forceinline__ void sample_rows(share *sh, const sample_args *a) {
     team t;
-    team_make(&t, sh, a->V);
+    team_make(&t, sh, a->V, cluster_rank(), cluster_size());
+    team_begin(&t);
     const int32_t cluster = (int32_t)blockIdx.x / t.size, n_cluster = (int32_t)gridDim.x / t.size;
-    float *copy = (float *)(a->scratch + (int64_t)cluster * 8 * ((a->V + 3) / 4 * 4));
+    uint32_t *scratch = a->scratch + (int64_t)cluster * 3 * a->V;
     for (int32_t w = cluster; w < a->n_want; w += n_cluster) {
-        float *l = a->logits + (int64_t)w * a->V;
+        const float *l = a->logits + (int64_t)w * a->V;
+        const float *next = w + n_cluster < a->n_want ? l + (int64_t)n_cluster * a->V : NULL;
         int32_t token = 0;
-        cluster_sync(); /* copy and count are free, sh->out is written out */
-        for (int i = t.tid; i < OUT_WORDS; i += THREADS) sh->out[i] = 0;
+        team_sync(&t); /* nobody looks at the slice any more, sh->out is written out */
+        if (t.tid < OUT_WORDS) sh->out[t.tid] = 0;
         __syncthreads();
-        const bool good = sample_row(&t, a, a->rules + w, l, copy, &token);
+        const bool good = sample_row(&t, a, a->rules + w, l, next, scratch, &token);
         __syncthreads();
         if (t.rank == 0 && t.tid == 0) {
             ern_sampled *out = (ern_sampled *)sh->out;
@@ -560,68 +677,135 @@ static __device__ __forceinline__ void sample_rows(share *sh, const sample_args 
             a->ids[w] = token;
         }
         __syncthreads();
-        if (t.rank == 0)
-            for (int i = t.tid; i < OUT_WORDS; i += THREADS) ((uint32_t *)(a->out + w))[i] = sh->out[i];
+        if (t.rank == 0 && t.tid < OUT_WORDS) ((uint32_t *)(a->out + w))[t.tid] = sh->out[t.tid];
     }
-    cluster_sync(); /* nobody leaves while its memory is read */
+    team_sync(&t); /* nobody leaves while its memory is read */
 }
 
-/* Arg-max alone: one pass. out NULL: the ids only. */
-static __device__ __forceinline__ void greedy_row(share *sh, ern_sampled *out, int32_t *ids, const float *logits,
-                                                  int32_t V) {
-    team t;
-    team_make(&t, sh, V);
-    const int32_t w = (int32_t)blockIdx.x / t.size;
-    const survey best = survey_row<false>(&t, (float *)logits + (int64_t)w * V, NULL);
-    const int32_t id = is_bad(&best) ? 0 : best.id;
-    if (t.rank == 0) {
-        if (t.tid == 0) ids[w] = id;
-        for (int i = t.tid; out && i < OUT_WORDS; i += THREADS) /* token, bad, zeros */
-            ((uint32_t *)(out + w))[i] = i == 0 ? (uint32_t)id : i == 1 ? (uint32_t)is_bad(&best) : 0u;
+/* ---- arg-max alone --------------------------------------------------------------------------------------------- */
+
+/* BATCH fours, the first at i; what is past the end is taken from the end: a maximum does not mind, and all loads are
+ * under way before the first is waited for. */
+static __device__ __forceinline__ void load_batch(const float *l, int32_t i, int32_t end, bool vec, float4 v[BATCH]) {
+#pragma unroll
+    for (int j = 0; j < BATCH; j++) {
+        const int32_t at = i + j * THREADS * 4;
+        if (vec) {
+            v[j] = __ldcg((const float4 *)(l + (at < end ? at : end - 4)));
+        } else {
+            v[j].x = __ldcg(l + (at < end ? at : end - 1));
+            v[j].y = __ldcg(l + (at + 1 < end ? at + 1 : end - 1));
+            v[j].z = __ldcg(l + (at + 2 < end ? at + 2 : end - 1));
+            v[j].w = __ldcg(l + (at + 3 < end ? at + 3 : end - 1));
+        }
     }
-    cluster_sync();
+}
+
+/* One pass, a batch on its way while the one before is looked at. What is kept of a batch is its maximum; in which
+ * batch a thread's best was first is enough to find its id again. */
+static __device__ __forceinline__ uint64_t best_of(const float *l, int32_t lo, int32_t hi, bool vec) {
+    enum { STEP = BATCH * THREADS * 4 };
+    if (lo >= hi) return 0;
+    const int32_t first = lo + (int32_t)threadIdx.x * 4;
+    float best = minus_inf();
+    int32_t at = first;
+    float4 v[BATCH], w[BATCH];
+    load_batch(l, first, hi, vec, v);
+    for (int32_t base = lo; base < hi; base += STEP) {
+        const int32_t i = base - lo + first;
+        if (base + STEP < hi) load_batch(l, i + STEP, hi, vec, w);
+        float most = v[0].x;
+#pragma unroll
+        for (int j = 0; j < BATCH; j++) most = max_nan(max_nan(most, max_nan(v[j].x, v[j].y)), max_nan(v[j].z, v[j].w));
+        if (!(most <= best)) at = i; /* once NaN, always */
+        best = max_nan(best, most);
+#pragma unroll
+        for (int j = 0; j < BATCH; j++) v[j] = w[j];
+    }
+    const uint32_t key = ordered(best);
+    uint32_t most = __reduce_max_sync(ALL_LANES, key), id = 0;
+    if (key == most && key < KEY_BAD && key > KEY_NONE) { /* few threads: those of the warp's best */
+        load_batch(l, at, hi, vec, v);
+#pragma unroll
+        for (int j = BATCH - 1; j >= 0; j--) {
+            const int32_t i = at + j * THREADS * 4;
+            if (v[j].w == best && i + 3 < hi) id = ~(uint32_t)(i + 3);
+            if (v[j].z == best && i + 2 < hi) id = ~(uint32_t)(i + 2);
+            if (v[j].y == best && i + 1 < hi) id = ~(uint32_t)(i + 1);
+            if (v[j].x == best && i < hi) id = ~(uint32_t)i;
+        }
+    }
+    return (uint64_t)most << 32 | __reduce_max_sync(ALL_LANES, id);
+}
+
+static __device__ __forceinline__ void greedy_row(ern_sampled *out, int32_t *ids, const float *logits, int32_t V) {
+    __shared__ uint64_t warp[WARPS], block;
+    const int32_t size = cluster_size(), rank = cluster_rank(), w = (int32_t)blockIdx.x / size;
+    const int32_t slice = slice_of(V, size), lo = rank * slice, tid = (int32_t)threadIdx.x;
+    const uint64_t mine = best_of(logits + (int64_t)w * V, lo, lo + slice < V ? lo + slice : V, V % 4 == 0);
+    if (tid % 32 == 0) warp[tid / 32] = mine;
+    __syncthreads();
+    uint64_t best = warp[tid % WARPS];
+    for (int d = WARPS / 2; d > 0; d >>= 1) {
+        const uint64_t o = __shfl_xor_sync(ALL_LANES, best, d);
+        best = o > best ? o : best;
+    }
+    if (size > 1) {
+        if (tid == 0) block = best;
+        cluster_sync();
+        if (rank == 0) {
+            best = remote64(&block, tid % 32 < size ? tid % 32 : 0);
+            for (int d = 16; d > 0; d >>= 1) {
+                const uint64_t o = __shfl_xor_sync(ALL_LANES, best, d);
+                best = o > best ? o : best;
+            }
+        }
+    }
+    if (rank == 0) {
+        const uint32_t key = (uint32_t)(best >> 32);
+        const bool bad = key >= KEY_BAD || key <= KEY_NONE;
+        const int32_t id = bad ? 0 : (int32_t) ~(uint32_t)best;
+        if (tid == 0) ids[w] = id;
+        if (out && tid < OUT_WORDS) /* token, bad, zeros */
+            ((uint32_t *)(out + w))[tid] = tid == 0 ? (uint32_t)id : tid == 1 ? (uint32_t)bad : 0u;
+    }
+    if (size > 1) cluster_sync(); /* nobody leaves while its memory is read */
 }
 
 /* ---- host ------------------------------------------------------------------------------------------------------ */
 
 static __global__ void __launch_bounds__(THREADS, 2) sample_kernel(const __grid_constant__ sample_args a) {
-    __shared__ share sh;
-    sample_rows(&sh, &a);
+    extern __shared__ __align__(16) unsigned char memory[];
+    cu_launch_next();
+    cu_wait_previous();
+    sample_rows((share *)memory, &a);
 }
 
-/* Only what survey_row needs lies in shared memory: small, so that it is cheap to have many blocks. */
 static __global__ void __launch_bounds__(THREADS, 2)
     greedy_kernel(ern_sampled *out, int32_t *ids, const float *logits, int32_t V) {
-    __shared__ uint64_t sums[offsetof(share, scan_mass) / 8];
-    greedy_row((share *)sums, out, ids, logits, V);
+    cu_launch_next();
+    cu_wait_previous();
+    greedy_row(out, ids, logits, V);
 }
 
-static cudaLaunchConfig_t clusters(cudaStream_t s, cudaLaunchAttribute *attr, int32_t n_cluster, int32_t size) {
-    cudaLaunchConfig_t c = {};
-    c.gridDim = dim3((unsigned)(n_cluster * size));
-    c.blockDim = dim3(THREADS);
-    c.stream = s;
-    attr->id = cudaLaunchAttributeClusterDimension;
-    attr->val.clusterDim.x = (unsigned)size;
-    attr->val.clusterDim.y = attr->val.clusterDim.z = 1;
-    c.attrs = attr;
-    c.numAttrs = 1;
-    return c;
-}
+/* A row's blocks: as many as may help where there are few rows, one where the rows fill the chip. */
+static unsigned greedy_blocks(int32_t n) { return n <= 8 ? 16 : n <= 33 ? 8 : n <= 66 ? 4 : n <= 132 ? 2 : 1; }
 
 static cudaError_t run_greedy(cudaStream_t s, ern_sampled *out, int32_t *ids, const float *logits, int32_t n,
                               int32_t V) {
     if (n < 1) return cudaSuccess;
-    cudaLaunchAttribute attr;
-    cudaLaunchConfig_t c = clusters(s, &attr, n, n <= ROWS_FEW ? 8 : n <= ROWS_MANY ? 4 : 2);
-    cudaError_t e = cudaLaunchKernelEx(&c, greedy_kernel, out, ids, logits, V);
-    return e ? e : cudaGetLastError();
+    static const cudaError_t set =
+        cudaFuncSetAttribute(greedy_kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    if (set) return set;
+    void *args[] = {&out, &ids, &logits, &V};
+    const unsigned size = greedy_blocks(n);
+    return cu_launch(s, (const void *)greedy_kernel, dim3((unsigned)n * size), THREADS, 0, true, size, args);
 }
 
 static int32_t n_clusters(int32_t n_want) { return n_want < ROWS_MANY ? n_want : ROWS_MANY; }
 
 extern "C" int64_t cu_sample_scratch_bytes(int32_t n_want, int32_t n_vocab) {
-    return (int64_t)n_clusters(n_want) * 8 * (((int64_t)n_vocab + 3) / 4 * 4);
+    return (int64_t)n_clusters(n_want) * 3 * n_vocab * (int64_t)sizeof(uint32_t);
 }
 
 extern "C" cudaError_t cu_sample(cudaStream_t s, ern_sampled *out, int32_t *ids, float *logits, int32_t n_want,
@@ -629,11 +813,16 @@ extern "C" cudaError_t cu_sample(cudaStream_t s, ern_sampled *out, int32_t *ids,
                                  bool all_greedy, void *scratch) {
     if (all_greedy) return run_greedy(s, out, ids, logits, n_want, n_vocab);
     if (n_want < 1) return cudaSuccess;
-    sample_args a = {out, ids, logits, n_want, n_vocab, rules, aux, token, (unsigned char *)scratch};
-    cudaLaunchAttribute attr;
-    cudaLaunchConfig_t c = clusters(s, &attr, n_clusters(n_want), n_want <= ROWS_FEW ? 8 : 4);
-    cudaError_t e = cudaLaunchKernelEx(&c, sample_kernel, a);
-    return e ? e : cudaGetLastError();
+    static const cudaError_t set = cudaFuncSetAttribute(sample_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                        (int)sizeof(share) + ERN_VOCAB_MAX / 8 * (int)sizeof(float));
+    if (set) return set;
+    sample_args a = {out, ids, logits, n_want, n_vocab, rules, aux, token, (uint32_t *)scratch};
+    const bool few = n_want <= ROWS_FEW || slice_of(n_vocab, 4) * (int32_t)sizeof(float) > SLICE_MAX;
+    const int32_t size = few ? 8 : 4;
+    const size_t bytes = sizeof(share) + (size_t)slice_of(n_vocab, size) * sizeof(float);
+    void *args[] = {&a};
+    return cu_launch(s, (const void *)sample_kernel, dim3((unsigned)(n_clusters(n_want) * size)), THREADS, bytes, true,
+                     (unsigned)size, args);
 }
 
 extern "C" cudaError_t cu_argmax(cudaStream_t s, int32_t *ids, const float *logits, int32_t n_row, int32_t n_vocab,

@@ -1,30 +1,34 @@
-/* One row of logits and the cluster of blocks that samples it: sums over the cluster, the numbers of model/sample.c
- * with its bits, and the two passes over a row (the best logit; the list of ids near the top, and the mass). Device
- * code of cu_sample.cu, which says how it all fits together. */
+/* One row of logits and the cluster of blocks that samples it: the row in the blocks' shared memory, sums over the
+ * cluster, the numbers of model/sample.c with its bits, and the two passes over a row (the best logit; the list of ids
+ * near the top, and the mass). Device code of cu_sample.cu, which says how it all fits together. */
 #ifndef ERN_BACKEND_CUDA_CU_SAMPLE_ROW_CUH
 #define ERN_BACKEND_CUDA_CU_SAMPLE_ROW_CUH
 
+#include <float.h>
 #include <stddef.h>
 
 #include "backend/cuda/cu_kernels.h"
 
 enum {
+    SENDERS = 3,  /* numbers of a sum over the team, each sent by a warp of its own */
+    TEAM_MAX = 8, /* blocks of a row */
     THREADS = 512,
     WARPS = THREADS / 32,
-    BATCH = 4, /* loads in flight of a thread */
-    BIN_BITS = 10,
-    BINS = 1 << BIN_BITS, /* of a round of find_cut; also buckets of the draw */
-    LIST = 2048,          /* ids near the top that a block can hold */
-    SHORT = 1024,         /* candidates of the later rounds of find_cut, where the first walked the whole row */
-    BUCKET_BITS = 6,      /* the draw: buckets of 64 ids; BINS of them cover a quarter of ERN_VOCAB_MAX */
+    BATCH = 4, /* loads in flight of a thread of the arg-max alone */
+    BIN_BITS = 9,
+    BINS = 1 << BIN_BITS, /* of a round of find_cut, one a thread; also buckets of the draw */
+    LIST = 1536,          /* ids that a block can list */
+    SHORT = 256,          /* candidates of the later rounds of find_cut, where the first walked the whole row */
+    FEW = 48,             /* so many candidates are compared with each other */
+    BUCKET_BITS = 6,      /* the draw: buckets of 64 ids; BINS of them cover a slice */
     ID_BITS = 18,         /* ERN_VOCAB_MAX */
     PLACE_BITS = BIN_BITS + 32 + ID_BITS,
     OUT_WORDS = sizeof(ern_sampled) / 4,
     UNIFORM_BITS = 24,
     MASS_BITS = 44,
-    ROWS_MANY = 66,  /* clusters of 4 that an H100 holds at once: a cluster takes row after row */
-    ROWS_FEW = 33,   /* clusters of 8 */
-    PIVOT_RANK = 24, /* of 32 threads' best logits */
+    ROWS_MANY = 66,         /* clusters of 4 that an H100 holds at once: a cluster takes row after row */
+    ROWS_FEW = 33,          /* clusters of 8 */
+    SLICE_MAX = 101 * 1024, /* bytes of a slice of which two blocks fit in a multiprocessor */
 };
 #define GREEDY_BELOW 1e-5f
 #define MIN_P_ON 0x1p-60f
@@ -32,31 +36,45 @@ enum {
 #define ALL_LANES 0xffffffffu
 #define KEY_BAD 0xff800000u  /* ordered bits of +inf: this or more is bad (NaN is taken as all ones) */
 #define KEY_NONE 0x007fffffu /* of -inf: nothing was left */
-static_assert(sizeof(ern_sampled) % 4 == 0 && (BINS << BUCKET_BITS) * 4 == ERN_VOCAB_MAX, "sizes of this file");
-static_assert(1 << ID_BITS == ERN_VOCAB_MAX && BINS % (2 * THREADS) == 0 && ERN_TOP_MAX <= 31, "sizes of this file");
+static_assert(sizeof(ern_sampled) % 4 == 0 && (BINS << BUCKET_BITS) * 8 == ERN_VOCAB_MAX, "sizes of this file");
+static_assert(1 << ID_BITS == ERN_VOCAB_MAX && BINS == THREADS && ERN_TOP_MAX <= 31, "sizes of this file");
 
 /* What a block shares, also with the other blocks of its cluster. */
 typedef struct share {
-    uint64_t warp[3][WARPS], slot[2][3];
-    uint64_t scan_mass[WARPS], place[ERN_TOP_MAX], dense[1 << BUCKET_BITS];
+    uint64_t barrier, warp[SENDERS][WARPS], slot[2][SENDERS][TEAM_MAX];
+    uint64_t chunk[WARPS]; /* mass of the ids of each warp: of all of them, or of those at or above the band */
+    uint64_t scan_mass[WARPS], place[ERN_TOP_MAX];
     struct {
         uint64_t count, mass, bin_count, bin_mass; /* before the bin, of the bin */
+        uint64_t place;
         int32_t bin;
     } found;
     /* 64-bit masses in halves: 32-bit atomics are the fast ones */
-    alignas(8) uint32_t lo[BINS], hi[BINS], count[BINS];
+    union {
+        struct {
+            uint32_t lo[BINS], hi[BINS], count[BINS];
+        };
+        uint32_t times[LIST]; /* how often edited ids were seen; `list` has their places */
+    };
     uint32_t scan_count[WARPS], out[OUT_WORDS];
-    float list_l[LIST], short_l[SHORT], best_l[ERN_TOP_MAX];
-    int32_t list_id[LIST], short_id[SHORT];
-    uint32_t n_list, n_short, n_best;
+    float best_l[ERN_TOP_MAX];
+    uint64_t few_place[FEW], few_mass[FEW];
+    uint32_t n_list, n_short, n_best, n_edit, n_few;
     int32_t token;
+    uint16_t list[LIST], shorts[SHORT]; /* places in the slice */
+    alignas(16) float slice[];          /* this block's logits, as the rule changes them; -inf up to a whole four */
 } share;
+static_assert(sizeof(share) + SLICE_MAX + 1024 <= 228 * 1024 / 2, "two blocks in a multiprocessor");
+static_assert(LIST <= 3 * BINS, "times lies over the bins");
 
 typedef struct team {
     share *sh;
     int32_t tid, rank, size; /* thread of the block, block of the cluster */
     int32_t V, lo, hi;       /* ids lo..hi-1 are this block's */
-    int32_t turn;            /* which of the two slots is next */
+    int32_t slice;           /* ids of a block; the last ones have fewer */
+    int32_t from, to;        /* places of the slice that are this warp's, whole fours */
+    int32_t chunk;           /* places of a warp; the last ones have fewer */
+    int32_t turn;            /* of the next barrier, and of its slot: 0 and 1 by turns */
     bool vec;                /* rows start at multiples of 16 bytes */
 } team;
 
@@ -72,7 +90,16 @@ static __device__ __forceinline__ int32_t cluster_size(void) {
     asm volatile("mov.u32 %0, %%cluster_nctarank;" : "=r"(n));
     return (int32_t)n;
 }
-/* Every thread of every block; what was written before, in shared or global memory, is seen after. */
+/* atomicAdd(mine, n) of block `rank`. */
+static __device__ __forceinline__ uint32_t remote_add(uint32_t *mine, int32_t rank, uint32_t n) {
+    uint32_t at, old;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;"
+                 : "=r"(at)
+                 : "r"((uint32_t)__cvta_generic_to_shared(mine)), "r"(rank));
+    asm volatile("atom.shared::cluster.add.u32 %0, [%1], %2;" : "=r"(old) : "r"(at), "r"(n) : "memory");
+    return old;
+}
+/* All threads of all blocks, by the barrier of the chip: for the beginning, the end and kernels that do it once. */
 static __device__ __forceinline__ void cluster_sync(void) {
     asm volatile("barrier.cluster.arrive.release;\n\tbarrier.cluster.wait.acquire;" ::: "memory");
 }
@@ -95,51 +122,110 @@ static __device__ __forceinline__ uint32_t remote32(const void *mine, int32_t ra
     return value;
 }
 
-/* ---- numbers --------------------------------------------------------------------------------------------------- */
+/* value to where `mine` lies in block `rank`. */
+static __device__ __forceinline__ void send64(void *mine, int32_t rank, uint64_t value) {
+    uint32_t at;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;"
+                 : "=r"(at)
+                 : "r"((uint32_t)__cvta_generic_to_shared(mine)), "r"(rank));
+    asm volatile("st.shared::cluster.u64 [%0], %1;" ::"r"(at), "l"(value) : "memory");
+}
 
-/* Sums or maxima of N numbers over all threads of the cluster; all threads have them. A sum also tells, of its first
- * number, that of this block and that of the blocks before it. The two slots take turns: between writing one and
- * writing it again lies a barrier that nobody passes who still reads. */
-template <int N, bool SUM>
-static __device__ __forceinline__ void team_reduce(team *t, uint64_t *v, uint64_t *mine, uint64_t *before) {
-    share *sh = t->sh;
-    for (int k = 0; k < N; k++) {
-        uint64_t x = v[k];
-        for (int d = 16; d > 0; d >>= 1) {
-            uint64_t y = __shfl_xor_sync(ALL_LANES, x, d);
-            x = SUM ? x + y : x > y ? x : y;
-        }
-        if (t->tid % 32 == 0) sh->warp[k][t->tid / 32] = x;
-    }
-    __syncthreads();
-    uint64_t *slot = sh->slot[t->turn];
-    t->turn ^= 1;
-    if (t->tid < N) {
-        uint64_t x = sh->warp[t->tid][0];
-        for (int w = 1; w < WARPS; w++) {
-            uint64_t y = sh->warp[t->tid][w];
-            x = SUM ? x + y : x > y ? x : y;
-        }
-        slot[t->tid] = x;
+/* Every thread of every block; what was written before, in shared memory, is seen after. A barrier of our own, because
+ * a reduction's numbers travel with it. */
+static __device__ __forceinline__ void team_begin(const team *t) {
+    if (t->tid == 0) {
+        asm volatile(
+            "mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"((uint32_t)__cvta_generic_to_shared(&t->sh->barrier)),
+            "r"(t->size * SENDERS)
+            : "memory");
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     cluster_sync();
-    for (int k = 0; k < N; k++) {
-        uint64_t x = 0;
-#pragma unroll 4
-        for (int r = 0; r < t->size; r++) {
-            uint64_t y = remote64(&slot[k], r);
-            if (SUM && k == 0 && mine) {
-                if (r == t->rank) *before = x, *mine = y;
-            }
-            x = SUM ? x + y : x > y ? x : y;
-        }
-        v[k] = x;
-    }
 }
-static __device__ __forceinline__ uint64_t team_sum(team *t, uint64_t x) {
-    team_reduce<1, true>(t, &x, NULL, NULL);
+/* When all of the block are done: lane r of the first SENDERS warps tells block r. */
+static __device__ __forceinline__ void team_tell(const team *t) {
+    if (t->tid >= SENDERS * 32 || t->tid % 32 >= t->size) return;
+    uint32_t at;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;"
+                 : "=r"(at)
+                 : "r"((uint32_t)__cvta_generic_to_shared(&t->sh->barrier)), "r"(t->tid % 32));
+    asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(at) : "memory");
+}
+static __device__ __forceinline__ void team_wait(team *t) {
+    const uint32_t at = (uint32_t)__cvta_generic_to_shared(&t->sh->barrier), parity = (uint32_t)t->turn;
+    uint32_t done;
+    do {
+        asm volatile("{\n\t.reg .pred p;\n\t"
+                     "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n\t"
+                     "selp.u32 %0, 1, 0, p;\n\t}"
+                     : "=r"(done)
+                     : "r"(at), "r"(parity)
+                     : "memory");
+    } while (!done);
+    t->turn ^= 1;
+}
+static __device__ __forceinline__ void team_sync(team *t) {
+    __syncthreads();
+    team_tell(t);
+    team_wait(t);
+}
+
+/* ---- numbers --------------------------------------------------------------------------------------------------- */
+
+static __device__ __forceinline__ uint64_t warp_sum(uint64_t x) {
+#pragma unroll 1
+    for (int d = 16; d > 0; d >>= 1) x += __shfl_xor_sync(ALL_LANES, x, d);
     return x;
 }
+static __device__ __forceinline__ uint64_t max64(uint64_t x, uint64_t y) { return x > y ? x : y; }
+
+typedef struct three {
+    uint64_t v[SENDERS];
+    uint64_t mine, before; /* of a sum, of v[0]: this block's, that of the blocks before */
+} three;
+
+/* Sums or maxima of three numbers over all threads of the cluster; all threads have them. Every block sends its part to
+ * all. The two slots take turns: between writing one and writing it again lies a barrier that nobody passes who still
+ * reads. */
+static __device__ __noinline__ three team_reduce(team *t, bool sum, uint64_t a, uint64_t b, uint64_t c) {
+    share *sh = t->sh;
+    const int32_t lane = t->tid % 32, warp = t->tid / 32;
+#pragma unroll 1
+    for (int d = 16; d > 0; d >>= 1) {
+        const uint64_t x = __shfl_xor_sync(ALL_LANES, a, d), y = __shfl_xor_sync(ALL_LANES, b, d),
+                       z = __shfl_xor_sync(ALL_LANES, c, d);
+        a = sum ? a + x : max64(a, x);
+        b = sum ? b + y : max64(b, y);
+        c = sum ? c + z : max64(c, z);
+    }
+    if (lane == 0) sh->warp[0][warp] = a, sh->warp[1][warp] = b, sh->warp[2][warp] = c;
+    __syncthreads();
+    uint64_t(*slot)[TEAM_MAX] = sh->slot[t->turn];
+    if (warp < SENDERS) {
+        uint64_t x = sh->warp[warp][lane % WARPS];
+#pragma unroll 1
+        for (int d = WARPS / 2; d > 0; d >>= 1) {
+            const uint64_t y = __shfl_xor_sync(ALL_LANES, x, d);
+            x = sum ? x + y : max64(x, y);
+        }
+        if (lane < t->size) send64(&slot[warp][t->rank], lane, x);
+        team_tell(t);
+    }
+    team_wait(t);
+    three out = {{0, 0, 0}, 0, 0};
+#pragma unroll 1
+    for (int r = 0; r < t->size; r++) {
+        const uint64_t x = slot[0][r], y = slot[1][r], z = slot[2][r];
+        if (r == t->rank) out.before = out.v[0], out.mine = x;
+        out.v[0] = sum ? out.v[0] + x : max64(out.v[0], x);
+        out.v[1] = sum ? out.v[1] + y : max64(out.v[1], y);
+        out.v[2] = sum ? out.v[2] + z : max64(out.v[2], z);
+    }
+    return out;
+}
+static __device__ __forceinline__ uint64_t team_sum(team *t, uint64_t x) { return team_reduce(t, true, x, 0, 0).v[0]; }
+static __device__ __forceinline__ uint64_t team_max(team *t, uint64_t x) { return team_reduce(t, false, x, 0, 0).v[0]; }
 
 static __device__ __forceinline__ uint32_t ordered(float f) {
     uint32_t u = __float_as_uint(__fadd_rn(f, 0.0f));
@@ -174,21 +260,23 @@ static __device__ __forceinline__ scale scale_make(float top, float T) {
     return s;
 }
 
-/* floor(exp((l - top) / T) * 2^44), with the bits of sample.c. The quotient: two Newton steps from x * (1 / T) give the
- * rounded one (Markstein) as long as nothing on the way is subnormal; a smaller |x / T| has weight 1 whatever its last
- * bits are, and what is below -48 counts as -48, which is cut at -40 like all below. sample.c's n * 0.693359375 is
- * exact, so that fma is the same there; p * 2^n adds n to the exponent; the product with 2^44 is a shift. */
-template <bool QUICK> static __device__ __forceinline__ uint64_t mass_by(float l, const scale *s) {
+/* exp((l - top) / T) with the bits of sample.c, but for what is below 2^-44 and counts as nothing. The quotient: two
+ * Newton steps from x * (1 / T) give the rounded one (Markstein) as long as nothing on the way is subnormal; a smaller
+ * |x / T| has weight 1 whatever its last bits are. sample.c's n * 0.693359375 is exact, so that fma is the same there;
+ * p * 2^n adds n to the exponent. */
+enum { SLOW, QUICK, ONE }; /* any T; neither tiny nor huge; 1: no division */
+template <int HOW> static __device__ __forceinline__ float weight_by(float l, const scale *s) {
     float x = __fsub_rn(l, s->top), z;
-    if (QUICK) {
+    if (HOW == ONE) {
+        z = fmaxf(x, -48.0f);
+    } else if (HOW == QUICK) {
         x = fmaxf(x, s->least);
         z = __fmul_rn(x, s->inverse);
         z = __fmaf_rn(__fmaf_rn(-s->T, z, x), s->inverse, z);
         z = __fmaf_rn(__fmaf_rn(-s->T, z, x), s->inverse, z);
     } else {
-        z = __fdiv_rn(x, s->T);
+        z = fmaxf(__fdiv_rn(x, s->T), -48.0f);
     }
-    z = z < -40.0f ? -40.0f : z;
     float t = __fadd_rn(__fmul_rn(z, 1.44269504f), 12582912.0f), n = __fsub_rn(t, 12582912.0f);
     float r = __fsub_rn(__fmaf_rn(-n, 0.693359375f, z), __fmul_rn(n, -2.12194440e-4f));
     float p = 1.98412698e-4f;
@@ -199,12 +287,21 @@ template <bool QUICK> static __device__ __forceinline__ uint64_t mass_by(float l
     p = __fadd_rn(__fmul_rn(p, r), 0.5f);
     p = __fadd_rn(__fmul_rn(p, r), 1.0f);
     p = __fadd_rn(__fmul_rn(p, r), 1.0f);
-    uint32_t bits = __float_as_uint(p) + (__float_as_uint(t) << 23);
-    uint64_t mass = (uint64_t)((bits & 0x7fffffu) | 0x800000u) << (MASS_BITS - 23);
-    return mass >> (127 - (bits >> 23)); /* the weight is 2^-58 .. 1 */
+    return __uint_as_float(__float_as_uint(p) + (__float_as_uint(t) << 23)); /* 2^-70 .. 1 */
 }
+/* A mass, floor(weight * 2^44), is a = floor(weight * 2^22) times 2^22 plus the rest b; both are had by adding a power
+ * of two whose last bit is the unit, rounding down, and their sums over a thread's ids fit in 32 bits. */
+typedef struct halves {
+    uint32_t a, b;
+} halves;
+static __device__ __forceinline__ halves halves_of(float weight) {
+    const float t = __fadd_rz(weight, 2.0f), rest = __fsub_rn(weight, __fsub_rn(t, 2.0f));
+    const float u = __fadd_rz(rest, 0x1p-21f);
+    return {__float_as_uint(t) - 0x40000000u, __float_as_uint(u) - 0x35000000u};
+}
+static __device__ __forceinline__ uint64_t mass_from(halves h) { return ((uint64_t)h.a << 22) + h.b; }
 static __device__ __forceinline__ uint64_t mass_of(float l, const scale *s) {
-    return s->quick ? mass_by<true>(l, s) : mass_by<false>(l, s);
+    return mass_from(halves_of(s->quick ? weight_by<QUICK>(l, s) : weight_by<SLOW>(l, s)));
 }
 
 /* ern_counter64 of base/counter.h. */
@@ -223,193 +320,229 @@ static __device__ __forceinline__ uint64_t share_of(uint64_t mass, float top_p) 
     return whole < 1 ? 1 : whole > mass ? mass : whole;
 }
 
-/* ---- reading a slice ------------------------------------------------------------------------------------------- */
+/* ---- the slice ------------------------------------------------------------------------------------------------- */
 
-/* BATCH times four logits, the first at i; -inf past the slice. From L2: other blocks may have changed them. Whole
- * fours are loaded without a branch, so that all loads are under way before the first is waited for. */
-static __device__ __forceinline__ void load_batch(const team *t, const float *l, int32_t i, float v[BATCH][4]) {
-    if (t->vec) { /* slices are whole fours, the last of them is there to be read in place of what is past the end */
-        float4 f[BATCH];
-#pragma unroll
-        for (int j = 0; j < BATCH; j++) {
-            const int32_t at = i + j * THREADS * 4;
-            f[j] = __ldcg((const float4 *)(l + (at < t->hi ? at : t->hi - 4)));
-        }
-#pragma unroll
-        for (int j = 0; j < BATCH; j++) {
-            const bool in = i + j * THREADS * 4 < t->hi;
-            v[j][0] = in ? f[j].x : minus_inf();
-            v[j][1] = in ? f[j].y : minus_inf();
-            v[j][2] = in ? f[j].z : minus_inf();
-            v[j][3] = in ? f[j].w : minus_inf();
+/* This warp's places, four a lane. */
+#define FOR_FOURS(t, i) for (int32_t i = (t)->from + (t)->tid % 32 * 4; i < (t)->to; i += 128)
+
+/* The block's part of row l on its way to shared memory; each thread copies what it will look at. */
+static __device__ __forceinline__ void load_begin(const team *t, const float *l) {
+    float *slice = t->sh->slice;
+    l += t->lo;
+    if (t->vec) {
+        FOR_FOURS(t, i) {
+            asm volatile(
+                "cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((uint32_t)__cvta_generic_to_shared(slice + i)),
+                "l"(l + i)
+                : "memory");
         }
     } else {
-#pragma unroll
-        for (int k = 0; k < BATCH * 4; k++) {
-            const int32_t at = i + k / 4 * THREADS * 4 + k % 4;
-            v[k / 4][k % 4] = at < t->hi ? __ldcg(l + at) : minus_inf();
+#pragma unroll 1
+        FOR_FOURS(t, i) {
+            for (int k = i; k < i + 4; k++) slice[k] = t->lo + k < t->hi ? __ldcg(l + k) : minus_inf();
         }
     }
 }
-#define FOR_BATCHES(t, i) for (int32_t i = (t)->lo + (t)->tid * 4; i - (t)->tid * 4 < (t)->hi; i += BATCH * THREADS * 4)
+/* It is there, for this thread, and what the mask (NULL: none) forbids is forbidden. */
+static __device__ __forceinline__ void load_end(const team *t, const uint32_t *mask) {
+    float *slice = t->sh->slice;
+    asm volatile("cp.async.wait_all;" ::: "memory");
+    if (!mask) return;
+#pragma unroll 1
+    FOR_FOURS(t, i) {
+        const int32_t id = t->lo + i; /* a multiple of 4, and there is such an id */
+        const uint32_t on = mask[id / 32] >> (id % 32) & 15u;
+        for (int k = 0; k < 4; k++)
+            if (!(on >> k & 1)) slice[i + k] = forbidden(slice[i + k]);
+    }
+}
 
-/* Bits 0..3: which of ids i .. i+3 the mask allows. i is a multiple of 4. */
-static __device__ __forceinline__ uint32_t allowed4(const uint32_t *mask, int32_t i, int32_t hi) {
-    return i < hi ? mask[i / 32] >> (i % 32) & 15u : 15u;
+static __device__ __forceinline__ float max_nan(float a, float b) { /* NaN if one is */
+    float c;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(c) : "f"(a), "f"(b));
+    return c;
+}
+static __device__ __forceinline__ float from_ordered(uint32_t key) {
+    return __uint_as_float(key & 0x80000000u ? key ^ 0x80000000u : ~key);
 }
 
 /* What a pass over the row found. */
 typedef struct survey {
     uint32_t key; /* ordered bits of the best logit; KEY_BAD and above, KEY_NONE and below: the row is bad */
-    int32_t id;   /* the best, ties to the lowest */
     float top;
     float pivot; /* about a thread's share of logits are not below it; -inf: the row is small enough for the list */
+    float low;   /* about the least logit */
 } survey;
 
-/* First pass: the best logit. MASK: forbid on the way. */
-template <bool MASK> static __device__ __noinline__ survey survey_row(team *t, float *l, const uint32_t *mask) {
+/* The lowest id whose logit is `top`. */
+static __device__ __noinline__ int32_t first_of(team *t, float top) {
+    uint32_t id = ~0u;
+#pragma unroll 1
+    FOR_FOURS(t, i) {
+        for (int k = 3; k >= 0; k--)
+            if (t->sh->slice[i + k] == top && (uint32_t)(t->lo + i + k) < id) id = (uint32_t)(t->lo + i + k);
+    }
+    return (int32_t) ~(uint32_t)team_max(t, ~id);
+}
+
+/* First pass: the best logit. */
+static __device__ __noinline__ survey survey_row(team *t) {
     const team u = *t; /* in registers: stores could change *t, for all that the compiler knows */
-    float best = minus_inf();
-    int32_t id = -1;
-    bool bad = false;
-    FOR_BATCHES(&u, base) {
-        float v[BATCH][4];
-        load_batch(&u, l, base, v);
-#pragma unroll
-        for (int j = 0; j < BATCH; j++) {
-            int32_t i = base + j * THREADS * 4;
-            uint32_t on = MASK ? allowed4(mask, i, u.hi) : 15u;
-#pragma unroll
-            for (int k = 0; k < 4; k++) {
-                if (MASK && !(on >> k & 1) && i + k < u.hi) {
-                    v[j][k] = forbidden(v[j][k]);
-                    l[i + k] = v[j][k];
-                }
-                bad |= !(v[j][k] < plus_inf());
-                if (v[j][k] > best) best = v[j][k], id = i + k;
-            }
-        }
+    float best = minus_inf(), low = plus_inf();
+    FOR_FOURS(&u, i) {
+        const float4 v = *(const float4 *)(u.sh->slice + i);
+        best = max_nan(max_nan(best, max_nan(v.x, v.y)), max_nan(v.z, v.w));
+        low = fminf(low, v.x);
     }
-    /* the PIVOT_RANK-th largest of each warp's bests, then the largest of these: most rows have a list of one or two
-     * thousand ids then. It is only a guess: no result depends on it. */
-    int32_t larger = 0;
-    for (int j = 0; j < 32; j++) {
-        float o = __shfl_sync(ALL_LANES, best, j);
-        larger += o > best || (o == best && j < t->tid % 32);
-    }
-    uint64_t v[2] = {bad ? ~0ull : (uint64_t)ordered(best) << 32 | (uint32_t)~id,
-                     larger == PIVOT_RANK ? (uint64_t)ordered(best) : 0};
-    team_reduce<2, false>(t, v, NULL, NULL);
+    /* The least of eight threads' bests, then the largest of these: most rows have a list of one or two thousand ids
+     * then. It is only a guess: no result depends on it. */
+    float least = best;
+    for (int d = 1; d < 8; d <<= 1) least = fminf(least, __shfl_xor_sync(ALL_LANES, least, d));
+    const three v = team_reduce(t, false, ordered(best), ordered(least), (uint32_t)~ordered(low));
     survey s;
-    s.key = (uint32_t)(v[0] >> 32);
-    s.id = (int32_t) ~(uint32_t)v[0];
-    uint32_t pivot = (uint32_t)v[1];
-    s.pivot =
-        t->V <= t->size * LIST ? minus_inf() : __uint_as_float(pivot & 0x80000000u ? pivot ^ 0x80000000u : ~pivot);
-    s.top = __uint_as_float(s.key & 0x80000000u ? s.key ^ 0x80000000u : ~s.key);
-    if (s.top == 0.0f) s.top = __ldcg(l + s.id); /* its sign is lost in the key, and shows in the logprob's */
+    s.key = (uint32_t)v.v[0];
+    s.top = from_ordered(s.key);
+    s.pivot = t->V <= t->size * LIST ? minus_inf() : from_ordered((uint32_t)v.v[1]);
+    s.low = from_ordered(~(uint32_t)v.v[2]);
     return s;
 }
 static __device__ __forceinline__ bool is_bad(const survey *s) { return s->key >= KEY_BAD || s->key <= KEY_NONE; }
 
-/* A row of which the best logit is known, with the list of ids near the top in shared memory. */
+/* A row of which the best logit is known, with a list of ids: those from `pivot` up to below `above`. */
 typedef struct row {
-    const float *l;
     scale s;
     float spread; /* bins of the first round a unit of logit */
-    float pivot;
-    bool listed, list_good, have_mass;
-    uint64_t mass, block_mass, mass_before; /* of all ids, of this block's, of those of the blocks before */
-    uint64_t list_count, list_mass;         /* over all blocks; list_mass if have_mass */
+    float pivot, above;
+    bool listed, list_good, have_mass, weighed;
+    bool banded;                            /* the list does not begin with the best: what is above is only added up */
+    uint64_t mass, block_mass, mass_before; /* if have_mass: of all ids, of this block's, of those of blocks before */
+    uint64_t list_count, list_mass;         /* over all blocks; list_mass if weighed */
+    uint64_t above_count, above_mass;
 } row;
 
-/* Items to walk: this block's part of the row, or a list. */
+/* Items to walk: places of the slice. */
 typedef struct view {
-    const float *l;
-    const int32_t *id; /* NULL: the row */
-    int32_t n;
+    const float *slice;
+    const uint16_t *at; /* NULL: all */
+    int32_t n, lo;
 } view;
 
-static __device__ __forceinline__ view view_row(const team *t, const row *r) {
-    view v = {r->l + t->lo, NULL, t->hi - t->lo};
-    return v;
-}
+static __device__ __forceinline__ view view_row(const team *t) { return {t->sh->slice, NULL, t->hi - t->lo, t->lo}; }
 static __device__ __forceinline__ view view_list(const team *t) {
-    view v = {t->sh->list_l, t->sh->list_id, (int32_t)t->sh->n_list};
-    return v;
+    return {t->sh->slice, t->sh->list, (int32_t)t->sh->n_list, t->lo};
 }
-#define FOR_ITEMS(t, v, base) for (int32_t base = (t)->tid; base < (v)->n; base += BATCH * THREADS)
-/* Items base, base + THREADS ...; id -1 past the end. */
-static __device__ __forceinline__ void items(const team *t, const view *v, int32_t base, float *l, int32_t *id) {
-#pragma unroll
-    for (int j = 0; j < BATCH; j++) {
-        int32_t i = base + j * THREADS;
-        id[j] = -1;
-        l[j] = minus_inf();
-        if (i >= v->n) continue;
-        if (v->id) {
-            id[j] = v->id[i];
-            l[j] = v->l[i];
-        } else {
-            id[j] = t->lo + i;
-            l[j] = __ldcg(v->l + i);
-        }
-    }
-}
+/* Every item: its place, logit and id. */
+#define FOR_ITEMS(t, v, i, l, id)                                                                      \
+    _Pragma("unroll 1") for (int32_t item_ = (t)->tid; item_ < (v)->n;                                 \
+                             item_ += THREADS) if (const int32_t i = (v)->at ? (v)->at[item_] : item_; \
+                                                   true) if (const float l = (v)->slice[i];            \
+                                                             true) if (const int32_t id = (v)->lo + i; true)
 
-static __device__ __forceinline__ row row_make(const float *l, const survey *s, float T) {
+static __device__ __forceinline__ row row_make(const survey *s, float T) {
     row r = {};
-    r.l = l;
     r.s = scale_make(s->top, T);
-    r.spread = __fdiv_rn(32.0f, T); /* e^-32 has no mass left */
+    /* e^-32 has no mass left */
+    const float wide = __fmul_rn(32.0f, T), range = fminf(wide, __fsub_rn(s->top, s->low));
+    r.spread = fminf(__fdiv_rn((float)BINS, range > 0.0f ? range : wide), 1e30f);
     r.pivot = s->pivot;
+    r.above = plus_inf();
     return r;
 }
 
-/* Second pass: the list, and the mass of the row where it is wanted. */
-template <bool MASS> static __device__ __noinline__ void gather(team *t, row *r) {
+/* What a thread's ids of a slice add up to. */
+typedef struct sums {
+    halves mass;
+    uint32_t count;
+} sums;
+enum { NO_MASS = -1 };
+
+/* Adds the places i .. i + 3 whose logit is at or above the pivot (and below what is above) to the list. */
+static __device__ __forceinline__ void list_add(share *sh, const row *r, bool band, int32_t i, const float v[4]) {
+    const float pivot = fmaxf(r->pivot, -FLT_MAX), above = r->above;
+    uint32_t mine = 0;
+#pragma unroll
+    for (int k = 0; k < 4; k++)
+        if (v[k] >= pivot && !(band && v[k] >= above)) mine |= 1u << k;
+    if (!__any_sync(ALL_LANES, mine != 0)) return;
+    const int32_t lane = (int32_t)threadIdx.x % 32;
+    uint32_t before = 0, all = 0, at = 0;
+#pragma unroll
+    for (int k = 0; k < 4; k++) {
+        const uint32_t b = __ballot_sync(ALL_LANES, mine >> k & 1);
+        before += (uint32_t)__popc(b & ((1u << lane) - 1)), all += (uint32_t)__popc(b);
+    }
+    if (lane == 0) at = atomicAdd(&sh->n_list, all);
+    at = __shfl_sync(ALL_LANES, at, 0) + before;
+#pragma unroll 1
+    for (; mine; mine &= mine - 1, at++)
+        if (at < LIST) sh->list[at] = (uint16_t)(i + __ffs((int)mine) - 1);
+}
+
+/* The list, and the mass of all the thread's ids; banded: of those that are above, and how many. */
+template <int HOW, bool BAND>
+static __device__ __forceinline__ sums gather_slice(const team *t, const row *r, bool list) {
+    share *sh = t->sh;
+    sums sum = {};
+    const int32_t to = t->to, lane = t->tid % 32;
+#pragma unroll 2
+    for (int32_t base = t->from; base < to; base += 128) { /* whole warps */
+        const int32_t i = base + lane * 4;
+        const float none = minus_inf();
+        const float4 f = i < to ? *(const float4 *)(sh->slice + i) : make_float4(none, none, none, none);
+        const float v[4] = {f.x, f.y, f.z, f.w};
+#pragma unroll
+        for (int k = 0; k < 4; k++) { /* -inf: no mass */
+            if (HOW == NO_MASS) break;
+            const halves h = halves_of(weight_by<HOW>(v[k], &r->s));
+            if (!BAND || v[k] >= r->above) sum.mass.a += h.a, sum.mass.b += h.b, sum.count++;
+        }
+        if (list) list_add(sh, r, BAND, i, v);
+    }
+    return sum;
+}
+
+/* Second pass: the list and the mass of the row, where they are wanted. BAND: another such pass, for a list whose ends
+ * were guessed. */
+template <bool MASS, bool BAND> static __device__ __noinline__ void gather(team *t, row *r, bool list) {
+    enum { OVER = 60, ABOVE = 24 }; /* three numbers in one */
     share *sh = t->sh;
     __syncthreads();
     if (t->tid == 0) sh->n_list = 0;
     __syncthreads();
     const team u = *t;
     const row q = *r;
-    uint64_t mass = 0;
-    FOR_BATCHES(&u, base) {
-        float v[BATCH][4];
-        load_batch(&u, q.l, base, v);
-        if (MASS && q.s.quick) {
-#pragma unroll
-            for (int k = 0; k < BATCH * 4; k++) mass += mass_by<true>(v[k / 4][k % 4], &q.s); /* -inf: no mass */
-        } else if (MASS) {
-            for (int j = 0; j < BATCH; j++)
-                for (int k = 0; k < 4; k++) mass += mass_by<false>(v[j][k], &q.s);
-        }
-#pragma unroll
-        for (int j = 0; j < BATCH; j++) {
-            float most = fmaxf(fmaxf(v[j][0], v[j][1]), fmaxf(v[j][2], v[j][3]));
-            if (!(most >= q.pivot)) continue;
-            for (int k = 0; k < 4; k++) {
-                if (!(v[j][k] >= q.pivot && v[j][k] > minus_inf())) continue;
-                uint32_t at = atomicAdd(&sh->n_list, 1u);
-                if (at >= LIST) continue;
-                sh->list_l[at] = v[j][k];
-                sh->list_id[at] = base + j * THREADS * 4 + k;
-            }
-        }
-    }
+    sums h;
+    if (!MASS)
+        h = gather_slice<NO_MASS, BAND>(&u, &q, list);
+    else if (q.s.T == 1.0f)
+        h = gather_slice<ONE, BAND>(&u, &q, list);
+    else
+        h = q.s.quick ? gather_slice<QUICK, BAND>(&u, &q, list) : gather_slice<SLOW, BAND>(&u, &q, list);
     __syncthreads();
     const bool over = sh->n_list > LIST;
     uint64_t list_mass = 0;
-    for (uint32_t i = t->tid; MASS && !over && i < sh->n_list; i += THREADS) list_mass += mass_of(sh->list_l[i], &q.s);
-    uint64_t v[3] = {mass, list_mass, t->tid ? 0 : over ? 1ull << 32 : (uint64_t)sh->n_list};
-    team_reduce<3, true>(t, v, &r->block_mass, &r->mass_before);
-    r->listed = true;
-    r->have_mass = MASS;
-    r->mass = v[0];
-    r->list_mass = v[1];
-    r->list_count = v[2];
-    r->list_good = v[2] < 1ull << 32;
+#pragma unroll 1
+    for (uint32_t i = t->tid; MASS && !over && i < sh->n_list; i += THREADS)
+        list_mass += mass_of(sh->slice[sh->list[i]], &q.s);
+    const uint64_t mass = warp_sum(mass_from(h.mass));
+    if (t->tid % 32 == 0) sh->chunk[t->tid / 32] = mass;
+    uint64_t counts = t->tid ? 0 : over ? 1ull << OVER : (uint64_t)sh->n_list;
+    if (BAND) counts += (uint64_t)h.count << ABOVE;
+    const three v = team_reduce(t, true, t->tid % 32 ? 0 : mass, list_mass, counts);
+    r->listed = list;
+    r->weighed = MASS;
+    r->list_mass = v.v[1];
+    r->list_count = v.v[2] & ((1u << ABOVE) - 1);
+    r->list_good = list && v.v[2] < 1ull << OVER;
+    r->banded = BAND;
+    if (BAND) {
+        r->above_mass = v.v[0];
+        r->above_count = v.v[2] >> ABOVE;
+    } else {
+        r->have_mass = MASS;
+        r->mass = v.v[0];
+        r->block_mass = v.mine, r->mass_before = v.before;
+    }
 }
 
 #endif
