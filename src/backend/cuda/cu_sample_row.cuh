@@ -67,8 +67,11 @@ typedef struct share {
 static_assert(sizeof(share) + SLICE_MAX + 1024 <= 228 * 1024 / 2, "two blocks in a multiprocessor");
 static_assert(LIST <= 3 * BINS, "times lies over the bins");
 
+/* By name, so that the compiler knows what memory it is. */
+extern __shared__ __align__(16) unsigned char sample_memory[];
+#define SH ((share *)sample_memory)
+
 typedef struct team {
-    share *sh;
     int32_t tid, rank, size; /* thread of the block, block of the cluster */
     int32_t V, lo, hi;       /* ids lo..hi-1 are this block's */
     int32_t slice;           /* ids of a block; the last ones have fewer */
@@ -132,13 +135,15 @@ static __device__ __forceinline__ void send64(void *mine, int32_t rank, uint64_t
 }
 
 /* Every thread of every block; what was written before, in shared memory, is seen after. A barrier of our own, because
- * a reduction's numbers travel with it. */
+ * a reduction's numbers travel with it, and because waiting must not throw away the first-level cache: that is what
+ * acquiring at cluster scope does, of the chip's barrier too, and then every thread's local memory comes from L2. Only
+ * shared memory is exchanged, which no cache holds; what is seen of the barrier's phase was released at cluster scope.
+ */
 static __device__ __forceinline__ void team_begin(const team *t) {
     if (t->tid == 0) {
-        asm volatile(
-            "mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"((uint32_t)__cvta_generic_to_shared(&t->sh->barrier)),
-            "r"(t->size * SENDERS)
-            : "memory");
+        asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"((uint32_t)__cvta_generic_to_shared(&SH->barrier)),
+                     "r"(t->size * SENDERS)
+                     : "memory");
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     cluster_sync();
@@ -149,15 +154,15 @@ static __device__ __forceinline__ void team_tell(const team *t) {
     uint32_t at;
     asm volatile("mapa.shared::cluster.u32 %0, %1, %2;"
                  : "=r"(at)
-                 : "r"((uint32_t)__cvta_generic_to_shared(&t->sh->barrier)), "r"(t->tid % 32));
+                 : "r"((uint32_t)__cvta_generic_to_shared(&SH->barrier)), "r"(t->tid % 32));
     asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(at) : "memory");
 }
 static __device__ __forceinline__ void team_wait(team *t) {
-    const uint32_t at = (uint32_t)__cvta_generic_to_shared(&t->sh->barrier), parity = (uint32_t)t->turn;
+    const uint32_t at = (uint32_t)__cvta_generic_to_shared(&SH->barrier), parity = (uint32_t)t->turn;
     uint32_t done;
     do {
         asm volatile("{\n\t.reg .pred p;\n\t"
-                     "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n\t"
+                     "mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 p, [%1], %2;\n\t"
                      "selp.u32 %0, 1, 0, p;\n\t}"
                      : "=r"(done)
                      : "r"(at), "r"(parity)
@@ -189,7 +194,7 @@ typedef struct three {
  * all. The two slots take turns: between writing one and writing it again lies a barrier that nobody passes who still
  * reads. */
 static __device__ __noinline__ three team_reduce(team *t, bool sum, uint64_t a, uint64_t b, uint64_t c) {
-    share *sh = t->sh;
+    share *sh = SH;
     const int32_t lane = t->tid % 32, warp = t->tid / 32;
 #pragma unroll 1
     for (int d = 16; d > 0; d >>= 1) {
@@ -327,7 +332,7 @@ static __device__ __forceinline__ uint64_t share_of(uint64_t mass, float top_p) 
 
 /* The block's part of row l on its way to shared memory; each thread copies what it will look at. */
 static __device__ __forceinline__ void load_begin(const team *t, const float *l) {
-    float *slice = t->sh->slice;
+    float *slice = SH->slice;
     l += t->lo;
     if (t->vec) {
         FOR_FOURS(t, i) {
@@ -345,7 +350,7 @@ static __device__ __forceinline__ void load_begin(const team *t, const float *l)
 }
 /* It is there, for this thread, and what the mask (NULL: none) forbids is forbidden. */
 static __device__ __forceinline__ void load_end(const team *t, const uint32_t *mask) {
-    float *slice = t->sh->slice;
+    float *slice = SH->slice;
     asm volatile("cp.async.wait_all;" ::: "memory");
     if (!mask) return;
 #pragma unroll 1
@@ -380,7 +385,7 @@ static __device__ __noinline__ int32_t first_of(team *t, float top) {
 #pragma unroll 1
     FOR_FOURS(t, i) {
         for (int k = 3; k >= 0; k--)
-            if (t->sh->slice[i + k] == top && (uint32_t)(t->lo + i + k) < id) id = (uint32_t)(t->lo + i + k);
+            if (SH->slice[i + k] == top && (uint32_t)(t->lo + i + k) < id) id = (uint32_t)(t->lo + i + k);
     }
     return (int32_t) ~(uint32_t)team_max(t, ~id);
 }
@@ -390,7 +395,7 @@ static __device__ __noinline__ survey survey_row(team *t) {
     const team u = *t; /* in registers: stores could change *t, for all that the compiler knows */
     float best = minus_inf(), low = plus_inf();
     FOR_FOURS(&u, i) {
-        const float4 v = *(const float4 *)(u.sh->slice + i);
+        const float4 v = *(const float4 *)(SH->slice + i);
         best = max_nan(max_nan(best, max_nan(v.x, v.y)), max_nan(v.z, v.w));
         low = fminf(low, v.x);
     }
@@ -422,20 +427,17 @@ typedef struct row {
 
 /* Items to walk: places of the slice. */
 typedef struct view {
-    const float *slice;
     const uint16_t *at; /* NULL: all */
     int32_t n, lo;
 } view;
 
-static __device__ __forceinline__ view view_row(const team *t) { return {t->sh->slice, NULL, t->hi - t->lo, t->lo}; }
-static __device__ __forceinline__ view view_list(const team *t) {
-    return {t->sh->slice, t->sh->list, (int32_t)t->sh->n_list, t->lo};
-}
+static __device__ __forceinline__ view view_row(const team *t) { return {NULL, t->hi - t->lo, t->lo}; }
+static __device__ __forceinline__ view view_list(const team *t) { return {SH->list, (int32_t)SH->n_list, t->lo}; }
 /* Every item: its place, logit and id. */
 #define FOR_ITEMS(t, v, i, l, id)                                                                      \
     _Pragma("unroll 1") for (int32_t item_ = (t)->tid; item_ < (v)->n;                                 \
                              item_ += THREADS) if (const int32_t i = (v)->at ? (v)->at[item_] : item_; \
-                                                   true) if (const float l = (v)->slice[i];            \
+                                                   true) if (const float l = SH->slice[i];             \
                                                              true) if (const int32_t id = (v)->lo + i; true)
 
 static __device__ __forceinline__ row row_make(const survey *s, float T) {
@@ -457,7 +459,7 @@ typedef struct sums {
 enum { NO_MASS = -1 };
 
 /* Adds the places i .. i + 3 whose logit is at or above the pivot (and below what is above) to the list. */
-static __device__ __forceinline__ void list_add(share *sh, const row *r, bool band, int32_t i, const float v[4]) {
+static __device__ __forceinline__ void list_add(const row *r, bool band, int32_t i, const float v[4]) {
     const float pivot = fmaxf(r->pivot, -FLT_MAX), above = r->above;
     uint32_t mine = 0;
 #pragma unroll
@@ -471,17 +473,17 @@ static __device__ __forceinline__ void list_add(share *sh, const row *r, bool ba
         const uint32_t b = __ballot_sync(ALL_LANES, mine >> k & 1);
         before += (uint32_t)__popc(b & ((1u << lane) - 1)), all += (uint32_t)__popc(b);
     }
-    if (lane == 0) at = atomicAdd(&sh->n_list, all);
+    if (lane == 0) at = atomicAdd(&SH->n_list, all);
     at = __shfl_sync(ALL_LANES, at, 0) + before;
 #pragma unroll 1
     for (; mine; mine &= mine - 1, at++)
-        if (at < LIST) sh->list[at] = (uint16_t)(i + __ffs((int)mine) - 1);
+        if (at < LIST) SH->list[at] = (uint16_t)(i + __ffs((int)mine) - 1);
 }
 
 /* The list, and the mass of all the thread's ids; banded: of those that are above, and how many. */
 template <int HOW, bool BAND>
 static __device__ __forceinline__ sums gather_slice(const team *t, const row *r, bool list) {
-    share *sh = t->sh;
+    share *sh = SH;
     sums sum = {};
     const int32_t to = t->to, lane = t->tid % 32;
 #pragma unroll 2
@@ -496,7 +498,7 @@ static __device__ __forceinline__ sums gather_slice(const team *t, const row *r,
             const halves h = halves_of(weight_by<HOW>(v[k], &r->s));
             if (!BAND || v[k] >= r->above) sum.mass.a += h.a, sum.mass.b += h.b, sum.count++;
         }
-        if (list) list_add(sh, r, BAND, i, v);
+        if (list) list_add(r, BAND, i, v);
     }
     return sum;
 }
@@ -505,7 +507,7 @@ static __device__ __forceinline__ sums gather_slice(const team *t, const row *r,
  * were guessed. */
 template <bool MASS, bool BAND> static __device__ __noinline__ void gather(team *t, row *r, bool list) {
     enum { OVER = 60, ABOVE = 24 }; /* three numbers in one */
-    share *sh = t->sh;
+    share *sh = SH;
     __syncthreads();
     if (t->tid == 0) sh->n_list = 0;
     __syncthreads();
