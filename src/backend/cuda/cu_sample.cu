@@ -168,7 +168,7 @@ static __device__ __noinline__ cut find_cut(team *t, const row *r, bool in_list,
             inverted = max64(inverted, ~place);
             if (move) sh->shorts[atomicAdd(&sh->n_short, 1u)] = (uint16_t)i;
         }
-        const three ends = team_reduce(t, false, last, inverted, 0);
+        const three ends = team_reduce<false>(t, warp_max(last), warp_max(inverted), 0);
         last = ends.v[0];
         if (move) {
             v.at = sh->shorts, v.n = (int32_t)sh->n_short;
@@ -211,7 +211,7 @@ static __device__ __noinline__ void find_band(team *t, row *r, uint64_t need_cou
         atomicAdd(&sh->lo[bin], m);
         v[0]++, v[1] += m;
     }
-    const three all = team_reduce(t, true, v[0], v[1], 0);
+    const three all = team_reduce<true>(t, warp_sum(v[0]), warp_sum(v[1]), 0);
     /* which share of what is below the list is part of the run */
     uint64_t at_count = ~0ull, at_mass = ~0ull;
     if (need_count < (uint64_t)t->V)
@@ -275,9 +275,8 @@ static __device__ __noinline__ int32_t walk_to(team *t, const row *r, const cut 
             }
             sum = warp_sum(sum);
             if (u.tid % 32 == 0) sh->chunk[u.tid / 32] = sum;
-            sum = u.tid % 32 ? 0 : sum;
         }
-        const three all = team_reduce(t, true, sum, 0, 0);
+        const three all = team_reduce<true>(t, in_list ? warp_sum(sum) : sum, 0, 0);
         mine = all.mine, before = all.before;
     } else {
         team_sync(t); /* nobody reads the bins any more */
@@ -319,7 +318,7 @@ static __device__ __noinline__ int32_t walk_to(team *t, const row *r, const cut 
         }
         __syncthreads();
     }
-    return (int32_t)team_max(t, owns ? (uint64_t)sh->token : 0);
+    return (int32_t)team_max(t, owns ? (uint32_t)sh->token : 0);
 }
 
 /* Steps 8 to 11 of docs/model.md 7. r has its list, and its mass unless top_k is on. */

@@ -185,34 +185,31 @@ static __device__ __forceinline__ uint64_t warp_sum(uint64_t x) {
 }
 static __device__ __forceinline__ uint64_t max64(uint64_t x, uint64_t y) { return x > y ? x : y; }
 
+static __device__ __forceinline__ uint64_t warp_max(uint64_t x) {
+#pragma unroll 1
+    for (int d = 16; d > 0; d >>= 1) x = max64(x, __shfl_xor_sync(ALL_LANES, x, d));
+    return x;
+}
+
 typedef struct three {
     uint64_t v[SENDERS];
     uint64_t mine, before; /* of a sum, of v[0]: this block's, that of the blocks before */
 } three;
 
-/* Sums or maxima of three numbers over all threads of the cluster; all threads have them. Every block sends its part to
- * all. The two slots take turns: between writing one and writing it again lies a barrier that nobody passes who still
- * reads. */
-static __device__ __noinline__ three team_reduce(team *t, bool sum, uint64_t a, uint64_t b, uint64_t c) {
+/* Sums or maxima of three numbers over the warps of the cluster (lane 0 has a warp's); all threads have them. Every
+ * block sends its part to all. The two slots take turns: between writing one and writing it again lies a barrier that
+ * nobody passes who still reads. */
+template <bool SUM> static __device__ __noinline__ three team_reduce(team *t, uint64_t a, uint64_t b, uint64_t c) {
     share *sh = SH;
     const int32_t lane = t->tid % 32, warp = t->tid / 32;
-#pragma unroll 1
-    for (int d = 16; d > 0; d >>= 1) {
-        const uint64_t x = __shfl_xor_sync(ALL_LANES, a, d), y = __shfl_xor_sync(ALL_LANES, b, d),
-                       z = __shfl_xor_sync(ALL_LANES, c, d);
-        a = sum ? a + x : max64(a, x);
-        b = sum ? b + y : max64(b, y);
-        c = sum ? c + z : max64(c, z);
-    }
     if (lane == 0) sh->warp[0][warp] = a, sh->warp[1][warp] = b, sh->warp[2][warp] = c;
     __syncthreads();
     uint64_t(*slot)[TEAM_MAX] = sh->slot[t->turn];
     if (warp < SENDERS) {
         uint64_t x = sh->warp[warp][lane % WARPS];
-#pragma unroll 1
         for (int d = WARPS / 2; d > 0; d >>= 1) {
             const uint64_t y = __shfl_xor_sync(ALL_LANES, x, d);
-            x = sum ? x + y : max64(x, y);
+            x = SUM ? x + y : max64(x, y);
         }
         if (lane < t->size) send64(&slot[warp][t->rank], lane, x);
         team_tell(t);
@@ -222,15 +219,20 @@ static __device__ __noinline__ three team_reduce(team *t, bool sum, uint64_t a, 
 #pragma unroll 1
     for (int r = 0; r < t->size; r++) {
         const uint64_t x = slot[0][r], y = slot[1][r], z = slot[2][r];
-        if (r == t->rank) out.before = out.v[0], out.mine = x;
-        out.v[0] = sum ? out.v[0] + x : max64(out.v[0], x);
-        out.v[1] = sum ? out.v[1] + y : max64(out.v[1], y);
-        out.v[2] = sum ? out.v[2] + z : max64(out.v[2], z);
+        if (SUM && r == t->rank) out.before = out.v[0], out.mine = x;
+        out.v[0] = SUM ? out.v[0] + x : max64(out.v[0], x);
+        out.v[1] = SUM ? out.v[1] + y : max64(out.v[1], y);
+        out.v[2] = SUM ? out.v[2] + z : max64(out.v[2], z);
     }
     return out;
 }
-static __device__ __forceinline__ uint64_t team_sum(team *t, uint64_t x) { return team_reduce(t, true, x, 0, 0).v[0]; }
-static __device__ __forceinline__ uint64_t team_max(team *t, uint64_t x) { return team_reduce(t, false, x, 0, 0).v[0]; }
+/* Of every thread's number. */
+static __device__ __forceinline__ uint64_t team_sum(team *t, uint64_t x) {
+    return team_reduce<true>(t, warp_sum(x), 0, 0).v[0];
+}
+static __device__ __forceinline__ uint32_t team_max(team *t, uint32_t x) {
+    return (uint32_t)team_reduce<false>(t, __reduce_max_sync(ALL_LANES, x), 0, 0).v[0];
+}
 
 static __device__ __forceinline__ uint32_t ordered(float f) {
     uint32_t u = __float_as_uint(__fadd_rn(f, 0.0f));
@@ -387,7 +389,7 @@ static __device__ __noinline__ int32_t first_of(team *t, float top) {
         for (int k = 3; k >= 0; k--)
             if (SH->slice[i + k] == top && (uint32_t)(t->lo + i + k) < id) id = (uint32_t)(t->lo + i + k);
     }
-    return (int32_t) ~(uint32_t)team_max(t, ~id);
+    return (int32_t)~team_max(t, ~id);
 }
 
 /* First pass: the best logit. */
@@ -403,7 +405,9 @@ static __device__ __noinline__ survey survey_row(team *t) {
      * then. It is only a guess: no result depends on it. */
     float least = best;
     for (int d = 1; d < 8; d <<= 1) least = fminf(least, __shfl_xor_sync(ALL_LANES, least, d));
-    const three v = team_reduce(t, false, ordered(best), ordered(least), (uint32_t)~ordered(low));
+    const three v =
+        team_reduce<false>(t, __reduce_max_sync(ALL_LANES, ordered(best)), __reduce_max_sync(ALL_LANES, ordered(least)),
+                           __reduce_max_sync(ALL_LANES, ~ordered(low)));
     survey s;
     s.key = (uint32_t)v.v[0];
     s.top = from_ordered(s.key);
@@ -465,16 +469,8 @@ static __device__ __forceinline__ void list_add(const row *r, bool band, int32_t
 #pragma unroll
     for (int k = 0; k < 4; k++)
         if (v[k] >= pivot && !(band && v[k] >= above)) mine |= 1u << k;
-    if (!__any_sync(ALL_LANES, mine != 0)) return;
-    const int32_t lane = (int32_t)threadIdx.x % 32;
-    uint32_t before = 0, all = 0, at = 0;
-#pragma unroll
-    for (int k = 0; k < 4; k++) {
-        const uint32_t b = __ballot_sync(ALL_LANES, mine >> k & 1);
-        before += (uint32_t)__popc(b & ((1u << lane) - 1)), all += (uint32_t)__popc(b);
-    }
-    if (lane == 0) at = atomicAdd(&SH->n_list, all);
-    at = __shfl_sync(ALL_LANES, at, 0) + before;
+    if (!mine) return;
+    uint32_t at = atomicAdd(&SH->n_list, (uint32_t)__popc(mine));
 #pragma unroll 1
     for (; mine; mine &= mine - 1, at++)
         if (at < LIST) SH->list[at] = (uint16_t)(i + __ffs((int)mine) - 1);
@@ -483,14 +479,10 @@ static __device__ __forceinline__ void list_add(const row *r, bool band, int32_t
 /* The list, and the mass of all the thread's ids; banded: of those that are above, and how many. */
 template <int HOW, bool BAND>
 static __device__ __forceinline__ sums gather_slice(const team *t, const row *r, bool list) {
-    share *sh = SH;
     sums sum = {};
-    const int32_t to = t->to, lane = t->tid % 32;
 #pragma unroll 2
-    for (int32_t base = t->from; base < to; base += 128) { /* whole warps */
-        const int32_t i = base + lane * 4;
-        const float none = minus_inf();
-        const float4 f = i < to ? *(const float4 *)(sh->slice + i) : make_float4(none, none, none, none);
+    FOR_FOURS(t, i) {
+        const float4 f = *(const float4 *)(SH->slice + i);
         const float v[4] = {f.x, f.y, f.z, f.w};
 #pragma unroll
         for (int k = 0; k < 4; k++) { /* -inf: no mass */
@@ -529,8 +521,8 @@ template <bool MASS, bool BAND> static __device__ __noinline__ void gather(team 
     const uint64_t mass = warp_sum(mass_from(h.mass));
     if (t->tid % 32 == 0) sh->chunk[t->tid / 32] = mass;
     uint64_t counts = t->tid ? 0 : over ? 1ull << OVER : (uint64_t)sh->n_list;
-    if (BAND) counts += (uint64_t)h.count << ABOVE;
-    const three v = team_reduce(t, true, t->tid % 32 ? 0 : mass, list_mass, counts);
+    if (BAND) counts += (uint64_t)__reduce_add_sync(ALL_LANES, h.count) << ABOVE;
+    const three v = team_reduce<true>(t, mass, MASS ? warp_sum(list_mass) : 0, counts);
     r->listed = list;
     r->weighed = MASS;
     r->list_mass = v.v[1];
