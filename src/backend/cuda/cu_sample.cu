@@ -26,7 +26,8 @@ typedef struct cut {
 } cut;
 
 /* The sum of m over the threads before this one, of the block. */
-static __device__ __noinline__ uint64_t mass_before(share *sh, int32_t tid, uint64_t m) {
+static __device__ __noinline__ uint64_t mass_before(int32_t tid, uint64_t m) {
+    share *sh = SH;
     const int32_t lane = tid % 32, warp = tid / 32;
     uint64_t up = m;
 #pragma unroll 1
@@ -41,7 +42,7 @@ static __device__ __noinline__ uint64_t mass_before(share *sh, int32_t tid, uint
 
 /* In which bin the run ends: all blocks add up the bins of all and find the same. */
 static __device__ __noinline__ void find_bin(team *t, const cut *c, uint64_t need_count, uint64_t need_mass) {
-    share *sh = t->sh;
+    share *sh = SH;
     const int32_t bin = t->tid, lane = bin % 32, warp = bin / 32;
     uint32_t count = 0;
     uint64_t mass = 0;
@@ -57,7 +58,7 @@ static __device__ __noinline__ void find_bin(team *t, const cut *c, uint64_t nee
         if (lane >= d) up += o;
     }
     if (lane == 31) sh->scan_count[warp] = up;
-    const uint64_t at_mass = c->mass + mass_before(sh, bin, mass);
+    const uint64_t at_mass = c->mass + mass_before(bin, mass);
     const uint32_t others = __reduce_add_sync(ALL_LANES, lane < warp ? sh->scan_count[lane] : 0);
     const uint64_t at_count = c->count + others + up - count;
     const bool before = at_count >= need_count || at_mass >= need_mass;
@@ -80,8 +81,9 @@ static __device__ __forceinline__ void add_mass(uint32_t *lo, uint32_t *hi, uint
 }
 
 /* The run ends at one of the n candidates; every block has them all. */
-static __device__ __forceinline__ void end_among_few(share *sh, int32_t tid, int32_t n, const cut *c,
-                                                     uint64_t need_count, uint64_t need_mass) {
+static __device__ __forceinline__ void end_among_few(int32_t tid, int32_t n, const cut *c, uint64_t need_count,
+                                                     uint64_t need_mass) {
+    share *sh = SH;
     if (tid < n) {
         const uint64_t place = sh->few_place[tid];
         uint64_t count = c->count, mass = c->mass;
@@ -100,7 +102,7 @@ static __device__ __forceinline__ void end_among_few(share *sh, int32_t tid, int
  * highest bits that differ. */
 static __device__ __noinline__ cut find_cut(team *t, const row *r, bool in_list, uint64_t need_count,
                                             uint64_t need_mass) {
-    share *sh = t->sh;
+    share *sh = SH;
     const team u = *t;
     const row q = *r;
     view v = in_list ? view_list(t) : view_row(t);
@@ -153,7 +155,7 @@ static __device__ __noinline__ cut find_cut(team *t, const row *r, bool in_list,
                 }
             }
             team_sync(t);
-            end_among_few(sh, u.tid, (int32_t)n, &c, need_count, need_mass);
+            end_among_few(u.tid, (int32_t)n, &c, need_count, need_mass);
             c.place = sh->found.place, c.count = sh->found.count, c.mass = sh->found.mass;
             return c;
         }
@@ -166,7 +168,7 @@ static __device__ __noinline__ cut find_cut(team *t, const row *r, bool in_list,
             inverted = max64(inverted, ~place);
             if (move) sh->shorts[atomicAdd(&sh->n_short, 1u)] = (uint16_t)i;
         }
-        const three ends = team_reduce(t, false, last, inverted, 0);
+        const three ends = team_reduce<false>(t, warp_max(last), warp_max(inverted), 0);
         last = ends.v[0];
         if (move) {
             v.at = sh->shorts, v.n = (int32_t)sh->n_short;
@@ -191,7 +193,7 @@ static __device__ __forceinline__ bool list_holds(const row *r, uint64_t need_co
  * logits, those below that list, are the sample; the list is as long as its memory bears with some room. */
 static __device__ __noinline__ void find_band(team *t, row *r, uint64_t need_count, uint64_t need_mass) {
     enum { MASS_SHIFT = 26 }; /* the sum of a sample's masses then has 32 bits */
-    share *sh = t->sh;
+    share *sh = SH;
     const uint64_t count = r->list_good ? r->list_count : 0, mass = r->list_good ? r->list_mass : 0;
     const float below = r->list_good ? r->pivot : plus_inf();
     team_sync(t); /* nobody reads the bins any more */
@@ -209,7 +211,7 @@ static __device__ __noinline__ void find_band(team *t, row *r, uint64_t need_cou
         atomicAdd(&sh->lo[bin], m);
         v[0]++, v[1] += m;
     }
-    const three all = team_reduce(t, true, v[0], v[1], 0);
+    const three all = team_reduce<true>(t, warp_sum(v[0]), warp_sum(v[1]), 0);
     /* which share of what is below the list is part of the run */
     uint64_t at_count = ~0ull, at_mass = ~0ull;
     if (need_count < (uint64_t)t->V)
@@ -249,7 +251,7 @@ static __device__ __forceinline__ uint64_t kept_mass(const row *r, const cut *c,
 /* The first kept id, in id order, whose running mass exceeds target: first the block, then a run of its ids (those of a
  * warp, or a bucket where few are kept), then the id. */
 static __device__ __noinline__ int32_t walk_to(team *t, const row *r, const cut *c, uint64_t target) {
-    share *sh = t->sh;
+    share *sh = SH;
     const team u = *t;
     const row q = *r;
     const cut kept = *c;
@@ -273,9 +275,8 @@ static __device__ __noinline__ int32_t walk_to(team *t, const row *r, const cut 
             }
             sum = warp_sum(sum);
             if (u.tid % 32 == 0) sh->chunk[u.tid / 32] = sum;
-            sum = u.tid % 32 ? 0 : sum;
         }
-        const three all = team_reduce(t, true, sum, 0, 0);
+        const three all = team_reduce<true>(t, in_list ? warp_sum(sum) : sum, 0, 0);
         mine = all.mine, before = all.before;
     } else {
         team_sync(t); /* nobody reads the bins any more */
@@ -296,7 +297,7 @@ static __device__ __noinline__ int32_t walk_to(team *t, const row *r, const cut 
             m = 0;
         }
         if (by_chunk && u.tid < WARPS) m += sh->chunk[u.tid];
-        at = mass_before(sh, u.tid, m);
+        at = mass_before(u.tid, m);
         if (rest >= at && rest - at < m) sh->found.bin = u.tid, sh->found.mass = at;
         __syncthreads();
         rest -= sh->found.mass;
@@ -308,7 +309,7 @@ static __device__ __noinline__ int32_t walk_to(team *t, const row *r, const cut 
             const int32_t i = first + k;
             if (i < end) m += kept_mass(&q, &kept, sh->slice[i], u.lo + i);
         }
-        at = mass_before(sh, u.tid, m);
+        at = mass_before(u.tid, m);
         if (rest >= at && rest - at < m) {
             int32_t id = u.lo + first;
             rest -= at;
@@ -317,7 +318,7 @@ static __device__ __noinline__ int32_t walk_to(team *t, const row *r, const cut 
         }
         __syncthreads();
     }
-    return (int32_t)team_max(t, owns ? (uint64_t)sh->token : 0);
+    return (int32_t)team_max(t, owns ? (uint32_t)sh->token : 0);
 }
 
 /* Steps 8 to 11 of docs/model.md 7. r has its list, and its mass unless top_k is on. */
@@ -401,7 +402,7 @@ static __device__ __forceinline__ int32_t seen_at(const edits *e, int32_t i) {
  * of that is a list of ids, each once (where it grows too long, in global memory), and how often they were seen in the
  * reply. bias: an id may be listed twice; its first entry adds for all of them, in list order. */
 static __device__ __noinline__ void edit_begin(const team *t, const edits *e) {
-    share *sh = t->sh;
+    share *sh = SH;
     uint32_t *count = (uint32_t *)sh->slice;
     if (t->tid == 0) sh->n_edit = 0;
     if (e->n > 0) {
@@ -452,7 +453,7 @@ static __device__ __noinline__ void edit_begin(const team *t, const edits *e) {
 
 /* The slice is there, for this thread. */
 static __device__ __noinline__ void edit_end(const team *t, const edits *e) {
-    share *sh = t->sh;
+    share *sh = SH;
     float *slice = sh->slice;
     const ern_sample *s = e->s;
     __syncthreads();
@@ -490,7 +491,7 @@ static __device__ __noinline__ void edit_end(const team *t, const edits *e) {
 /* Logprob, rank and top list of r into the first block's sh->out, by all. plain: logits, not logprobs. */
 static __device__ __noinline__ void fill_logprobs(team *t, const row *r, const ern_sample *s, int32_t token,
                                                   bool plain) {
-    share *sh = t->sh;
+    share *sh = SH;
     ern_sampled *out = (ern_sampled *)sh->out;
     const int32_t owner = token / t->slice; /* its slice has been still since the masses were added up */
     const float chosen = __uint_as_float(remote32(&sh->slice[token - owner * t->slice], owner));
@@ -571,8 +572,7 @@ static __device__ __noinline__ void fill_logprobs(team *t, const row *r, const e
 static __host__ __device__ __forceinline__ int32_t slice_of(int32_t V, int32_t size) {
     return ((V + size - 1) / size + 3) / 4 * 4;
 }
-static __device__ __forceinline__ void team_make(team *t, share *sh, int32_t V, int32_t rank, int32_t size) {
-    t->sh = sh;
+static __device__ __forceinline__ void team_make(team *t, int32_t V, int32_t rank, int32_t size) {
     t->tid = (int32_t)threadIdx.x;
     t->rank = rank;
     t->size = size;
@@ -588,9 +588,9 @@ static __device__ __forceinline__ void team_make(team *t, share *sh, int32_t V, 
     t->vec = V % 4 == 0;
 }
 
-/* The whole rule; false: the row is bad. next: the row after this one, NULL: none. */
+/* The whole rule; false: the row is bad. */
 static __device__ __forceinline__ bool sample_row(team *t, const sample_args *a, const cu_rule *rule, const float *l,
-                                                  const float *next, uint32_t *scratch, int32_t *token) {
+                                                  uint32_t *scratch, int32_t *token) {
     const ern_sample *s = &rule->s;
     const uint32_t *mask = rule->mask >= 0 ? (const uint32_t *)a->aux + rule->mask : NULL;
     const bool raw = s->n_top >= 0 && (s->mode == ERN_LOGPROBS_RAW || s->mode == ERN_LOGPROBS_RAW_LOGITS);
@@ -602,9 +602,6 @@ static __device__ __forceinline__ bool sample_row(team *t, const sample_args *a,
     if (edited) edit_begin(t, &e);
     load_begin(t, l);
     load_end(t, mask);
-    if (next && t->vec && t->tid == 0 && t->lo < t->hi)
-        asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(next + t->lo), "r"((t->hi - t->lo) * 4)
-                     : "memory");
     if (edited) edit_end(t, &e);
     survey best = survey_row(t);
     if (is_bad(&best)) return false;
@@ -612,7 +609,7 @@ static __device__ __forceinline__ bool sample_row(team *t, const sample_args *a,
         *token = first_of(t, best.top);
         if (best.top == 0.0f) { /* its sign is lost in the key, and shows in the logprob's */
             const int32_t owner = *token / t->slice;
-            best.top = __uint_as_float(remote32(&t->sh->slice[*token - owner * t->slice], owner));
+            best.top = __uint_as_float(remote32(&SH->slice[*token - owner * t->slice], owner));
         }
     }
     const bool draws = s->forced < 0 && !greedy;
@@ -641,7 +638,7 @@ static __device__ __forceinline__ bool sample_row(team *t, const sample_args *a,
         best = survey_row(t); /* what spoils this row spoils the other: it is good */
         if (best.top == 0.0f) {
             const int32_t id = first_of(t, best.top), owner = id / t->slice;
-            best.top = __uint_as_float(remote32(&t->sh->slice[id - owner * t->slice], owner));
+            best.top = __uint_as_float(remote32(&SH->slice[id - owner * t->slice], owner));
         }
         r = row_make(&best, logprob_T);
     } else if (logprob_T != T) {
@@ -655,20 +652,20 @@ static __device__ __forceinline__ bool sample_row(team *t, const sample_args *a,
     return true;
 }
 
-static __device__ __forceinline__ void sample_rows(share *sh, const sample_args *a) {
+static __device__ __forceinline__ void sample_rows(const sample_args *a) {
+    share *sh = SH;
     team t;
-    team_make(&t, sh, a->V, cluster_rank(), cluster_size());
+    team_make(&t, a->V, cluster_rank(), cluster_size());
     team_begin(&t);
     const int32_t cluster = (int32_t)blockIdx.x / t.size, n_cluster = (int32_t)gridDim.x / t.size;
     uint32_t *scratch = a->scratch + (int64_t)cluster * 3 * a->V;
     for (int32_t w = cluster; w < a->n_want; w += n_cluster) {
         const float *l = a->logits + (int64_t)w * a->V;
-        const float *next = w + n_cluster < a->n_want ? l + (int64_t)n_cluster * a->V : NULL;
         int32_t token = 0;
         team_sync(&t); /* nobody looks at the slice any more, sh->out is written out */
         if (t.tid < OUT_WORDS) sh->out[t.tid] = 0;
         __syncthreads();
-        const bool good = sample_row(&t, a, a->rules + w, l, next, scratch, &token);
+        const bool good = sample_row(&t, a, a->rules + w, l, scratch, &token);
         __syncthreads();
         if (t.rank == 0 && t.tid == 0) {
             ern_sampled *out = (ern_sampled *)sh->out;
@@ -775,10 +772,9 @@ static __device__ __forceinline__ void greedy_row(ern_sampled *out, int32_t *ids
 /* ---- host ------------------------------------------------------------------------------------------------------ */
 
 static __global__ void __launch_bounds__(THREADS, 2) sample_kernel(const __grid_constant__ sample_args a) {
-    extern __shared__ __align__(16) unsigned char memory[];
     cu_launch_next();
     cu_wait_previous();
-    sample_rows((share *)memory, &a);
+    sample_rows(&a);
 }
 
 static __global__ void __launch_bounds__(THREADS, 2)

@@ -67,8 +67,11 @@ typedef struct share {
 static_assert(sizeof(share) + SLICE_MAX + 1024 <= 228 * 1024 / 2, "two blocks in a multiprocessor");
 static_assert(LIST <= 3 * BINS, "times lies over the bins");
 
+/* By name, so that the compiler knows what memory it is. */
+extern __shared__ __align__(16) unsigned char sample_memory[];
+#define SH ((share *)sample_memory)
+
 typedef struct team {
-    share *sh;
     int32_t tid, rank, size; /* thread of the block, block of the cluster */
     int32_t V, lo, hi;       /* ids lo..hi-1 are this block's */
     int32_t slice;           /* ids of a block; the last ones have fewer */
@@ -132,13 +135,15 @@ static __device__ __forceinline__ void send64(void *mine, int32_t rank, uint64_t
 }
 
 /* Every thread of every block; what was written before, in shared memory, is seen after. A barrier of our own, because
- * a reduction's numbers travel with it. */
+ * a reduction's numbers travel with it, and because waiting must not throw away the first-level cache: that is what
+ * acquiring at cluster scope does, of the chip's barrier too, and then every thread's local memory comes from L2. Only
+ * shared memory is exchanged, which no cache holds; what is seen of the barrier's phase was released at cluster scope.
+ */
 static __device__ __forceinline__ void team_begin(const team *t) {
     if (t->tid == 0) {
-        asm volatile(
-            "mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"((uint32_t)__cvta_generic_to_shared(&t->sh->barrier)),
-            "r"(t->size * SENDERS)
-            : "memory");
+        asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"((uint32_t)__cvta_generic_to_shared(&SH->barrier)),
+                     "r"(t->size * SENDERS)
+                     : "memory");
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     cluster_sync();
@@ -149,15 +154,15 @@ static __device__ __forceinline__ void team_tell(const team *t) {
     uint32_t at;
     asm volatile("mapa.shared::cluster.u32 %0, %1, %2;"
                  : "=r"(at)
-                 : "r"((uint32_t)__cvta_generic_to_shared(&t->sh->barrier)), "r"(t->tid % 32));
+                 : "r"((uint32_t)__cvta_generic_to_shared(&SH->barrier)), "r"(t->tid % 32));
     asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(at) : "memory");
 }
 static __device__ __forceinline__ void team_wait(team *t) {
-    const uint32_t at = (uint32_t)__cvta_generic_to_shared(&t->sh->barrier), parity = (uint32_t)t->turn;
+    const uint32_t at = (uint32_t)__cvta_generic_to_shared(&SH->barrier), parity = (uint32_t)t->turn;
     uint32_t done;
     do {
         asm volatile("{\n\t.reg .pred p;\n\t"
-                     "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n\t"
+                     "mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 p, [%1], %2;\n\t"
                      "selp.u32 %0, 1, 0, p;\n\t}"
                      : "=r"(done)
                      : "r"(at), "r"(parity)
@@ -180,34 +185,31 @@ static __device__ __forceinline__ uint64_t warp_sum(uint64_t x) {
 }
 static __device__ __forceinline__ uint64_t max64(uint64_t x, uint64_t y) { return x > y ? x : y; }
 
+static __device__ __forceinline__ uint64_t warp_max(uint64_t x) {
+#pragma unroll 1
+    for (int d = 16; d > 0; d >>= 1) x = max64(x, __shfl_xor_sync(ALL_LANES, x, d));
+    return x;
+}
+
 typedef struct three {
     uint64_t v[SENDERS];
     uint64_t mine, before; /* of a sum, of v[0]: this block's, that of the blocks before */
 } three;
 
-/* Sums or maxima of three numbers over all threads of the cluster; all threads have them. Every block sends its part to
- * all. The two slots take turns: between writing one and writing it again lies a barrier that nobody passes who still
- * reads. */
-static __device__ __noinline__ three team_reduce(team *t, bool sum, uint64_t a, uint64_t b, uint64_t c) {
-    share *sh = t->sh;
+/* Sums or maxima of three numbers over the warps of the cluster (lane 0 has a warp's); all threads have them. Every
+ * block sends its part to all. The two slots take turns: between writing one and writing it again lies a barrier that
+ * nobody passes who still reads. */
+template <bool SUM> static __device__ __noinline__ three team_reduce(team *t, uint64_t a, uint64_t b, uint64_t c) {
+    share *sh = SH;
     const int32_t lane = t->tid % 32, warp = t->tid / 32;
-#pragma unroll 1
-    for (int d = 16; d > 0; d >>= 1) {
-        const uint64_t x = __shfl_xor_sync(ALL_LANES, a, d), y = __shfl_xor_sync(ALL_LANES, b, d),
-                       z = __shfl_xor_sync(ALL_LANES, c, d);
-        a = sum ? a + x : max64(a, x);
-        b = sum ? b + y : max64(b, y);
-        c = sum ? c + z : max64(c, z);
-    }
     if (lane == 0) sh->warp[0][warp] = a, sh->warp[1][warp] = b, sh->warp[2][warp] = c;
     __syncthreads();
     uint64_t(*slot)[TEAM_MAX] = sh->slot[t->turn];
     if (warp < SENDERS) {
         uint64_t x = sh->warp[warp][lane % WARPS];
-#pragma unroll 1
         for (int d = WARPS / 2; d > 0; d >>= 1) {
             const uint64_t y = __shfl_xor_sync(ALL_LANES, x, d);
-            x = sum ? x + y : max64(x, y);
+            x = SUM ? x + y : max64(x, y);
         }
         if (lane < t->size) send64(&slot[warp][t->rank], lane, x);
         team_tell(t);
@@ -217,15 +219,20 @@ static __device__ __noinline__ three team_reduce(team *t, bool sum, uint64_t a, 
 #pragma unroll 1
     for (int r = 0; r < t->size; r++) {
         const uint64_t x = slot[0][r], y = slot[1][r], z = slot[2][r];
-        if (r == t->rank) out.before = out.v[0], out.mine = x;
-        out.v[0] = sum ? out.v[0] + x : max64(out.v[0], x);
-        out.v[1] = sum ? out.v[1] + y : max64(out.v[1], y);
-        out.v[2] = sum ? out.v[2] + z : max64(out.v[2], z);
+        if (SUM && r == t->rank) out.before = out.v[0], out.mine = x;
+        out.v[0] = SUM ? out.v[0] + x : max64(out.v[0], x);
+        out.v[1] = SUM ? out.v[1] + y : max64(out.v[1], y);
+        out.v[2] = SUM ? out.v[2] + z : max64(out.v[2], z);
     }
     return out;
 }
-static __device__ __forceinline__ uint64_t team_sum(team *t, uint64_t x) { return team_reduce(t, true, x, 0, 0).v[0]; }
-static __device__ __forceinline__ uint64_t team_max(team *t, uint64_t x) { return team_reduce(t, false, x, 0, 0).v[0]; }
+/* Of every thread's number. */
+static __device__ __forceinline__ uint64_t team_sum(team *t, uint64_t x) {
+    return team_reduce<true>(t, warp_sum(x), 0, 0).v[0];
+}
+static __device__ __forceinline__ uint32_t team_max(team *t, uint32_t x) {
+    return (uint32_t)team_reduce<false>(t, __reduce_max_sync(ALL_LANES, x), 0, 0).v[0];
+}
 
 static __device__ __forceinline__ uint32_t ordered(float f) {
     uint32_t u = __float_as_uint(__fadd_rn(f, 0.0f));
@@ -327,7 +334,7 @@ static __device__ __forceinline__ uint64_t share_of(uint64_t mass, float top_p) 
 
 /* The block's part of row l on its way to shared memory; each thread copies what it will look at. */
 static __device__ __forceinline__ void load_begin(const team *t, const float *l) {
-    float *slice = t->sh->slice;
+    float *slice = SH->slice;
     l += t->lo;
     if (t->vec) {
         FOR_FOURS(t, i) {
@@ -345,7 +352,7 @@ static __device__ __forceinline__ void load_begin(const team *t, const float *l)
 }
 /* It is there, for this thread, and what the mask (NULL: none) forbids is forbidden. */
 static __device__ __forceinline__ void load_end(const team *t, const uint32_t *mask) {
-    float *slice = t->sh->slice;
+    float *slice = SH->slice;
     asm volatile("cp.async.wait_all;" ::: "memory");
     if (!mask) return;
 #pragma unroll 1
@@ -380,9 +387,9 @@ static __device__ __noinline__ int32_t first_of(team *t, float top) {
 #pragma unroll 1
     FOR_FOURS(t, i) {
         for (int k = 3; k >= 0; k--)
-            if (t->sh->slice[i + k] == top && (uint32_t)(t->lo + i + k) < id) id = (uint32_t)(t->lo + i + k);
+            if (SH->slice[i + k] == top && (uint32_t)(t->lo + i + k) < id) id = (uint32_t)(t->lo + i + k);
     }
-    return (int32_t) ~(uint32_t)team_max(t, ~id);
+    return (int32_t)~team_max(t, ~id);
 }
 
 /* First pass: the best logit. */
@@ -390,7 +397,7 @@ static __device__ __noinline__ survey survey_row(team *t) {
     const team u = *t; /* in registers: stores could change *t, for all that the compiler knows */
     float best = minus_inf(), low = plus_inf();
     FOR_FOURS(&u, i) {
-        const float4 v = *(const float4 *)(u.sh->slice + i);
+        const float4 v = *(const float4 *)(SH->slice + i);
         best = max_nan(max_nan(best, max_nan(v.x, v.y)), max_nan(v.z, v.w));
         low = fminf(low, v.x);
     }
@@ -398,7 +405,9 @@ static __device__ __noinline__ survey survey_row(team *t) {
      * then. It is only a guess: no result depends on it. */
     float least = best;
     for (int d = 1; d < 8; d <<= 1) least = fminf(least, __shfl_xor_sync(ALL_LANES, least, d));
-    const three v = team_reduce(t, false, ordered(best), ordered(least), (uint32_t)~ordered(low));
+    const three v =
+        team_reduce<false>(t, __reduce_max_sync(ALL_LANES, ordered(best)), __reduce_max_sync(ALL_LANES, ordered(least)),
+                           __reduce_max_sync(ALL_LANES, ~ordered(low)));
     survey s;
     s.key = (uint32_t)v.v[0];
     s.top = from_ordered(s.key);
@@ -422,20 +431,17 @@ typedef struct row {
 
 /* Items to walk: places of the slice. */
 typedef struct view {
-    const float *slice;
     const uint16_t *at; /* NULL: all */
     int32_t n, lo;
 } view;
 
-static __device__ __forceinline__ view view_row(const team *t) { return {t->sh->slice, NULL, t->hi - t->lo, t->lo}; }
-static __device__ __forceinline__ view view_list(const team *t) {
-    return {t->sh->slice, t->sh->list, (int32_t)t->sh->n_list, t->lo};
-}
+static __device__ __forceinline__ view view_row(const team *t) { return {NULL, t->hi - t->lo, t->lo}; }
+static __device__ __forceinline__ view view_list(const team *t) { return {SH->list, (int32_t)SH->n_list, t->lo}; }
 /* Every item: its place, logit and id. */
 #define FOR_ITEMS(t, v, i, l, id)                                                                      \
     _Pragma("unroll 1") for (int32_t item_ = (t)->tid; item_ < (v)->n;                                 \
                              item_ += THREADS) if (const int32_t i = (v)->at ? (v)->at[item_] : item_; \
-                                                   true) if (const float l = (v)->slice[i];            \
+                                                   true) if (const float l = SH->slice[i];             \
                                                              true) if (const int32_t id = (v)->lo + i; true)
 
 static __device__ __forceinline__ row row_make(const survey *s, float T) {
@@ -457,38 +463,26 @@ typedef struct sums {
 enum { NO_MASS = -1 };
 
 /* Adds the places i .. i + 3 whose logit is at or above the pivot (and below what is above) to the list. */
-static __device__ __forceinline__ void list_add(share *sh, const row *r, bool band, int32_t i, const float v[4]) {
+static __device__ __forceinline__ void list_add(const row *r, bool band, int32_t i, const float v[4]) {
     const float pivot = fmaxf(r->pivot, -FLT_MAX), above = r->above;
     uint32_t mine = 0;
 #pragma unroll
     for (int k = 0; k < 4; k++)
         if (v[k] >= pivot && !(band && v[k] >= above)) mine |= 1u << k;
-    if (!__any_sync(ALL_LANES, mine != 0)) return;
-    const int32_t lane = (int32_t)threadIdx.x % 32;
-    uint32_t before = 0, all = 0, at = 0;
-#pragma unroll
-    for (int k = 0; k < 4; k++) {
-        const uint32_t b = __ballot_sync(ALL_LANES, mine >> k & 1);
-        before += (uint32_t)__popc(b & ((1u << lane) - 1)), all += (uint32_t)__popc(b);
-    }
-    if (lane == 0) at = atomicAdd(&sh->n_list, all);
-    at = __shfl_sync(ALL_LANES, at, 0) + before;
+    if (!mine) return;
+    uint32_t at = atomicAdd(&SH->n_list, (uint32_t)__popc(mine));
 #pragma unroll 1
     for (; mine; mine &= mine - 1, at++)
-        if (at < LIST) sh->list[at] = (uint16_t)(i + __ffs((int)mine) - 1);
+        if (at < LIST) SH->list[at] = (uint16_t)(i + __ffs((int)mine) - 1);
 }
 
 /* The list, and the mass of all the thread's ids; banded: of those that are above, and how many. */
 template <int HOW, bool BAND>
 static __device__ __forceinline__ sums gather_slice(const team *t, const row *r, bool list) {
-    share *sh = t->sh;
     sums sum = {};
-    const int32_t to = t->to, lane = t->tid % 32;
 #pragma unroll 2
-    for (int32_t base = t->from; base < to; base += 128) { /* whole warps */
-        const int32_t i = base + lane * 4;
-        const float none = minus_inf();
-        const float4 f = i < to ? *(const float4 *)(sh->slice + i) : make_float4(none, none, none, none);
+    FOR_FOURS(t, i) {
+        const float4 f = *(const float4 *)(SH->slice + i);
         const float v[4] = {f.x, f.y, f.z, f.w};
 #pragma unroll
         for (int k = 0; k < 4; k++) { /* -inf: no mass */
@@ -496,7 +490,7 @@ static __device__ __forceinline__ sums gather_slice(const team *t, const row *r,
             const halves h = halves_of(weight_by<HOW>(v[k], &r->s));
             if (!BAND || v[k] >= r->above) sum.mass.a += h.a, sum.mass.b += h.b, sum.count++;
         }
-        if (list) list_add(sh, r, BAND, i, v);
+        if (list) list_add(r, BAND, i, v);
     }
     return sum;
 }
@@ -505,7 +499,7 @@ static __device__ __forceinline__ sums gather_slice(const team *t, const row *r,
  * were guessed. */
 template <bool MASS, bool BAND> static __device__ __noinline__ void gather(team *t, row *r, bool list) {
     enum { OVER = 60, ABOVE = 24 }; /* three numbers in one */
-    share *sh = t->sh;
+    share *sh = SH;
     __syncthreads();
     if (t->tid == 0) sh->n_list = 0;
     __syncthreads();
@@ -527,8 +521,8 @@ template <bool MASS, bool BAND> static __device__ __noinline__ void gather(team 
     const uint64_t mass = warp_sum(mass_from(h.mass));
     if (t->tid % 32 == 0) sh->chunk[t->tid / 32] = mass;
     uint64_t counts = t->tid ? 0 : over ? 1ull << OVER : (uint64_t)sh->n_list;
-    if (BAND) counts += (uint64_t)h.count << ABOVE;
-    const three v = team_reduce(t, true, t->tid % 32 ? 0 : mass, list_mass, counts);
+    if (BAND) counts += (uint64_t)__reduce_add_sync(ALL_LANES, h.count) << ABOVE;
+    const three v = team_reduce<true>(t, mass, MASS ? warp_sum(list_mass) : 0, counts);
     r->listed = list;
     r->weighed = MASS;
     r->list_mass = v.v[1];
