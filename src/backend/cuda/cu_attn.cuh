@@ -190,7 +190,10 @@ static __device__ __forceinline__ void attn_copy16(uint32_t to, const void *from
 static __device__ __forceinline__ void attn_copy4(uint32_t to, const void *from, bool real) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(real ? 4 : 0) : "memory");
 }
-/* The same, or nothing at all; without a branch. */
+static __device__ __forceinline__ void attn_copy16_all(uint32_t to, const void *from) {
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+}
+/* 16 bytes or zeros, or nothing at all; without a branch. */
 static __device__ __forceinline__ void attn_copy16_if(bool wanted, uint32_t to, const void *from, bool real) {
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %3, 0;\n"
                  "@p cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;\n}" ::"r"(to),

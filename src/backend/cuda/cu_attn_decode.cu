@@ -32,7 +32,7 @@ template <int C, bool I8> struct decode_shape {
     static constexpr int top_at = cell_at + CU_KEYS * 8;                  /* [4][16] maxima */
     static constexpr int scale_at = top_at + 4 * ATTN_FEW * 4;            /* I8: [128] keys', [2][128] values' */
     static constexpr int told_at = scale_at + (I8 ? 3 * CU_KEYS * 4 : 0); /* what one thread tells the others */
-    static constexpr int bytes = told_at + 16;
+    static constexpr int bytes = told_at + 32;
     static constexpr int q_turns = (ATTN_FEW * q_chunks + THREADS - 1) / THREADS; /* chunks of q of a thread */
 };
 
@@ -115,7 +115,15 @@ static __device__ __forceinline__ void load_rows(const attn_args *a, unsigned ch
     const int64_t *cell = (const int64_t *)(smem + sh::cell_at);
     const uint32_t to = attn_smem(smem + (which ? sh::v_at : sh::k_at)), chunk = threadIdx.x % sh::chunks;
     const unsigned char *from = a->kv + (which ? a->value : 0) + chunk * 16;
+    if (min(count, own) >= CU_KEYS) { /* nearly always, and no predicates then */
 #pragma unroll
+        for (int i = 0; i < sh::chunks; i++) {
+            const uint32_t row = (threadIdx.x + i * THREADS) / sh::chunks;
+            attn_copy16_all(to + attn_at<sh::chunks>(row, chunk), from + cell[row]);
+        }
+        return;
+    }
+#pragma unroll 1
     for (int i = 0; i < sh::chunks; i++) {
         const uint32_t row = (threadIdx.x + i * THREADS) / sh::chunks;
         const bool real = (int32_t)row < count;
@@ -376,15 +384,23 @@ static __device__ __forceinline__ void finish(const attn_args *a, const stretch 
     }
 }
 
-/* This block is done with its part of a unit, which has so many. Counts run on from launch to launch: turn is the
- * launch. Two numbers for all threads: turn, and whether the block is the last. */
-static __device__ __forceinline__ void arrive(int32_t *count, int32_t n_part, int32_t *told) {
+/* What one thread tells the others: of the part that the block works on, the first block of its unit and how many
+ * blocks have a part of it; then the launch (counts run on from one to the next) and whether the block is the last. */
+enum { TOLD_FIRST, TOLD_PARTS, TOLD_LAUNCH, TOLD_LAST, TOLD_ALL };
+
+static __device__ __forceinline__ void begin_part(const stretch *s, const unit *u, int32_t *told) {
+    if (threadIdx.x > 0) return;
+    told[TOLD_FIRST] = stretch_block(s, u->x0);
+    told[TOLD_PARTS] = stretch_block(s, u->x0 + u->n_tile - 1) - told[TOLD_FIRST] + 1;
+}
+/* This block is done with its part. */
+static __device__ __forceinline__ void arrive(int32_t *count, int32_t *told) {
     __syncthreads();
     if (threadIdx.x == 0) {
-        int32_t before;
+        int32_t before, parts = told[TOLD_PARTS];
         asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], 1;" : "=r"(before) : "l"(count) : "memory");
-        told[0] = before / n_part;
-        told[1] = before - told[0] * n_part == n_part - 1;
+        told[TOLD_LAUNCH] = before / parts;
+        told[TOLD_LAST] = before - told[TOLD_LAUNCH] * parts == parts - 1;
     }
     __syncthreads();
 }
@@ -397,10 +413,10 @@ static __device__ __forceinline__ bool all_arrived(const int32_t *count, int32_t
             if (now >= n) break;
             __nanosleep(50);
         }
-        told[2] = now >= n;
+        told[TOLD_ALL] = now >= n;
     }
     __syncthreads();
-    return told[2];
+    return told[TOLD_ALL];
 }
 
 /* Join the results of a unit of many pieces: a warp 32 dimensions of a row, a lane a dimension. Warps of any block that
@@ -456,13 +472,12 @@ template <int C> static __device__ __noinline__ void join_many(const attn_args *
 /* Join the results of a unit, as many at a time as `room` bytes of shared memory hold; a thread four dimensions of a
  * row. */
 template <int C>
-static __device__ __forceinline__ void join(const attn_args *a, const stretch *s, const unit *u, unsigned char *smem,
-                                            int32_t room) {
+static __device__ __forceinline__ void join(const attn_args *a, const stretch *s, const unit *u, int32_t first,
+                                            unsigned char *smem, int32_t room) {
     constexpr int lanes = C / 4, rows = THREADS / lanes, passes = (ATTN_FEW + rows - 1) / rows;
     const int row = threadIdx.x / lanes, dim = threadIdx.x % lanes * 4;
     /* piece 0 is the first tiles, piece i > 0 tile run + i - 1 */
-    const int32_t first = stretch_block(s, u->x0), run = min(u->n_tile, stretch_start(s, first + 1) - u->x0);
-    const int32_t n_piece = u->n_tile - run + 1, fit = room / (s->slot * 4);
+    const int32_t run = stretch_start(s, first + 1) - u->x0, n_piece = u->n_tile - run + 1, fit = room / (s->slot * 4);
     float M[passes], L[passes], acc[passes][4];
     int32_t seen[passes]; /* pieces that the row sees */
 #pragma unroll
@@ -488,7 +503,7 @@ static __device__ __forceinline__ void join(const attn_args *a, const stretch *s
         attn_copy_commit();
         attn_copy_wait<0>();
         __syncthreads();
-#pragma unroll 1
+#pragma unroll 2
         for (int32_t p = 0; p < count; p++) {
             const float *at = (const float *)smem + p * s->slot;
 #pragma unroll
@@ -562,6 +577,7 @@ static __global__ void __launch_bounds__(THREADS, (decode_shape<C, I8>::blocks))
         attn_copy_commit();
         load_rows<C, I8>(&a, smem, 1, count, own);
         attn_copy_commit();
+        begin_part(&s, &cur, told);
         if (makes) {
             float4 angle[sh::q_turns][2], x[sh::q_turns][2];
             q_turns<C, I8>(&a, &cur, angle);
@@ -697,18 +713,16 @@ static __global__ void __launch_bounds__(THREADS, (decode_shape<C, I8>::blocks))
             if (warp * sh::warp_units < sh::units)
                 finish<C, I8>(&a, &s, &cur, whole ? -1 : (int32_t)blockIdx.x * s.cap + nth, acc, M, L, warp, lane);
             if (last && !whole) {
-                const int32_t first = stretch_block(&s, cur.x0), run = stretch_start(&s, first + 1) - cur.x0;
-                const int32_t n_part = stretch_block(&s, cur.x0 + cur.n_tile - 1) - first + 1;
                 int32_t *count = a.arrived + 4 * (cur.k * a.n_kv_head + cur.head);
-                arrive(count, n_part, told);
-                const int32_t launch = told[0];
-                if (cur.n_tile - run < JOIN_FEW) {
-                    if (told[1])
-                        join<C>(&a, &s, &cur, smem + (more ? sh::v_at : sh::k_at),
+                arrive(count, told);
+                const int32_t launch = told[TOLD_LAUNCH], first = told[TOLD_FIRST];
+                if (cur.x0 + cur.n_tile - stretch_start(&s, first + 1) < JOIN_FEW) {
+                    if (told[TOLD_LAST])
+                        join<C>(&a, &s, &cur, first, smem + (more ? sh::v_at : sh::k_at),
                                 CU_KEYS * sh::row_bytes * (more ? 1 : 2)); /* where nothing is on its way */
                 } else {
-                    if (told[1] && tid == 0) count[1 + (launch + 1) % 2] = 0; /* the next launch's */
-                    if (told[1] || (!more && all_arrived(count, (launch + 1) * n_part, told)))
+                    if (told[TOLD_LAST] && tid == 0) count[1 + (launch + 1) % 2] = 0; /* the next launch's */
+                    if (told[TOLD_LAST] || (!more && all_arrived(count, (launch + 1) * told[TOLD_PARTS], told)))
                         join_many<C>(&a, s, cur, count + 1 + launch % 2);
                 }
             }
@@ -729,6 +743,7 @@ static __global__ void __launch_bounds__(THREADS, (decode_shape<C, I8>::blocks))
         if (last) {
             alone = false;
             end = s.cut ? min(next.n_tile, stop - next.x0) : next.n_tile;
+            if (end < next.n_tile) begin_part(&s, &next, told);
         }
         cur = next;
         tile = next_tile;
