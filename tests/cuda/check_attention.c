@@ -180,9 +180,7 @@ static device_step device_new(const step *w) {
     float inv[64];
     frequencies(inv, w->s.C);
     d.inv_freq = check_new(inv, (size_t)w->s.C / 2 * 4);
-    /* what plan wrote is read early */
     CHECK_CUDA(cu_attn_plan(0, &d.c, &d.seqs, d.inv_freq));
-    CHECK_CUDA(cudaDeviceSynchronize());
     return d;
 }
 

@@ -220,19 +220,21 @@ static __device__ void plan_wide(const plan_args *a, int64_t *warp_sum) {
     }
 }
 
-/* Block 0 plans; the others turn positions into angles. */
+/* Block 0 plans; the others turn positions into angles. No cu_launch_next: kernels behind this one begin when all of it
+ * is done and, by the fences, seen, so that they may read it before their own wait. */
 static __global__ void __launch_bounds__(PLANNERS) plan_kernel(const plan_args a) {
     __shared__ int64_t warp_sum[32];
-    attn_wait_launch();
     if (blockIdx.x == 0) {
         const bool wide = plan_short(&a, warp_sum);
         if (threadIdx.x == 0) a.work[ATTN_N_WIDE] = a.work[ATTN_WIDE_TAKEN] = 0;
         if (wide) plan_wide(&a, warp_sum);
+        __threadfence();
         return;
     }
     const int64_t n = (blockIdx.x - 1) * (int64_t)PLANNERS + threadIdx.x;
     const int32_t row = (int32_t)(n / a.half), i = (int32_t)(n - row * (int64_t)a.half);
     if (row < a.n_row) a.turn[n] = attn_angle(a.pos[row], a.inv_freq[i]);
+    __threadfence();
 }
 
 int64_t cu_attn_work_count(const cu_cache *c, int32_t n_row_max, int32_t n_seq_max) {

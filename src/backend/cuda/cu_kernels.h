@@ -236,8 +236,8 @@ int64_t cu_attn_work_count(const cu_cache *c, int32_t n_row_max, int32_t n_seq_m
  * sequence walked by one block gives the same bits): at most limit_bytes. */
 int64_t cu_attn_scratch_bytes(const cu_cache *c, int32_t n_row_max, int32_t n_seq_max, int32_t n_len_max,
                               int64_t limit_bytes);
-/* Once a step: the lists, and the angles pos * inv_freq[i] (in f32). cu_attend begins early and reads what this wrote
- * before the kernels in front of it are done: between the two lies a kernel that was not launched early, or a wait. */
+/* Once a step: the lists, and the angles pos * inv_freq[i] (in f32). Not launched early, and nothing behind it begins
+ * before it is done, however early it is launched: cu_attend reads lists, angles and the step's arrays at once. */
 cudaError_t cu_attn_plan(cudaStream_t s, const cu_cache *c, const cu_seqs *seqs, const float *inv_freq);
 /* out bf16 [T, CU_PAD(H*C)] = softmax(q K / sqrt C) V. decode: every sequence has at most 16 / (H/G) rows (a promise of
  * the host that spares the launch for the others); seqs->n_row then bounds the grid, lengths are read on the device.

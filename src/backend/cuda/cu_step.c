@@ -293,7 +293,7 @@ static void run_kernels(run *r) {
     cu_backend *b = r->b;
     const cu_weights *k = &b->weights;
     const ern_config *m = &b->model->config;
-    CU_DO(b, cu_attn_plan(b->stream, &b->cache, &r->seqs, b->inv_freq)); /* before a kernel that is not early */
+    CU_DO(b, cu_attn_plan(b->stream, &b->cache, &r->seqs, b->inv_freq));
     CU_DO(b, cu_embed(b->stream, b->x, r->dev.token, b->ids, k->embed, r->n_row, m->n_hidden));
     show(r, "embed", -1, 0, b->x, r->n_row, m->n_hidden);
     for (int32_t layer = 0; layer < m->n_layer; layer++) {
