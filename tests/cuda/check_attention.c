@@ -151,8 +151,14 @@ typedef struct device_step {
     cu_seqs seqs;
     unsigned char *kv;
     int32_t *pos, *cell, *row0, *kv_len, *page;
+    float *inv_freq;
 } device_step;
 
+static void frequencies(float *inv, int32_t C) {
+    for (int32_t j = 0; j < C / 2; j++) inv[j] = 1.0f / (float)pow(500000.0, (double)((float)(2 * j) / (float)C));
+}
+
+/* The step on the device, planned. */
 static device_step device_new(const step *w) {
     device_step d = {0};
     d.kv = check_new(w->kv, (size_t)(w->page_bytes * w->n_page));
@@ -170,14 +176,17 @@ static device_step device_new(const step *w) {
                        .row0 = d.row0,
                        .kv_len = d.kv_len,
                        .page = d.page};
-    d.seqs.row_seq = check_new(NULL, (size_t)w->n_row * 4);
-    d.seqs.work = check_new(NULL, (size_t)cu_attn_work_count(w->n_row, w->n_seq) * 4);
+    d.seqs.work = check_new(NULL, (size_t)cu_attn_work_count(&d.c, w->n_row, w->n_seq) * 4);
+    float inv[64];
+    frequencies(inv, w->s.C);
+    d.inv_freq = check_new(inv, (size_t)w->s.C / 2 * 4);
+    CHECK_CUDA(cu_attn_plan(0, &d.c, &d.seqs, d.inv_freq));
     return d;
 }
 
 static void device_free(device_step *d) {
     check_free(d->kv), check_free(d->pos), check_free(d->cell), check_free(d->row0), check_free(d->kv_len);
-    check_free(d->page), check_free(d->seqs.row_seq), check_free(d->seqs.work);
+    check_free(d->page), check_free(d->inv_freq), check_free(d->seqs.work);
 }
 
 /* Attention of a step, twice over one plan; out [T, CU_PAD(H*C)]. scratch_limit 0: none. */
@@ -190,11 +199,10 @@ static cu_bf16 *attend(const char *name, const step *w, bool decode, int64_t scr
     void *scratch = check_new(NULL, (size_t)scratch_bytes + 8);
     cu_bf16 *q = check_new(w->q, (size_t)w->n_row * (size_t)(w->s.H * w->s.C) * 2);
     cu_bf16 *out = check_new(NULL, bytes), *host = must(bytes), *again = must(bytes);
-    CHECK_CUDA(cu_attn_plan(0, &d.c, &d.seqs));
-    CHECK_CUDA(cu_attend(0, out, q, &d.c, LAYER, &d.seqs, scratch, scratch_bytes, decode));
+    CHECK_CUDA(cu_attend(0, out, q, NULL, &d.c, LAYER, &d.seqs, scratch, scratch_bytes, decode));
     check_get(again, out, bytes);
     CHECK_CUDA(cudaMemset(out, 0xff, bytes));
-    CHECK_CUDA(cu_attend(0, out, q, &d.c, LAYER, &d.seqs, scratch, scratch_bytes, decode));
+    CHECK_CUDA(cu_attend(0, out, q, NULL, &d.c, LAYER, &d.seqs, scratch, scratch_bytes, decode));
     check_get(host, out, bytes);
     bool pad = true;
     for (int32_t t = 0; t < w->n_row; t++)
@@ -442,16 +450,16 @@ static void rope_case(const shape *s) {
     const int32_t n = s->H + 2 * s->G;
     const size_t C = (size_t)s->C, count = (size_t)w->n_row * (size_t)n * C,
                  q_count = (size_t)w->n_row * (size_t)s->H * C;
-    float *in = must(count * 4), *turned = must(count * 4), *inv = must(C / 2 * 4);
+    float *in = must(count * 4), *turned = must(count * 4), inv[64];
     cu_bf16 *q = must(q_count * 2);
     for (size_t i = 0; i < count; i++) in[i] = check_random() * (i / C % 7 == 3 ? 1e-3f : 5.0f);
     /* a vector of zeros and one with a single number */
     memset(in + (size_t)s->H * C, 0, 2 * C * 4);
     in[(size_t)(n - 1) * C] = 1.5f;
-    for (size_t j = 0; j < C / 2; j++) inv[j] = 1.0f / (float)pow(500000.0, (double)((float)(2 * j) / (float)C));
-    float *qkv = check_new(in, count * 4), *freq = check_new(inv, C / 2 * 4);
+    frequencies(inv, s->C);
+    float *qkv = check_new(in, count * 4);
     cu_bf16 *q_out = check_new(NULL, q_count * 2);
-    CHECK_CUDA(cu_rope_store(0, qkv, true, q_out, freq, &d.c, LAYER, &d.seqs));
+    CHECK_CUDA(cu_rope_store(0, qkv, true, q_out, &d.c, LAYER, &d.seqs));
     check_get(turned, qkv, count * 4);
     check_get(q, q_out, q_count * 2);
     unsigned char *got = must((size_t)(w->page_bytes * w->n_page));
@@ -493,9 +501,52 @@ static void rope_case(const shape *s) {
     check_that(case_name("rope: q, v as they were", s), q_good && v_good, "differ");
     check_that(case_name("store: every byte of the cache", s),
                memcmp(got, w->kv, (size_t)(w->page_bytes * w->n_page)) == 0, "differs");
-    free(got), free(in), free(turned), free(inv), free(q);
-    check_free(qkv), check_free(freq), check_free(q_out);
+    free(got), free(in), free(turned), free(q);
+    check_free(qkv), check_free(q_out);
     device_free(&d);
+    step_free(w);
+}
+
+/* Rotation, store and attention by one kernel, against the two: the same bits, and the same cache. */
+static void fused_case(const shape *s) {
+    const char *name = case_name("rope, store and decode at once", s);
+    if (!check_begin(name)) return;
+    const int32_t most = 16 / (s->H / s->G), len[] = {most, 128, 129, 130, 257, 1000, 3000, 1}, n = 8;
+    const int32_t content[] = {20, 21, 22, 23, 24, 25, 26, 27}, rows[] = {most, 1, most, most, 1, most, 1, 1};
+    step *w = step_new(s, n, content, len, rows);
+    const size_t C = (size_t)s->C, count = (size_t)w->n_row * (size_t)(s->H + 2 * s->G) * C,
+                 out_bytes = (size_t)w->n_row * (size_t)CU_PAD(s->H * s->C) * 2,
+                 kv_bytes = (size_t)(w->page_bytes * w->n_page);
+    for (int32_t t = 0; t < w->n_row; t++) { /* what is not stored is seen */
+        for (int32_t i = 0; i < 2 * s->G; i++) {
+            unsigned char *plane = plane_of(w, w->cell[t] / s->P, i / s->G, i % s->G);
+            const size_t each = s->dtype == ERN_KV_I8 ? C : 2 * C, cell = (size_t)(w->cell[t] % s->P);
+            memset(plane + cell * each, 0xff, each);
+            if (s->dtype == ERN_KV_I8) memset(plane + (size_t)plane_cells(s) * C + cell * 4, 0xff, 4);
+        }
+    }
+    float *in = must(count * 4);
+    for (size_t i = 0; i < count; i++) in[i] = check_random() * (i / C % 7 == 3 ? 1e-3f : 2.0f);
+    float *qkv = check_new(in, count * 4);
+    cu_bf16 *q = check_new(NULL, (size_t)w->n_row * (size_t)s->H * C * 2), *out[2];
+    unsigned char *kv[2];
+    for (int k = 0; k < 2; k++) {
+        device_step d = device_new(w);
+        const int64_t scratch_bytes = cu_attn_scratch_bytes(&d.c, w->n_row, w->n_seq, 3000, BIG);
+        void *scratch = check_new(NULL, (size_t)scratch_bytes);
+        cu_bf16 *y = check_new(NULL, out_bytes);
+        if (k == 0) CHECK_CUDA(cu_rope_store(0, qkv, false, q, &d.c, LAYER, &d.seqs));
+        CHECK_CUDA(cu_attend(0, y, k == 0 ? q : NULL, qkv, &d.c, LAYER, &d.seqs, scratch, scratch_bytes, true));
+        check_get(out[k] = must(out_bytes), y, out_bytes);
+        check_get(kv[k] = must(kv_bytes), d.kv, kv_bytes);
+        check_free(scratch), check_free(y);
+        device_free(&d);
+    }
+    check_that(name, memcmp(out[0], out[1], out_bytes) == 0, "results differ");
+    check_that(name, memcmp(kv[0], kv[1], kv_bytes) == 0, "the cache differs");
+    for (int k = 0; k < 2; k++) free(out[k]), free(kv[k]);
+    check_free(q), check_free(qkv);
+    free(in);
     step_free(w);
 }
 
@@ -504,7 +555,7 @@ static void rope_case(const shape *s) {
 /* n_seq sequences of len tokens with `rows` rows each, C 128, P 64; prints what one layer takes. */
 static void speed_case(const char *what, int32_t H, int32_t G, ern_kv_dtype dtype, int32_t n_seq, int32_t len,
                        int32_t rows) {
-    enum { P = 64, C = 128, BLOCK = 8 << 20, TIMES = 10 };
+    enum { P = 64, C = 128, BLOCK = 8 << 20, TIMES = 20 };
     if (!check_begin("attention speed")) return;
     const int32_t pages = (len + P - 1) / P, T = n_seq * rows, n_page = pages * n_seq;
     cu_cache c = {.n_page_cell = P, .n_kv_head = G, .n_head = H, .n_head_dim = C, .dtype = dtype};
@@ -535,49 +586,67 @@ static void speed_case(const char *what, int32_t H, int32_t G, ern_kv_dtype dtyp
     int32_t *d_pos = check_new(pos, (size_t)T * 4), *d_row0 = check_new(row0, (size_t)(n_seq + 1) * 4);
     int32_t *d_len = check_new(kv_len, (size_t)n_seq * 4), *d_page = check_new(page, (size_t)n_page * 4);
     seqs.pos = d_pos, seqs.row0 = d_row0, seqs.kv_len = d_len, seqs.page = d_page;
-    seqs.row_seq = check_new(NULL, (size_t)T * 4);
-    seqs.work = check_new(NULL, (size_t)cu_attn_work_count(T, n_seq) * 4);
+    seqs.work = check_new(NULL, (size_t)cu_attn_work_count(&c, T, n_seq) * 4);
+    int32_t *d_cell = check_new(cell, (size_t)T * 4);
+    seqs.cell = d_cell;
+    float inv[C / 2];
+    frequencies(inv, C);
+    float *d_inv = check_new(inv, sizeof inv);
     const int64_t scratch_bytes = cu_attn_scratch_bytes(&c, T, n_seq, len, 256 << 20);
     void *scratch = check_new(NULL, (size_t)scratch_bytes);
+    const bool decode = rows * (H / G) <= 16; /* by one kernel then, from qkv */
     cu_bf16 *q, *out;
-    const size_t q_bytes = (size_t)T * (size_t)(H * C) * 2;
+    const size_t out_bytes = (size_t)T * (size_t)(H * C) * 2,
+                 q_bytes = decode ? (size_t)T * (size_t)((H + 2 * G) * C) * 4 : out_bytes;
     CHECK_CUDA(cudaMalloc((void **)&q, q_bytes));
     for (size_t at = 0; at < q_bytes; at += BLOCK)
         CHECK_CUDA(
             cudaMemcpy((char *)q + at, block, q_bytes - at < BLOCK ? q_bytes - at : BLOCK, cudaMemcpyHostToDevice));
-    CHECK_CUDA(cudaMalloc((void **)&out, q_bytes));
+    CHECK_CUDA(cudaMalloc((void **)&out, out_bytes));
     cudaEvent_t from, to;
     CHECK_CUDA(cudaEventCreate(&from));
     CHECK_CUDA(cudaEventCreate(&to));
-    const bool decode = rows * (H / G) <= 16;
-    float best = INFINITY, plan = INFINITY;
-    for (int i = 0; i < 3; i++) {
+    cudaStream_t stream;
+    cudaGraph_t graph;
+    cudaGraphExec_t exec[2]; /* plans; layers */
+    CHECK_CUDA(cudaStreamCreate(&stream));
+    for (int k = 0; k < 3; k++) { /* once without a graph */
+        if (k > 0) CHECK_CUDA(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+        for (int i = 0; i < TIMES && k != 2; i++) CHECK_CUDA(cu_attn_plan(stream, &c, &seqs, d_inv));
+        if (k == 0) CHECK_CUDA(cudaStreamSynchronize(stream));
+        for (int i = 0; i < TIMES && k != 1; i++)
+            CHECK_CUDA(cu_attend(stream, out, decode ? NULL : q, (const float *)q, &c, 0, &seqs, scratch, scratch_bytes,
+                                 decode));
+        if (k == 0) CHECK_CUDA(cudaStreamSynchronize(stream));
+        if (k == 0) continue;
+        CHECK_CUDA(cudaStreamEndCapture(stream, &graph));
+        CHECK_CUDA(cudaGraphInstantiate(&exec[k - 1], graph, 0));
+        CHECK_CUDA(cudaGraphDestroy(graph));
+    }
+    float best[2] = {INFINITY, INFINITY};
+    for (int i = 0; i < 6; i++) {
         float ms;
-        CHECK_CUDA(cudaEventRecord(from, 0));
-        CHECK_CUDA(cu_attn_plan(0, &c, &seqs));
-        CHECK_CUDA(cudaEventRecord(to, 0));
+        CHECK_CUDA(cudaEventRecord(from, stream));
+        CHECK_CUDA(cudaGraphLaunch(exec[i % 2], stream));
+        CHECK_CUDA(cudaEventRecord(to, stream));
         CHECK_CUDA(cudaEventSynchronize(to));
         CHECK_CUDA(cudaEventElapsedTime(&ms, from, to));
-        plan = ms < plan ? ms : plan;
-        CHECK_CUDA(cudaEventRecord(from, 0));
-        for (int k = 0; k < TIMES; k++) CHECK_CUDA(cu_attend(0, out, q, &c, 0, &seqs, scratch, scratch_bytes, decode));
-        CHECK_CUDA(cudaEventRecord(to, 0));
-        CHECK_CUDA(cudaEventSynchronize(to));
-        CHECK_CUDA(cudaEventElapsedTime(&ms, from, to));
-        best = ms / TIMES < best ? ms / TIMES : best;
+        best[i % 2] = ms / TIMES < best[i % 2] ? ms / TIMES : best[i % 2];
     }
     double keys = 0.0; /* that rows see */
     for (int32_t r = 0; r < rows; r++) keys += (double)(len - rows + r + 1) * n_seq;
     printf("      attention %-34s %9.2f us  %6.0f GB/s of KV  %6.1f TFLOP/s  (plan %.1f us)\n", what,
-           (double)best * 1e3, (double)n_seq * len * (double)c.page_bytes / P / ((double)best * 1e6),
-           keys * H * C * 4.0 / ((double)best * 1e9), (double)plan * 1e3);
+           (double)best[1] * 1e3, (double)n_seq * len * (double)c.page_bytes / P / ((double)best[1] * 1e6),
+           keys * H * C * 4.0 / ((double)best[1] * 1e9), (double)best[0] * 1e3);
+    for (int k = 0; k < 2; k++) CHECK_CUDA(cudaGraphExecDestroy(exec[k]));
+    CHECK_CUDA(cudaStreamDestroy(stream));
     CHECK_CUDA(cudaEventDestroy(from));
     CHECK_CUDA(cudaEventDestroy(to));
     CHECK_CUDA(cudaFree(c.kv));
     CHECK_CUDA(cudaFree(q));
     CHECK_CUDA(cudaFree(out));
     check_free(d_pos), check_free(d_row0), check_free(d_len), check_free(d_page);
-    check_free(seqs.row_seq), check_free(seqs.work), check_free(scratch);
+    check_free(d_cell), check_free(d_inv), check_free(seqs.work), check_free(scratch);
     free(block), free(ints);
 }
 
@@ -593,16 +662,29 @@ void check_attention(void) {
         rope_case(&s);
         decode_case(&s);
         verify_case(&s);
+        fused_case(&s);
         prefill_case(&s);
     }
     const shape many = {.C = 16, .H = 64, .G = 16, .P = 64, .dtype = ERN_KV_I8},
                 wide = {.C = 128, .H = 20, .G = 4, .P = 64};
     crowd_case(&many);
     crowd_case(&wide);
-    speed_case("decode 256 x 4096, 20/4, bf16", 20, 4, ERN_KV_BF16, 256, 4096, 1);
-    speed_case("decode 256 x 4096, 20/4, int8", 20, 4, ERN_KV_I8, 256, 4096, 1);
-    speed_case("decode 1 x 8192, 20/4, bf16", 20, 4, ERN_KV_BF16, 1, 8192, 1);
-    speed_case("decode 1 x 1024, 16/2, bf16", 16, 2, ERN_KV_BF16, 1, 1024, 1);
+    static const struct {
+        const char *what;
+        int32_t H, G, n_seq, len;
+    } speed[] = {
+        {"decode 1 x 1024, 16/2", 16, 2, 1, 1024},     {"decode 1 x 4096, 20/4", 20, 4, 1, 4096},
+        {"decode 1 x 32768, 20/4", 20, 4, 1, 32768},   {"decode 64 x 1024, 16/2", 16, 2, 64, 1024},
+        {"decode 64 x 4096, 20/4", 20, 4, 64, 4096},   {"decode 256 x 1024, 16/2", 16, 2, 256, 1024},
+        {"decode 256 x 4096, 20/4", 20, 4, 256, 4096},
+    };
+    for (size_t i = 0; i < sizeof speed / sizeof *speed; i++) {
+        for (int k = 0; k < 2; k++) {
+            char what[64];
+            snprintf(what, sizeof what, "%s, %s", speed[i].what, k ? "int8" : "bf16");
+            speed_case(what, speed[i].H, speed[i].G, k ? ERN_KV_I8 : ERN_KV_BF16, speed[i].n_seq, speed[i].len, 1);
+        }
+    }
     speed_case("prefill 8192, 20/4, bf16", 20, 4, ERN_KV_BF16, 1, 8192, 8192);
     speed_case("prefill 8192, 20/4, int8", 20, 4, ERN_KV_I8, 1, 8192, 8192);
 }

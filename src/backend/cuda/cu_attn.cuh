@@ -15,7 +15,10 @@
 #ifndef ERN_BACKEND_CUDA_CU_ATTN_CUH
 #define ERN_BACKEND_CUDA_CU_ATTN_CUH
 
+#include <float.h>
+
 #include "backend/cuda/cu_device.cuh"
+#include "backend/cuda/cu_launch.cuh"
 
 enum {
     ATTN_FEW = 16,   /* most packed rows of a sequence that is cut along its keys */
@@ -25,28 +28,30 @@ enum {
 
 /* seqs->work: a head, then arrays; S and T are the step's. */
 enum {
-    ATTN_N_DEC, /* sequences with few rows ("short") */
-    ATTN_RUN,   /* first tiles of a short sequence that one block joins by itself; the others are pieces of their own */
-    ATTN_N_ITEM,  /* pieces: n_dec * G runs, then single tiles */
+    ATTN_N_DEC,   /* sequences with few rows ("short") */
+    ATTN_N_TILE,  /* tiles of keys of all short sequences and heads */
     ATTN_ROW_MAX, /* most packed rows of a short sequence */
+    ATTN_LONGEST, /* most tiles of a short sequence */
     ATTN_N_WIDE,  /* (sequence, tile of ATTN_ROWS rows) of the others */
-    ATTN_TAKEN,   /* pieces handed out beyond the first two of each block; 0 between launches */
     ATTN_WIDE_TAKEN,
     ATTN_HEAD = 16
 };
 
 typedef struct attn_args {
     const cu_bf16 *q;
+    const float *qkv; /* instead of q: neither rotated nor stored yet */
     cu_bf16 *out;
     int64_t ldo;
-    const unsigned char *kv; /* + keys of the layer, head 0 */
+    unsigned char *kv; /* + keys of the layer, head 0 */
     int64_t page_bytes, plane_bytes;
-    int64_t value;    /* from a key's plane to the value's */
-    int32_t scale_at; /* from a plane to its scales */
+    int64_t value;                /* from a key's plane to the value's */
+    int32_t scale_at;             /* from a plane to its scales */
+    uint32_t per_group, per_page; /* 2^8 / group and 2^31 / P, rounded up */
     int32_t n_page_cell, n_kv_head, n_head, group;
     int32_t n_row, n_seq, n_page_max;
-    const int32_t *pos, *row0, *kv_len, *page, *row_seq;
-    int32_t *work;
+    const int32_t *pos, *cell, *row0, *kv_len, *page;
+    int32_t *work, *arrived;
+    const float2 *turn;
     float *scratch;
     int64_t n_scratch; /* floats */
     float scale;       /* log2(e) / sqrt(C) */
@@ -57,47 +62,105 @@ typedef struct attn_args {
 static __host__ __device__ __forceinline__ int64_t attn_wide_max(int32_t n_row, int32_t n_seq) {
     return n_row / (ATTN_ROWS / 16) + n_seq; /* group is at most 16 */
 }
-static __device__ __forceinline__ int32_t *attn_dec_seq(int32_t *work) { return work + ATTN_HEAD; } /* [S] */
-static __device__ __forceinline__ int32_t *attn_dec_index(int32_t *work, int32_t n_seq) {
-    return work + ATTN_HEAD + n_seq; /* [S] place in dec_seq or -1 */
+/* A short sequence. */
+typedef struct attn_short {
+    int32_t seq, len, row0, n_row; /* packed rows */
+    int32_t pos0;                  /* of its first row */
+    int32_t before;                /* tiles of the sequences before it, times G */
+    int32_t unused[2];
+} attn_short;
+static __host__ __device__ __forceinline__ attn_short *attn_shorts(int32_t *work) {
+    return (attn_short *)(work + ATTN_HEAD); /* [S] */
 }
-static __device__ __forceinline__ int32_t *attn_prefix(int32_t *work, int32_t n_seq) {
-    return work + ATTN_HEAD + 2 * (int64_t)n_seq; /* [S+1] single tiles times G of the short sequences before */
+static __host__ __device__ __forceinline__ int32_t *attn_wide(int32_t *work, int32_t n_seq) {
+    return work + ATTN_HEAD + 8 * (int64_t)n_seq; /* [][2] sequence, tile of rows; most keys first */
 }
-static __device__ __forceinline__ int32_t *attn_wide(int32_t *work, int32_t n_seq) {
-    return work + ATTN_HEAD + 3 * (int64_t)n_seq + 1; /* [][2] sequence, tile of rows; most keys first */
+/* [T, C/2] cosine and sine of a row's angles. */
+static __host__ __device__ __forceinline__ float2 *attn_turns(int32_t *work, int32_t n_row, int32_t n_seq) {
+    return (float2 *)(attn_wide(work, n_seq) + (2 * attn_wide_max(n_row, n_seq) + 3) / 4 * 4);
 }
-
-/* How this launch cuts: as planned, or, where the pieces do not fit scratch, not at all. */
-typedef struct attn_split {
-    int32_t n_dec, run, n_item, row_max;
-} attn_split;
-
-static __device__ __forceinline__ attn_split attn_split_of(const attn_args *a, int C) {
-    attn_split s = {a->work[ATTN_N_DEC], a->work[ATTN_RUN], a->work[ATTN_N_ITEM], a->work[ATTN_ROW_MAX]};
-    if ((int64_t)s.n_item * s.row_max * (C + 2) > a->n_scratch) {
-        s.run = ATTN_ALL;
-        s.n_item = s.n_dec * a->n_kv_head;
-    }
-    return s;
-}
-/* A piece's results: [row_max][2] M and L, [row_max][C] Acc. */
-static __device__ __forceinline__ float *attn_slot(const attn_args *a, const attn_split *s, int32_t item, int C) {
-    return a->scratch + (int64_t)item * s->row_max * (C + 2);
+/* [S * G][4] of a short sequence and head: blocks that were done with their part, in all launches; rows and dimensions
+ * taken by those who join, in even launches and in odd ones. */
+static __host__ __device__ __forceinline__ int32_t *attn_arrived(int32_t *work, int32_t n_row, int32_t n_seq, int C) {
+    return (int32_t *)(attn_turns(work, n_row, n_seq) + (int64_t)n_row * (C / 2));
 }
 
 /* ---- small things ------------------------------------------------------------------------------------------------ */
 
-/* Every kernel's first act: wait for what the kernels before wrote, then let the next one be launched early. */
+/* The first act of a kernel that has nothing to do early. */
 static __device__ __forceinline__ void attn_wait_launch(void) {
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+    cu_wait_previous();
+    cu_launch_next();
+}
+
+/* A pair by its angle (cosine, sine). */
+static __device__ __forceinline__ float2 attn_turn(float even, float odd, float2 turn) {
+    return make_float2(__fsub_rn(__fmul_rn(even, turn.x), __fmul_rn(odd, turn.y)),
+                       __fadd_rn(__fmul_rn(odd, turn.x), __fmul_rn(even, turn.y)));
+}
+static __device__ __forceinline__ float2 attn_angle(int32_t pos, float inv_freq) {
+    float s, c;
+    sincosf(__fmul_rn((float)pos, inv_freq), &s, &c);
+    return make_float2(c, s);
+}
+/* Codes and scale of a vector of which each lane of a warp has `per` numbers: quant_act_int8 with one group. */
+template <int per> static __device__ __forceinline__ uint32_t attn_codes(const float x[per], float *scale_out) {
+    float amax = 0.0f;
+    bool good = true;
+#pragma unroll
+    for (int i = 0; i < per; i++) {
+        good = good && fabsf(x[i]) <= FLT_MAX;
+        amax = fmaxf(amax, fabsf(x[i]));
+    }
+    good = __all_sync(0xffffffffu, good);
+    for (int d = 16; d > 0; d >>= 1) amax = fmaxf(amax, __shfl_xor_sync(0xffffffffu, amax, d));
+    float scale = __fdiv_rn(amax, 127.0f), f = amax > 0.0f ? __fdiv_rn(127.0f, amax) : 0.0f;
+    if (scale < 0x1p-100f) f = scale = 0.0f;
+    if (!good) {
+        f = 0.0f;
+        scale = __int_as_float(0x7fc00000);
+    }
+    uint32_t word = 0;
+#pragma unroll
+    for (int i = 0; i < per; i++)
+        if (f > 0.0f) word |= ((uint32_t)__float2int_rn(__fmul_rn(x[i], f)) & 0xffu) << (8 * i);
+    *scale_out = scale;
+    return word;
+}
+/* `per` (2 or 4) numbers of a lane. */
+template <int per> static __device__ __forceinline__ void attn_read(float x[per], const float *from) {
+    if (per == 4) {
+        const float4 d = *(const float4 *)from;
+        x[0] = d.x, x[1] = d.y, x[per - 2] = d.z, x[per - 1] = d.w;
+    } else {
+        const float2 d = *(const float2 *)from;
+        x[0] = d.x, x[1] = d.y;
+    }
+}
+template <int per> static __device__ __forceinline__ void attn_put_bf16(unsigned char *to, const float x[per]) {
+    if (per == 4)
+        *(uint2 *)to = make_uint2(cu_round2(x[0], x[1]), cu_round2(x[per - 2], x[per - 1]));
+    else
+        *(uint32_t *)to = cu_round2(x[0], x[1]);
+}
+template <int per> static __device__ __forceinline__ void attn_put_codes(unsigned char *to, uint32_t word) {
+    if (per == 4)
+        *(uint32_t *)to = word;
+    else
+        *(uint16_t *)to = (uint16_t)word;
 }
 
 static __device__ __forceinline__ float attn_ex2(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
+}
+/* cu_i8_pair in three instructions: the compiler takes two for each (w & mask) | bits. */
+static __device__ __forceinline__ uint32_t attn_i8_pair(uint32_t w) {
+    uint32_t low, sign;
+    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(low) : "r"(w), "r"(0x007f007fu), "r"(0x43004300u));
+    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(sign) : "r"(w), "r"(0x00800080u), "r"(0x43004300u));
+    return cu_sub2(low, sign);
 }
 template <bool I8> static __device__ __forceinline__ float attn_score(float dot, float key_scale, float scale) {
     return __fmul_rn(I8 ? __fmul_rn(dot, key_scale) : dot, scale);
@@ -126,6 +189,16 @@ static __device__ __forceinline__ void attn_copy16(uint32_t to, const void *from
 }
 static __device__ __forceinline__ void attn_copy4(uint32_t to, const void *from, bool real) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(real ? 4 : 0) : "memory");
+}
+static __device__ __forceinline__ void attn_copy16_all(uint32_t to, const void *from) {
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+}
+/* 16 bytes or zeros, or nothing at all; without a branch. */
+static __device__ __forceinline__ void attn_copy16_if(bool wanted, uint32_t to, const void *from, bool real) {
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %3, 0;\n"
+                 "@p cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;\n}" ::"r"(to),
+                 "l"(from), "r"(real ? 16 : 0), "r"((int)wanted)
+                 : "memory");
 }
 static __device__ __forceinline__ void attn_copy_commit(void) { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int LEFT> static __device__ __forceinline__ void attn_copy_wait(void) {
@@ -160,15 +233,23 @@ template <int chunks> static __device__ __forceinline__ uint32_t attn_at(uint32_
 typedef struct attn_cell {
     int64_t key, scale;
 } attn_cell;
+/* Packed row r (below 16) over the group: exact, since r * (per_group * group - 2^8) < 2^8. */
+static __device__ __forceinline__ int32_t attn_token(const attn_args *a, int32_t r) {
+    return (int32_t)((uint32_t)r * a->per_group >> 8);
+}
+/* A position over P: exact, since at * P < 2^31 (cu_attend sees to it). */
+static __device__ __forceinline__ int32_t attn_nth_page(const attn_args *a, int32_t at) {
+    return (int32_t)__umulhi((uint32_t)at * 2, a->per_page);
+}
 /* Page of a position, or -1. */
 static __device__ __forceinline__ int32_t attn_page_of(const attn_args *a, int32_t seq, int32_t at, int32_t len) {
-    return at < len ? a->page[(int64_t)seq * a->n_page_max + at / a->n_page_cell] : -1;
+    return at < len ? a->page[(int64_t)seq * a->n_page_max + attn_nth_page(a, at)] : -1;
 }
 template <int C, bool I8>
 static __device__ __forceinline__ attn_cell attn_cell_of(const attn_args *a, int32_t page, int32_t head, int32_t at) {
     attn_cell out = {-1, -1};
     if (page < 0) return out;
-    const int32_t cell = at % a->n_page_cell;
+    const int32_t cell = at - attn_nth_page(a, at) * a->n_page_cell;
     const int64_t plane = page * a->page_bytes + head * a->plane_bytes;
     out.key = plane + (int64_t)cell * (C * (I8 ? 1 : 2));
     out.scale = plane + a->scale_at + (int64_t)cell * 4;
@@ -180,8 +261,8 @@ static __device__ __forceinline__ attn_cell attn_cell_of(const attn_args *a, int
 
 /* Multiprocessors of the current device. */
 int32_t attn_sm_count(void);
-/* Blocks of the grid for short sequences. */
-int32_t attn_decode_blocks(int32_t C, bool i8);
+/* Floats of partial results of short sequences: tiles of all of them and their heads, most of one, packed rows. */
+int64_t attn_decode_floats(int64_t n_tile, int64_t longest, int32_t n_row, int32_t C);
 cudaError_t attn_decode(cudaStream_t s, const attn_args *a, int32_t C, bool i8);
 cudaError_t attn_prefill(cudaStream_t s, const attn_args *a, int32_t C, bool i8);
 

@@ -222,30 +222,31 @@ typedef struct cu_cache {
 typedef struct cu_seqs {
     int32_t n_row, n_seq, n_page_max;
     const int32_t *pos, *cell, *row0, *kv_len, *page;
-    int32_t *row_seq; /* [T] sequence of a row; filled by cu_attn_plan */
-    int32_t *work;    /* [cu_attn_work_count] lists, filled by cu_attn_plan once a step, read in every layer */
+    int32_t *work; /* [cu_attn_work_count] lists, filled by cu_attn_plan once a step, read in every layer */
 } cu_seqs;
 
-/* q and k of qkv f32 [T, (H + 2G) C] (q heads, k heads, v heads) are rotated (pairs 2i, 2i+1; angle = pos * inv_freq[i]
- * in f32; f32 arithmetic), q is written to q_out bf16 [T, H*C] scaled by nothing, k and v to their cells. I8: per row
- * and head as quant_act_int8 with one group of C (docs/model.md 10). probe_qkv: NULL, or the rotated q, k and v go back
- * to qkv in f32 as well. */
-cudaError_t cu_rope_store(cudaStream_t s, float *qkv, bool write_back, cu_bf16 *q_out, const float *inv_freq,
-                          const cu_cache *c, int32_t layer, const cu_seqs *seqs);
+/* After cu_attn_plan: q and k of qkv f32 [T, (H + 2G) C] (q heads, k heads, v heads) are rotated (pairs 2i, 2i+1; f32
+ * arithmetic), q is written to q_out bf16 [T, H*C] scaled by nothing, k and v to their cells. I8: per row and head as
+ * quant_act_int8 with one group of C (docs/model.md 10). write_back: the rotated q and k go back to qkv as well. */
+cudaError_t cu_rope_store(cudaStream_t s, float *qkv, bool write_back, cu_bf16 *q_out, const cu_cache *c, int32_t layer,
+                          const cu_seqs *seqs);
 
 /* Numbers of `work` for steps of at most these sizes. */
-int64_t cu_attn_work_count(int32_t n_row_max, int32_t n_seq_max);
+int64_t cu_attn_work_count(const cu_cache *c, int32_t n_row_max, int32_t n_seq_max);
 /* Bytes of partial results for steps of at most n_row_max rows, n_seq_max sequences, n_len_max tokens. Sequences with
- * few rows are cut along their keys and joined; scratch that does not suffice for all of a step's pieces is used in
- * turns or not at all (a sequence walked by one block gives the same bits): at most limit_bytes. */
+ * few rows are cut along their keys and joined; where scratch does not suffice for a step's pieces they are not cut (a
+ * sequence walked by one block gives the same bits): at most limit_bytes. */
 int64_t cu_attn_scratch_bytes(const cu_cache *c, int32_t n_row_max, int32_t n_seq_max, int32_t n_len_max,
                               int64_t limit_bytes);
-/* Once a step, before the first layer. */
-cudaError_t cu_attn_plan(cudaStream_t s, const cu_cache *c, const cu_seqs *seqs);
+/* Once a step: the lists, and the angles pos * inv_freq[i] (in f32). Not launched early, and nothing behind it begins
+ * before it is done, however early it is launched: cu_attend reads lists, angles and the step's arrays at once. */
+cudaError_t cu_attn_plan(cudaStream_t s, const cu_cache *c, const cu_seqs *seqs, const float *inv_freq);
 /* out bf16 [T, CU_PAD(H*C)] = softmax(q K / sqrt C) V. decode: every sequence has at most 16 / (H/G) rows (a promise of
- * the host that spares the launch for the others); seqs->n_row then bounds the grid, lengths are read on the device. */
-cudaError_t cu_attend(cudaStream_t s, cu_bf16 *out, const cu_bf16 *q, const cu_cache *c, int32_t layer,
-                      const cu_seqs *seqs, void *scratch, int64_t scratch_bytes, bool decode);
+ * the host that spares the launch for the others); seqs->n_row then bounds the grid, lengths are read on the device.
+ * q NULL, with decode only: q, k and v come from qkv [T, (H + 2G) C], and k and v are stored as well: what
+ * cu_rope_store does, without its kernel. No sequence may see a cell that another one writes in this step. */
+cudaError_t cu_attend(cudaStream_t s, cu_bf16 *out, const cu_bf16 *q, const float *qkv, const cu_cache *c,
+                      int32_t layer, const cu_seqs *seqs, void *scratch, int64_t scratch_bytes, bool decode);
 
 /* ---- sampling (cu_sample.cu) ---------------------------------------------------------------------------------------
  *

@@ -247,8 +247,7 @@ static void scratch_layout(cu_backend *b) {
     b->att = cu_cut_take(c, T * CU_PAD(Q), sizeof(cu_bf16));
     b->inv_freq = cu_cut_take(c, C / 2, f);
     b->attn = cu_cut_take(c, b->attn_bytes, 1);
-    b->attn_work = cu_cut_take(c, (size_t)cu_attn_work_count(b->o.n_row_max, b->o.n_seq_max), id);
-    b->row_seq = cu_cut_take(c, T, id);
+    b->attn_work = cu_cut_take(c, (size_t)cu_attn_work_count(&b->cache, b->o.n_row_max, b->o.n_seq_max), id);
     b->hid = cu_cut_take(c, R * CU_PAD((size_t)m->n_ffn), sizeof(cu_bf16));
     if (m->n_expert > 0) routes_layout(b, c);
     b->logits = cu_cut_take(c, I * (size_t)m->n_vocab, f);

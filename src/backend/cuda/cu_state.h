@@ -118,7 +118,7 @@ typedef struct cu_backend {
     cu_bf16 *q, *att;                       /* [T, H*C], [T, CU_PAD(H*C)] */
     float *inv_freq;                        /* [C/2] 1 / theta^(2j/C), rounded as docs/model.md 3.3 has it */
     void *attn;                             /* [attn_bytes] */
-    int32_t *attn_work, *row_seq;           /* [cu_attn_work_count], [T] */
+    int32_t *attn_work;                     /* [cu_attn_work_count] */
     cu_bf16 *hid, *shared_hid, *expert_hid; /* [R, CU_PAD(F)], [R, ..], [R*K, ..] */
     float *expert_y, *shared_y;             /* [R*K, D], [R, D] */
     cu_routes routes;                       /* for R rows */

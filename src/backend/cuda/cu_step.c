@@ -187,10 +187,11 @@ static void run_layer(const run *r, const cu_layer *w, int32_t layer) {
     norm_into(r, &qkv, b->x, NULL, w->attn_norm, r->n_row);
     show_bf16(r, "attn_norm", layer, 0, b->xn, r->n_row, m->n_hidden);
     CU_DO(b, cu_linear_run(b->stream, &qkv));
-    CU_DO(b, cu_rope_store(b->stream, b->qkv, b->probe != NULL, b->q, b->inv_freq, &b->cache, layer, &r->seqs));
+    const bool apart = !r->decode || b->probe;
+    if (apart) CU_DO(b, cu_rope_store(b->stream, b->qkv, b->probe != NULL, b->q, &b->cache, layer, &r->seqs));
     show_qkv(r, layer);
-    CU_DO(b,
-          cu_attend(b->stream, b->att, b->q, &b->cache, layer, &r->seqs, b->attn, (int64_t)b->attn_bytes, r->decode));
+    CU_DO(b, cu_attend(b->stream, b->att, apart ? b->q : NULL, b->qkv, &b->cache, layer, &r->seqs, b->attn,
+                       (int64_t)b->attn_bytes, r->decode));
     show_bf16(r, "attn", layer, 0, b->att, r->n_row, m->n_head * m->n_head_dim);
     linear(r, &w->o, CU_ADD, b->x, b->att, r->n_row);
     for (int32_t row0 = 0; row0 < r->n_row; row0 += b->n_ffn_row) {
@@ -292,9 +293,9 @@ static void run_kernels(run *r) {
     cu_backend *b = r->b;
     const cu_weights *k = &b->weights;
     const ern_config *m = &b->model->config;
+    CU_DO(b, cu_attn_plan(b->stream, &b->cache, &r->seqs, b->inv_freq));
     CU_DO(b, cu_embed(b->stream, b->x, r->dev.token, b->ids, k->embed, r->n_row, m->n_hidden));
     show(r, "embed", -1, 0, b->x, r->n_row, m->n_hidden);
-    CU_DO(b, cu_attn_plan(b->stream, &b->cache, &r->seqs));
     for (int32_t layer = 0; layer < m->n_layer; layer++) {
         run_layer(r, &k->layer[layer], layer);
         show(r, "resid", layer, 0, b->x, r->n_row, m->n_hidden);
@@ -317,7 +318,6 @@ static run run_of(cu_backend *b, unsigned char *block, int32_t n_row, int32_t n_
                        .row0 = r.dev.row0,
                        .kv_len = r.dev.kv_len,
                        .page = r.dev.page,
-                       .row_seq = b->row_seq,
                        .work = b->attn_work};
     return r;
 }
