@@ -1,11 +1,14 @@
-/* Attention of sequences with many rows: a block of eight warps takes 128 packed rows of a sequence and KV head and
- * walks the tiles of keys that they see, first tile first; a warp owns 16 rows. Bound by products: scores, weights and
- * sums stay in registers; the next tile is on its way while one is worked on.
+/* Attention of sequences with many rows: a block takes 128 packed rows of a sequence and KV head and walks the tiles of
+ * keys that they see, first tile first; scores, weights and sums stay in registers, and the next tile is on its way
+ * while one is worked on. Blocks take (sequence, rows, head) from a list with the longest walks first.
  *
- * BF16 tiles are copied into two buffers in turn. I8 tiles are copied as codes and made bf16 once for all warps, keys
- * in the order of inputs that cu_attn.cuh has for I8, so that the products see what the other kernel's see.
- * Blocks take (sequence, rows, head) from a list with the longest walks first. */
+ * C = 128, which the models have: wide_kernel of cu_attn_wide.cuh. Other sizes: prefill_kernel, eight warps of 16 rows.
+ * There BF16 tiles are copied into two buffers in turn. I8 tiles are copied as codes and made bf16 once for all warps,
+ * keys in the order of inputs that cu_attn.cuh has for I8, so that the products see what the other kernels' see. */
+#include <cudaTypedefs.h>
+
 #include "backend/cuda/cu_attn.cuh"
+#include "backend/cuda/cu_attn_wide.cuh"
 
 enum { THREADS = 256 };
 
@@ -307,21 +310,61 @@ template <int C, bool I8> static __global__ void __launch_bounds__(THREADS, 1) p
 
 /* ---- launches ---------------------------------------------------------------------------------------------------- */
 
-template <int C, bool I8> static cudaError_t run(cudaStream_t s, const attn_args *a) {
-    typedef prefill_shape<C, I8> sh;
-    static bool ready[64];
+static int32_t block_count(const attn_args *a) {
+    const int64_t most = ((int64_t)a->n_row * a->group / ATTN_ROWS + a->n_seq) * a->n_kv_head;
+    const int32_t n = attn_sm_count();
+    return most < n ? (int32_t)most : n;
+}
+
+/* Let a kernel have so much shared memory, once a device: bit d of *ready says that device d knows. */
+static cudaError_t shared_bytes(uint64_t *ready, const void *kernel, int bytes) {
     int device = 0;
     cudaError_t e = cudaGetDevice(&device);
+    if (e != cudaSuccess || *ready >> device & 1) return e;
+    e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    if (e == cudaSuccess) *ready |= 1ull << device;
+    return e;
+}
+
+template <int C, bool I8> static cudaError_t run(cudaStream_t s, const attn_args *a) {
+    typedef prefill_shape<C, I8> sh;
+    static uint64_t ready;
+    cudaError_t e = shared_bytes(&ready, (const void *)prefill_kernel<C, I8>, sh::bytes);
     if (e != cudaSuccess) return e;
-    if (!ready[device & 63]) {
-        e = cudaFuncSetAttribute(prefill_kernel<C, I8>, cudaFuncAttributeMaxDynamicSharedMemorySize, sh::bytes);
+    prefill_kernel<C, I8><<<block_count(a), THREADS, sh::bytes, s>>>(*a);
+    return cudaGetLastError();
+}
+
+/* The cache as rows of a cell's 128 numbers from a->kv on, for the copy engine: boxes of `run` rows, half of each. */
+static cudaError_t map_cells(CUtensorMap *map, const attn_args *a, int32_t run) {
+    static void *encode;
+    if (!encode) {
+        cudaDriverEntryPointQueryResult found;
+        cudaError_t e =
+            cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &encode, 12000, cudaEnableDefault, &found);
         if (e != cudaSuccess) return e;
-        ready[device & 63] = true;
+        if (found != cudaDriverEntryPointSuccess) return cudaErrorNotSupported;
     }
-    int64_t most = ((int64_t)a->n_row * a->group / ATTN_ROWS + a->n_seq) * a->n_kv_head;
-    int32_t blocks = attn_sm_count();
-    if (most < blocks) blocks = (int32_t)most;
-    prefill_kernel<C, I8><<<blocks, THREADS, sh::bytes, s>>>(*a);
+    const cuuint64_t size[] = {WIDE_C, INT32_MAX}, stride[] = {WIDE_C * 2};
+    const cuuint32_t box[] = {WIDE_C / 2, (cuuint32_t)run}, step[] = {1, 1};
+    const CUresult r = ((PFN_cuTensorMapEncodeTiled_v12000)encode)(
+        map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, (void *)(uintptr_t)a->kv, size, stride, box, step,
+        CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+        CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    return r == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+template <bool I8> static cudaError_t run_wide(cudaStream_t s, const attn_args *a) {
+    static uint64_t ready;
+    constexpr int bytes = wide_bytes(I8);
+    cudaError_t e = shared_bytes(&ready, (const void *)wide_kernel<I8>, bytes);
+    CUtensorMap map = {};
+    int32_t run = 64; /* cells of a page that a tile takes together */
+    while (a->n_page_cell % run) run /= 2;
+    if (!I8 && run < 8) run = 0; /* a turn of the swizzle */
+    if (e == cudaSuccess && !I8 && run) e = map_cells(&map, a, run);
+    if (e != cudaSuccess) return e;
+    wide_kernel<I8><<<block_count(a), WIDE_THREADS, bytes, s>>>(*a, map, run);
     return cudaGetLastError();
 }
 
@@ -329,7 +372,7 @@ cudaError_t attn_prefill(cudaStream_t s, const attn_args *a, int32_t C, bool i8)
     switch (C) {
     case 16: return i8 ? run<16, true>(s, a) : run<16, false>(s, a);
     case 64: return i8 ? run<64, true>(s, a) : run<64, false>(s, a);
-    case 128: return i8 ? run<128, true>(s, a) : run<128, false>(s, a);
+    case 128: return i8 ? run_wide<true>(s, a) : run_wide<false>(s, a);
     default: return cudaErrorInvalidValue;
     }
 }
