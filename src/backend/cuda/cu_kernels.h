@@ -112,6 +112,7 @@ typedef struct cu_job {
     const float *x_f32;
     const cu_bf16 *norm_w;
     float eps;
+    bool alone; /* comes after something else than a kernel of its stream: is not launched before that ends */
 } cu_job;
 
 /* Picks the kernel by n_row: the bits do not depend on the choice. */

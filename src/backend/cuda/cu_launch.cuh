@@ -11,6 +11,7 @@
 
 #include <cuda_runtime.h>
 #include <stddef.h>
+#include <utility>
 
 static __device__ __forceinline__ void cu_launch_next(void) {
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
@@ -39,6 +40,23 @@ static inline cudaError_t cu_launch(cudaStream_t s, const void *fn, dim3 grid, u
         attr[config.numAttrs++].val.clusterDim.z = 1;
     }
     cudaError_t e = cudaLaunchKernelExC(&config, fn, args);
+    return e != cudaSuccess ? e : cudaGetLastError();
+}
+
+/* A kernel without clusters, by its parameters. */
+template <typename... P, typename... A>
+static inline cudaError_t cu_launch_args(cudaStream_t s, void (*fn)(P...), dim3 grid, unsigned n_thread, bool early,
+                                         A &&...args) {
+    cudaLaunchConfig_t config = {};
+    cudaLaunchAttribute attr[1] = {};
+    config.gridDim = grid;
+    config.blockDim = dim3(n_thread, 1, 1);
+    config.stream = s;
+    config.attrs = attr;
+    config.numAttrs = early;
+    attr[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attr[0].val.programmaticStreamSerializationAllowed = 1;
+    const cudaError_t e = cudaLaunchKernelEx(&config, fn, std::forward<A>(args)...);
     return e != cudaSuccess ? e : cudaGetLastError();
 }
 

@@ -8,6 +8,7 @@
  * beyond the row count as zeros, which change no bit.
  * Two launches for few rows, three for many. n_hidden is a multiple of 4; rows start at multiples of 16 bytes. */
 #include "backend/cuda/cu_device.cuh"
+#include "backend/cuda/cu_launch.cuh"
 
 enum {
     PARTS = 4,
@@ -24,13 +25,6 @@ enum {
     WIDE_ROWS = 2048, /* from here on, 32 x 64 */
     COMBINE_THREADS = 128
 };
-
-/* The kernel before may still run when this one starts: its results are there after this line. The next one may start
- * as well: it waits in the same way. The clobber keeps loads below. */
-static __device__ __forceinline__ void after_previous(void) {
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-}
 
 static __host__ __device__ __forceinline__ int32_t part_columns(int32_t n_hidden) {
     return (n_hidden + 32 * PARTS - 1) / (32 * PARTS) * 32;
@@ -71,14 +65,21 @@ static __device__ __forceinline__ float parts_sum(float v) {
     return sum;
 }
 
+/* The router's rows do not depend on the step, and their way from memory is longer than all the work here. */
+static __device__ __forceinline__ void prefetch_row(const float *w, int32_t n, int lane) {
+    for (int32_t i = lane * 32; i < n; i += 1024) asm volatile("prefetch.global.L2 [%0];" ::"l"(w + i));
+}
+
 /* A warp: one expert, ROWS rows; BATCH loads of 16 bytes of each in flight. Grid: experts / warps, rows / ROWS. */
 template <int ROWS, int BATCH>
 static __global__ void __launch_bounds__(ROWS == 1 ? 64 : 256)
     few_logits(cu_route_job j, float *logit, int32_t *scratch, int32_t n_expert) {
-    after_previous();
-    clear_scratch(scratch, n_expert);
     const int lane = threadIdx.x & 31;
     const int32_t expert = (int32_t)(blockIdx.x * (blockDim.x >> 5) + (threadIdx.x >> 5)), D = j.n_hidden;
+    cu_launch_next();
+    if (expert < n_expert) prefetch_row(j.router + (int64_t)expert * D, D, lane);
+    cu_wait_previous();
+    clear_scratch(scratch, n_expert);
     if (expert >= n_expert) return;
     const int32_t part = part_columns(D), first = lane / SLICES * part, row0 = (int32_t)blockIdx.y * ROWS;
     const int32_t end = first + part < D ? first + part : D;
@@ -159,7 +160,8 @@ static __global__ void __launch_bounds__(32 * WR * WX, WR *WX == 8 ? 2 : 4)
     __shared__ __align__(16) float xs[STAGES][ROWS * 32];
     __shared__ __align__(16) float ws[STAGES][EXPERTS * 32];
     __shared__ float scales[ROWS];
-    after_previous();
+    cu_launch_next();
+    cu_wait_previous();
     clear_scratch(scratch, n_expert);
     const int32_t D = j.n_hidden, n_step = (D + 31) / 32, part_steps = part_columns(D) / 32;
     const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5, slice = lane & 7;
@@ -359,7 +361,8 @@ template <int Q>
 static __global__ void __launch_bounds__(32 * FEW_WARPS)
     choose_few(cu_routes r, const float *bias, float norm_min, int32_t n_row) {
     __shared__ int32_t count[EXPERTS_MAX], start[EXPERTS_MAX + 1], tile_start[EXPERTS_MAX + 1];
-    after_previous();
+    cu_launch_next();
+    cu_wait_previous();
     const int32_t lane = (int32_t)(threadIdx.x & 31), warp = (int32_t)(threadIdx.x >> 5);
     const int32_t n_warp = (int32_t)(blockDim.x >> 5);
     for (int32_t e = (int32_t)threadIdx.x; e < r.n_expert; e += (int32_t)blockDim.x) count[e] = 0;
@@ -391,7 +394,8 @@ static __global__ void __launch_bounds__(LIST_THREADS)
     choose_many(cu_routes r, const float *bias, float norm_min, int32_t n_row) {
     __shared__ int32_t count[EXPERTS_MAX], start[EXPERTS_MAX + 1], tile_start[EXPERTS_MAX + 1];
     __shared__ bool last;
-    after_previous();
+    cu_launch_next();
+    cu_wait_previous();
     const int32_t thread = (int32_t)threadIdx.x, lane = thread & 31, E = r.n_expert;
     int32_t *all_count = r.scratch, *next_place = r.scratch + E, *done = r.scratch + 2 * E;
     for (int32_t e = thread; e < E; e += LIST_THREADS) count[e] = 0;
@@ -420,7 +424,8 @@ static __global__ void __launch_bounds__(LIST_THREADS)
 /* Entries to their places: a block takes a run of places of each expert for its entries at once. */
 static __global__ void __launch_bounds__(LIST_THREADS) place_entries(cu_routes r, int32_t n_entry) {
     __shared__ int32_t count[EXPERTS_MAX], base[EXPERTS_MAX];
-    after_previous();
+    cu_launch_next();
+    cu_wait_previous();
     const int32_t thread = (int32_t)threadIdx.x, E = r.n_expert, entry0 = (int32_t)blockIdx.x * PLACE_ENTRIES + thread;
     int32_t *next_place = r.scratch + E, expert[PLACE_ENTRIES / LIST_THREADS], nth[PLACE_ENTRIES / LIST_THREADS];
     for (int32_t e = thread; e < E; e += LIST_THREADS) count[e] = 0;
@@ -451,28 +456,29 @@ cudaError_t cu_route(cudaStream_t s, const cu_route_job *j, const cu_routes *r) 
     const int32_t T = j->n_row, E = r->n_expert, K = r->n_used;
     if (T <= 0 || E <= 0 || E > EXPERTS_MAX || K <= 0 || K > USED_MAX || K > E || j->n_hidden % 4 != 0)
         return cudaErrorInvalidValue;
+    cudaError_t e;
     if (T <= 4)
-        few_logits<1, 10><<<dim3(pieces(E, 2), (unsigned)T), 64, 0, s>>>(*j, r->logit, r->scratch, E);
+        e = cu_launch_args(s, few_logits<1, 10>, dim3(pieces(E, 2), (unsigned)T), 64, true, *j, r->logit, r->scratch,
+                           E);
     else if (T < TILED_ROWS)
-        few_logits<4, 4><<<dim3(pieces(E, 8), pieces(T, 4)), 256, 0, s>>>(*j, r->logit, r->scratch, E);
+        e = cu_launch_args(s, few_logits<4, 4>, dim3(pieces(E, 8), pieces(T, 4)), 256, true, *j, r->logit, r->scratch,
+                           E);
     else if (T < WIDE_ROWS)
-        many_logits<4, 4, 2, 2, 8><<<dim3(pieces(T, 16), pieces(E, 16)), 128, 0, s>>>(*j, r->logit, r->scratch, E);
+        e = cu_launch_args(s, many_logits<4, 4, 2, 2, 8>, dim3(pieces(T, 16), pieces(E, 16)), 128, true, *j, r->logit,
+                           r->scratch, E);
     else
-        many_logits<8, 8, 2, 4, 3><<<dim3(pieces(T, 32), pieces(E, 64)), 256, 0, s>>>(*j, r->logit, r->scratch, E);
+        e = cu_launch_args(s, many_logits<8, 8, 2, 4, 3>, dim3(pieces(T, 32), pieces(E, 64)), 256, true, *j, r->logit,
+                           r->scratch, E);
+    if (e != cudaSuccess) return e;
     if (T <= FEW_ROWS) {
         const unsigned threads = (unsigned)(T < 16 ? 16 : T < FEW_WARPS ? T : FEW_WARPS) * 32u;
-        if (E <= 64)
-            choose_few<2><<<1, threads, 0, s>>>(*r, j->bias, j->norm_min, T);
-        else
-            choose_few<EXPERTS_MAX / 32><<<1, threads, 0, s>>>(*r, j->bias, j->norm_min, T);
-        return cudaGetLastError();
+        return cu_launch_args(s, E <= 64 ? choose_few<2> : choose_few<EXPERTS_MAX / 32>, 1, threads, true, *r, j->bias,
+                              j->norm_min, T);
     }
-    if (E <= 64)
-        choose_many<2><<<pieces(T, CHOOSE_ROWS), LIST_THREADS, 0, s>>>(*r, j->bias, j->norm_min, T);
-    else
-        choose_many<EXPERTS_MAX / 32><<<pieces(T, CHOOSE_ROWS), LIST_THREADS, 0, s>>>(*r, j->bias, j->norm_min, T);
-    place_entries<<<pieces(T * K, PLACE_ENTRIES), LIST_THREADS, 0, s>>>(*r, T * K);
-    return cudaGetLastError();
+    e = cu_launch_args(s, E <= 64 ? choose_many<2> : choose_many<EXPERTS_MAX / 32>, pieces(T, CHOOSE_ROWS),
+                       LIST_THREADS, true, *r, j->bias, j->norm_min, T);
+    if (e != cudaSuccess) return e;
+    return cu_launch_args(s, place_entries, pieces(T * K, PLACE_ENTRIES), LIST_THREADS, true, *r, T * K);
 }
 
 /* ---- the sum of a row's experts ------------------------------------------------------------------------------------
@@ -483,7 +489,8 @@ template <int W, int USED>
 static __global__ void __launch_bounds__(COMBINE_THREADS)
     combine_kernel(float *x, float *out, const float *expert_y, const float *shared, const int32_t *entry_place,
                    const float *share, int32_t n_used, int32_t n_hidden) {
-    after_previous();
+    cu_launch_next();
+    cu_wait_previous();
     const int32_t K = USED > 0 ? USED : n_used, row = (int32_t)blockIdx.x;
     const int32_t i = (int32_t)(blockIdx.y * COMBINE_THREADS + threadIdx.x) * W;
     if (i >= n_hidden) return;
@@ -527,14 +534,12 @@ cudaError_t cu_combine(cudaStream_t s, float *x, float *out, const float *expert
     if (n_row <= 0) return cudaSuccess;
     const int32_t K = r->n_used;
     const dim3 wide((unsigned)n_row, pieces(n_hidden, 4 * COMBINE_THREADS));
-    if (n_hidden % 4 != 0)
-        combine_kernel<1, 0><<<dim3((unsigned)n_row, pieces(n_hidden, COMBINE_THREADS)), COMBINE_THREADS, 0, s>>>(
-            x, out, expert_y, shared, r->entry_place, r->share, K, n_hidden);
-    else if (K == 6)
-        combine_kernel<4, 6>
-            <<<wide, COMBINE_THREADS, 0, s>>>(x, out, expert_y, shared, r->entry_place, r->share, K, n_hidden);
-    else
-        combine_kernel<4, 0>
-            <<<wide, COMBINE_THREADS, 0, s>>>(x, out, expert_y, shared, r->entry_place, r->share, K, n_hidden);
-    return cudaGetLastError();
+    const bool four = n_hidden % 4 == 0;
+    /* `shared` may come from another stream: then more is waited for than the kernel before */
+    return cu_launch_args(s,
+                          !four    ? combine_kernel<1, 0>
+                          : K == 6 ? combine_kernel<4, 6>
+                                   : combine_kernel<4, 0>,
+                          four ? wide : dim3((unsigned)n_row, pieces(n_hidden, COMBINE_THREADS)), COMBINE_THREADS,
+                          !shared, x, out, expert_y, shared, r->entry_place, r->share, K, n_hidden);
 }

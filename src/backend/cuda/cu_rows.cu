@@ -6,14 +6,13 @@
  * Rows of x, of the weights and of the outputs start at multiples of 16 bytes where n_hidden is a multiple of 4 (8
  * bytes for bf16): what cudaMalloc gives. Nothing beyond n_hidden numbers of an output row is written. */
 #include "backend/cuda/cu_device.cuh"
+#include "backend/cuda/cu_launch.cuh"
 
 enum { EMBED_THREADS = 128, NORM_WARPS = 4, FEW_ROWS = 256 };
 
-/* The kernel before may still run when this one starts: its results are there after this line. The next one may start
- * as well: it waits in the same way. The clobber keeps loads below. */
-static __device__ __forceinline__ void after_previous(void) {
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+/* A norm's weights do not depend on the step: they are on their way while the kernel before ends. */
+static __device__ __forceinline__ void prefetch_weights(const cu_bf16 *w, int32_t n) {
+    for (int32_t i = (threadIdx.x & 31) * 64; i < n; i += 2048) asm volatile("prefetch.global.L2 [%0];" ::"l"(w + i));
 }
 
 static __device__ __forceinline__ float load1(const float *x) { return *x; }
@@ -101,7 +100,9 @@ template <int HELD>
 static __global__ void __launch_bounds__(32 * NORM_WARPS)
     norm_kernel(cu_bf16 *out, const float *x, const int32_t *rows, const cu_bf16 *w, int32_t n, int32_t n_hidden,
                 float eps) {
-    after_previous();
+    cu_launch_next();
+    prefetch_weights(w, n_hidden);
+    cu_wait_previous();
     const int32_t i = (int32_t)(blockIdx.x * (blockDim.x >> 5) + (threadIdx.x >> 5));
     if (i >= n) return;
     const int64_t row = rows ? rows[i] : i;
@@ -114,12 +115,12 @@ cudaError_t cu_norm(cudaStream_t s, cu_bf16 *out, const float *x, const int32_t 
     /* few rows: each on a multiprocessor of its own */
     const int warps = n <= FEW_ROWS ? 1 : NORM_WARPS;
     const unsigned blocks = (unsigned)((n + warps - 1) / warps), threads = (unsigned)(32 * warps);
-    switch (held(n_hidden)) {
-    case 8: norm_kernel<8><<<blocks, threads, 0, s>>>(out, x, rows, w, n, n_hidden, eps); break;
-    case 20: norm_kernel<20><<<blocks, threads, 0, s>>>(out, x, rows, w, n, n_hidden, eps); break;
-    default: norm_kernel<0><<<blocks, threads, 0, s>>>(out, x, rows, w, n, n_hidden, eps); break;
-    }
-    return cudaGetLastError();
+    const int h = held(n_hidden);
+    return cu_launch_args(s,
+                          h == 8    ? norm_kernel<8>
+                          : h == 20 ? norm_kernel<20>
+                                    : norm_kernel<0>,
+                          blocks, threads, true, out, x, rows, w, n, n_hidden, eps);
 }
 
 /* ---- embedding ----------------------------------------------------------------------------------------------------
@@ -128,7 +129,8 @@ cudaError_t cu_norm(cudaStream_t s, cu_bf16 *out, const float *x, const int32_t 
 /* A block a row: it alone reads and mends the row's token. */
 static __global__ void __launch_bounds__(EMBED_THREADS)
     embed_kernel(float *x, int32_t *token, const int32_t *prev, const cu_bf16 *embed, int32_t n_hidden) {
-    after_previous();
+    cu_launch_next();
+    cu_wait_previous();
     const int32_t given = token[blockIdx.x];
     const int32_t id = given < 0 ? prev[-1 - given] : given;
     __syncthreads(); /* all have read */
@@ -182,7 +184,9 @@ static __global__ void __launch_bounds__(64)
     mtp_kernel(cu_bf16 *z, int32_t *next_out, const float *x, const int32_t *next, const int32_t *want,
                const int32_t *sampled, int32_t n_want, const cu_bf16 *embed, const cu_bf16 *emb_norm,
                const cu_bf16 *hidden_norm, int32_t n_hidden, float eps) {
-    after_previous();
+    cu_launch_next();
+    prefetch_weights(threadIdx.x < 32 ? emb_norm : hidden_norm, n_hidden);
+    cu_wait_previous();
     const int32_t t = (int32_t)blockIdx.x;
     cu_bf16 *out = z + (int64_t)t * CU_PAD(2 * n_hidden);
     if (threadIdx.x < 32) {
@@ -200,19 +204,11 @@ cudaError_t cu_mtp_in(cudaStream_t s, cu_bf16 *z, int32_t *next_out, const float
                       const cu_bf16 *emb_norm, const cu_bf16 *hidden_norm, int32_t n_row, int32_t n_hidden, float eps) {
     if (n_row <= 0) return cudaSuccess;
     const unsigned blocks = (unsigned)n_row;
-    switch (held(n_hidden)) {
-    case 8:
-        mtp_kernel<8><<<blocks, 64, 0, s>>>(z, next_out, x, next, want, sampled, n_want, embed, emb_norm, hidden_norm,
-                                            n_hidden, eps);
-        break;
-    case 20:
-        mtp_kernel<20><<<blocks, 64, 0, s>>>(z, next_out, x, next, want, sampled, n_want, embed, emb_norm, hidden_norm,
-                                             n_hidden, eps);
-        break;
-    default:
-        mtp_kernel<0><<<blocks, 64, 0, s>>>(z, next_out, x, next, want, sampled, n_want, embed, emb_norm, hidden_norm,
-                                            n_hidden, eps);
-        break;
-    }
-    return cudaGetLastError();
+    const int h = held(n_hidden);
+    return cu_launch_args(s,
+                          h == 8    ? mtp_kernel<8>
+                          : h == 20 ? mtp_kernel<20>
+                                    : mtp_kernel<0>,
+                          blocks, 64, true, z, next_out, x, next, want, sampled, n_want, embed, emb_norm, hidden_norm,
+                          n_hidden, eps);
 }

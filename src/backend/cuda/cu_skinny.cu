@@ -8,7 +8,7 @@ enum {
     SHARED_MAX = 231 * 1000, /* of a block, what the kernel holds besides left out */
     SHARED_ALL = 228 * 1024, /* of a multiprocessor, a block's own kilobyte included */
     PART_BYTES = 16 * 1024,  /* of partial sums, if it need not be more */
-    JOBS_EACH = 8,           /* most jobs of a block of experts' linears */
+    JOBS_EACH = 4,           /* most jobs of a block of experts' linears */
 };
 
 typedef struct skinny_plan {
@@ -128,7 +128,7 @@ static int32_t jobs_at_once(const skinny_args *a, int32_t n_tile, int32_t slots,
     return a->grouped || even * a->n_rank >= n_sm ? even : least(a->n_job, most(slots / a->n_rank, 1));
 }
 
-static cudaError_t launch(cudaStream_t s, skinny_args *a, const cu_linear *w, int32_t n_tile) {
+static cudaError_t launch(cudaStream_t s, skinny_args *a, const cu_linear *w, int32_t n_tile, bool early) {
     const skinny_device *d;
     cudaError_t e = device_ready(&d);
     if (e != cudaSuccess) return e;
@@ -145,11 +145,10 @@ static cudaError_t launch(cudaStream_t s, skinny_args *a, const cu_linear *w, in
     const int32_t slots = slots_of(d, &p, f, width);
     const dim3 grid((unsigned)(jobs_at_once(a, n_tile, slots, d->n_sm) * a->n_rank), (unsigned)n_tile);
     void *args[] = {a};
-    return cu_launch(s, kernels[f][width], grid, (unsigned)p.n_warp * 32, p.bytes, true, (unsigned)a->n_rank, args);
+    return cu_launch(s, kernels[f][width], grid, (unsigned)p.n_warp * 32, p.bytes, early, (unsigned)a->n_rank, args);
 }
 
 static bool aligned(const void *p) { return ((uintptr_t)p & 15) == 0; }
-
 cudaError_t cu_skinny_run(cudaStream_t s, const cu_job *j) {
     if (j->n_row <= 0) return cudaSuccess;
     if (j->n_row > CU_SKINNY_MAX || (j->x_f32 && j->n_row > 8) || j->w.pairs != (j->epilogue == CU_SWIGLU))
@@ -168,8 +167,8 @@ cudaError_t cu_skinny_run(cudaStream_t s, const cu_job *j) {
     a.x_f32 = j->x_f32;
     a.norm_w = j->norm_w;
     a.eps = j->eps;
-    a.norm_wide = j->w.n_in % 8 == 0 && aligned(j->x_f32) && aligned(j->norm_w);
-    return launch(s, &a, &j->w, 1);
+    a.norm_wide = j->w.n_in % 4 == 0 && aligned(j->x_f32) && aligned(j->norm_w);
+    return launch(s, &a, &j->w, 1, !j->alone);
 }
 
 cudaError_t cu_skinny_grouped(cudaStream_t s, const cu_grouped_job *j) {
@@ -177,7 +176,7 @@ cudaError_t cu_skinny_grouped(cudaStream_t s, const cu_grouped_job *j) {
     if (j->n_row <= 0) return cudaSuccess;
     if (r->tile_rows > CU_SKINNY_MAX || j->shape.pairs != (j->epilogue == CU_SWIGLU)) return cudaErrorInvalidValue;
     skinny_args a = {};
-    a.n_row = r->tile_rows;
+    a.n_row = least(r->tile_rows, j->n_row); /* a row chooses an expert once */
     a.grouped = true;
     a.gather = j->gather;
     a.epilogue = j->epilogue;
@@ -194,5 +193,5 @@ cudaError_t cu_skinny_grouped(cudaStream_t s, const cu_grouped_job *j) {
     a.first = r->first;
     a.place_entry = r->place_entry;
     a.n_used = r->n_used;
-    return launch(s, &a, &j->shape, (int32_t)cu_tiles_max(j->n_row, r->n_used, r->n_expert));
+    return launch(s, &a, &j->shape, (int32_t)cu_tiles_max(j->n_row, r->n_used, r->n_expert), true);
 }

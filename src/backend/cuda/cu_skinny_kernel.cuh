@@ -11,7 +11,9 @@
  * Weights come through a ring in shared memory, DEPTH units a warp, by cp.async of 16 bytes a lane. A lane reads back
  * only what it copied itself, so the ring needs no barrier, and units ahead (of the next jobs too) stay in flight
  * across the barriers of the sums. It costs no registers, so blocks of the next kernel find room to do the same while
- * this one ends; the first units are asked for before cu_wait_previous.
+ * this one ends; the first units are asked for before cu_wait_previous. What comes after that is the whole time of a
+ * small matrix, and there each instruction runs once: the fewer, the better (no division, no loop unrolled for cases
+ * that are rare).
  *
  * x lies in shared memory as the lanes read it, each lane's own 32 bytes of a group: no barrier, no bank conflict. If
  * it does not fit it is read from L2 again and again.
@@ -28,6 +30,7 @@
 enum {
     SKINNY_WARPS_MIN = 4, /* so that a thread finishes at most NT outputs of a band */
     SKINNY_WARPS_MAX = 8,
+    SUM_ONCE = 8, /* partial sums read at once */
 };
 
 template <cu_format F> struct skinny_shape {
@@ -239,6 +242,66 @@ static __device__ __forceinline__ void skinny_segment(float acc[NT][4], const un
     }
 }
 
+/* Half of a group, of codes smaller than bf16: the A operand of products 2 h and 2 h + 1. half: group * 2 + h. */
+template <cu_format F>
+static __device__ __forceinline__ void skinny_codes_half(uint32_t a[2][4], const unsigned char *slot, int half) {
+    if (F == CU_I4) {
+        const uint2 v = *(const uint2 *)(slot + half / 2 * 512 + half % 2 * 8);
+#pragma unroll
+        for (int k = 0; k < 4; k++) {
+            a[0][k] = cu_i4_pair(v.x >> (4 * k));
+            a[1][k] = cu_i4_pair(v.y >> (4 * k));
+        }
+    } else {
+        const uint4 v = *(const uint4 *)(slot + half * 512);
+        const uint32_t word[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+        for (int k = 0; k < 8; k++) {
+            const uint32_t w = word[k / 2] >> (8 * (k % 2));
+            a[k / 4][k % 4] = F == CU_I8 ? cu_i8_pair(w) : cu_f8_pair(w);
+        }
+    }
+}
+
+/* Two segments of up to eight rows side by side: what a chain of eight products waits for itself hides in the other. */
+template <cu_format F>
+static __device__ __forceinline__ void skinny_two(float acc[2][4], const unsigned char *const slot[2],
+                                                  const uint4 *const x[2], int xl, bool row) {
+#pragma unroll
+    for (int k = 0; k < 2; k++) acc[k][0] = acc[k][1] = acc[k][2] = acc[k][3] = 0.0f;
+#pragma unroll
+    for (int half = 0; half < 4; half++) {
+        uint32_t a[2][2][4];
+        uint4 b[2];
+#pragma unroll
+        for (int k = 0; k < 2; k++) {
+            skinny_codes_half<F>(a[k], slot[k], half);
+            b[k] = row ? x[k][half * xl] : make_uint4(0, 0, 0, 0);
+        }
+#pragma unroll
+        for (int k = 0; k < 2; k++) cu_mma(acc[k], a[k][0], b[k].x, b[k].y);
+#pragma unroll
+        for (int k = 0; k < 2; k++) cu_mma(acc[k], a[k][1], b[k].z, b[k].w);
+    }
+}
+
+/* A unit's results to its place among the partial sums. */
+template <int NT>
+static __device__ __forceinline__ void skinny_put(float *p, const float acc[NT][4], int32_t n_row, int g, int c) {
+#pragma unroll
+    for (int nt = 0; nt < NT; nt++) {
+        const int32_t r = 8 * nt + 2 * c;
+        if (r < n_row) {
+            p[skinny_part_at(r, g)] = acc[nt][0];
+            p[skinny_part_at(r, g + 8)] = acc[nt][2];
+        }
+        if (r + 1 < n_row) {
+            p[skinny_part_at(r + 1, g)] = acc[nt][1];
+            p[skinny_part_at(r + 1, g + 8)] = acc[nt][3];
+        }
+    }
+}
+
 /* ---- x ----------------------------------------------------------------------------------------------------------- */
 
 /* The warp's segments of x to shared memory. xs: with the warp and the lane added. */
@@ -269,23 +332,94 @@ static __device__ __forceinline__ void skinny_x_load(uint4 *xs, const skinny_arg
     }
 }
 
-/* cu_sum_squares with loads of 16 bytes, eight in flight: the same order, the same bits. n % 4 == 0. */
-static __device__ __forceinline__ float skinny_sum_squares(const float *x, int32_t n, int lane) {
-    float sum = 0.0f;
-    for (int32_t i0 = lane * 4; i0 < n; i0 += 1024) {
-        uint4 v[8];
+/* The same for at most 8 rows. After cu_wait_previous all is latency, so: few instructions, all loads at once, no
+ * division. Chunk lane % 16 (8 numbers) of rows lane / 16, lane / 16 + 2, ... */
+static __device__ __forceinline__ int32_t skinny_chunk_at(int lane, int xl) { /* for row 0, of the warp */
+    return (lane / 8 % 2 * 2 + lane % 2) * xl + lane / 2 % 4;
+}
+static __device__ __forceinline__ void skinny_x_load_few(uint4 *xs, const skinny_args *a, const int32_t *row,
+                                                         int32_t n_row, int cw, int n_cw, int32_t x_round, int xl,
+                                                         int lane) {
+    const int ONCE = 3;
+    xs += skinny_chunk_at(lane, xl);
+    const cu_bf16 *x = a->x + cw * CU_SEGMENT + lane % 16 * 8;
+    for (int32_t r = lane / 16; r < n_row; r += 2) {
+        const cu_bf16 *from = x + row[r] * a->ldx;
+        for (int32_t round = 0; round < a->n_round; round += ONCE) {
+            uint4 v[ONCE];
 #pragma unroll
-        for (int k = 0; k < 8; k++) v[k] = skinny_l2(x + (i0 + k * 128 < n ? i0 + k * 128 : i0)); /* no branch */
+            for (int k = 0; k < ONCE; k++)
+                if ((round + k) * n_cw + cw < a->n_seg) v[k] = skinny_l2(from + (round + k) * n_cw * CU_SEGMENT);
+#pragma unroll
+            for (int k = 0; k < ONCE; k++)
+                if ((round + k) * n_cw + cw < a->n_seg) xs[(round + k) * x_round + r * 4] = v[k];
+        }
+    }
+    __syncwarp();
+}
+
+/* 1 / sqrt(mean of squares) of a row by one warp: cu_sum_squares with eight loads of 16 bytes in flight, the same
+ * order, the same bits. Longer rows are touched first, so that all of a row comes in one go. n % 4 == 0. All warps of a
+ * multiprocessor read the same rows, at about the same time: through L1. */
+static __device__ __forceinline__ float4 skinny_l1(const float *p) {
+    float4 v;
+    asm volatile("ld.global.v4.f32 {%0,%1,%2,%3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "l"(p));
+    return v;
+}
+static __device__ __forceinline__ float skinny_row_scale(const float *x, int32_t n, float eps, int lane) {
+    float sum = 0.0f;
+    for (int32_t i = 1024 + lane * 32; i < n; i += 1024) asm volatile("prefetch.global.L1 [%0];" ::"l"(x + i));
+    for (int32_t i0 = lane * 4; i0 < n; i0 += 1024) {
+        float4 v[8];
+#pragma unroll
+        for (int k = 0; k < 8; k++) v[k] = skinny_l1(x + (i0 + k * 128 < n ? i0 + k * 128 : i0)); /* no branch */
 #pragma unroll
         for (int k = 0; k < 8; k++) {
-            const float next = cu_add_squares(make_float4(__uint_as_float(v[k].x), __uint_as_float(v[k].y),
-                                                          __uint_as_float(v[k].z), __uint_as_float(v[k].w)),
-                                              sum);
+            const float next = cu_add_squares(v[k], sum);
             sum = i0 + k * 128 < n ? next : sum;
         }
     }
     __syncwarp();
-    return cu_warp_sum(sum);
+    return cu_norm_scale(cu_warp_sum(sum), n, eps);
+}
+
+/* Norm of x_f32, at most 8 rows, to the same places as skinny_x_load_few puts it. Of one row each warp finds the scale
+ * itself, which takes no barrier; of more a warp a row. Then a warp norms its segments, a lane four numbers.
+ * norm_wide: n_in is a multiple of 4 and all is aligned. xs: of the warp. */
+static __device__ __forceinline__ void skinny_x_norm(uint4 *xs, float row_scale[8], const skinny_args *a,
+                                                     const int32_t *row, int32_t n_row, int warp, int n_warp, int cw,
+                                                     int n_cw, int32_t x_round, int xl, int lane) {
+    const int32_t n = a->n_in;
+    float scale = 0.0f;
+    uint2 *const to = (uint2 *)(xs + skinny_chunk_at(lane / 2, xl)) + lane % 2;
+    if (n_row > 1) {
+        for (int32_t r = warp; r < n_row; r += n_warp) {
+            scale = skinny_row_scale(a->x_f32 + (int64_t)row[r] * n, n, a->eps, lane);
+            if (lane == 0) row_scale[r] = scale;
+        }
+        __syncthreads();
+    }
+    for (int32_t r = 0; r < n_row; r++) {
+        const float *x = a->x_f32 + (int64_t)row[r] * n;
+        int32_t i = cw * CU_SEGMENT + lane * 4;
+#pragma unroll 1
+        for (int32_t round = 0; round * n_cw + cw < a->n_seg; round++, i += n_cw * CU_SEGMENT) {
+            const float4 v = skinny_l1(x + (i < n ? i : 0));
+            const uint2 w = *(const uint2 *)(a->norm_w + (i < n ? i : 0));
+            if (n_row > 1)
+                scale = row_scale[r];
+            else if (round == 0)
+                scale = skinny_row_scale(x, n, a->eps, lane);
+            uint2 out;
+            out.x =
+                cu_round2(cu_normed(v.x, scale, (cu_bf16)(w.x & 0xffff)), cu_normed(v.y, scale, (cu_bf16)(w.x >> 16)));
+            out.y =
+                cu_round2(cu_normed(v.z, scale, (cu_bf16)(w.y & 0xffff)), cu_normed(v.w, scale, (cu_bf16)(w.y >> 16)));
+            if (i >= n) out = make_uint2(0, 0); /* beyond n */
+            to[(round * x_round + r * 4) * 2] = out;
+        }
+    }
+    __syncwarp();
 }
 
 /* Where inputs i .. i + 7 (i % 8 == 0) of row r < 8 lie in the x of this block; < 0: in another block of the cluster.
@@ -299,79 +433,21 @@ static __device__ __forceinline__ int32_t skinny_x_at(const skinny_place *p, int
     return seg / p->n_cw * p->x_round + cw % p->n_warp * p->x_warp + q * p->xl + r * 4 + c;
 }
 
-static __device__ __forceinline__ uint32_t skinny_normed2(uint32_t x0, uint32_t x1, uint32_t w, float scale) {
-    return (uint32_t)cu_round(cu_normed(__uint_as_float(x0), scale, (cu_bf16)(w & 0xffff))) |
-           (uint32_t)cu_round(cu_normed(__uint_as_float(x1), scale, (cu_bf16)(w >> 16))) << 16;
-}
-
-/* Eight numbers of a row of x_f32 and of the norm's weight: chunk `id` of all rows, in_row to a row. Beyond n: zero. */
-typedef struct skinny_chunk {
-    uint4 lo, hi, w;
-} skinny_chunk;
-static __device__ __forceinline__ skinny_chunk skinny_chunk_load(const skinny_args *a, int32_t id, int32_t in_row) {
-    const uint4 zero = make_uint4(0, 0, 0, 0);
-    const int32_t r = id / in_row, i = (id - r * in_row) * 8;
-    skinny_chunk o = {zero, zero, zero};
-    if (r < a->n_row && i < a->n_in) {
-        const float *x = a->x_f32 + (int64_t)r * a->n_in + i;
-        o.lo = skinny_l2(x);
-        o.hi = skinny_l2(x + 4);
-        o.w = *(const uint4 *)(a->norm_w + i);
-    }
-    return o;
-}
-static __device__ __forceinline__ void skinny_chunk_store(uint4 *xs, const float row_scale[8], const skinny_chunk *k,
-                                                          const skinny_place *p, int32_t id, int32_t in_row,
-                                                          int32_t n_row) {
-    const int32_t r = id / in_row;
-    if (r >= n_row) return;
-    const int32_t at = skinny_x_at(p, r, (id - r * in_row) * 8);
-    const float scale = row_scale[r];
-    if (at >= 0)
-        xs[at] = make_uint4(
-            skinny_normed2(k->lo.x, k->lo.y, k->w.x, scale), skinny_normed2(k->lo.z, k->lo.w, k->w.y, scale),
-            skinny_normed2(k->hi.x, k->hi.y, k->w.z, scale), skinny_normed2(k->hi.z, k->hi.w, k->w.w, scale));
-}
-
-/* Norm of x_f32, at most 8 rows, to the same places as skinny_x_load would put it. All threads of the block share the
- * rows in chunks of eight; the first two of a thread are asked for before the sums, so that they come together. xs: of
- * the block. norm_wide: n_in is a multiple of 8 and all is aligned. */
-static __device__ __forceinline__ void skinny_x_norm(uint4 *xs, float row_scale[8], const skinny_args *a,
-                                                     const skinny_place *p) {
-    const int thread = threadIdx.x, n_thread = blockDim.x;
-    const int32_t n = a->n_in, in_row = a->n_seg * (CU_SEGMENT / 8), n_chunk = a->n_row * in_row;
-    skinny_chunk one = skinny_chunk_load(a, thread, in_row), two = skinny_chunk_load(a, thread + n_thread, in_row);
-    for (int32_t r = thread / 32; r < a->n_row; r += p->n_warp) {
-        const float sum = skinny_sum_squares(a->x_f32 + (int64_t)r * n, n, thread & 31);
-        if (thread % 32 == 0) row_scale[r] = cu_norm_scale(sum, n, a->eps);
-    }
-    __syncthreads();
-#pragma unroll 1
-    for (int32_t id = thread;;) {
-        skinny_chunk_store(xs, row_scale, &one, p, id, in_row, a->n_row);
-        skinny_chunk_store(xs, row_scale, &two, p, id + n_thread, in_row, a->n_row);
-        id += 2 * n_thread;
-        if (id >= n_chunk) break;
-        one = skinny_chunk_load(a, id, in_row);
-        two = skinny_chunk_load(a, id + n_thread, in_row);
-    }
-    __syncthreads();
-}
-
 /* The same for any n_in and alignment, number by number. */
 static __device__ __noinline__ void skinny_x_norm_narrow(uint4 *xs, float row_scale[8], const skinny_args *a,
-                                                         const skinny_place *p) {
+                                                         skinny_place p, const int32_t *row, int32_t n_row) {
     const int thread = threadIdx.x;
     const int32_t n = a->n_in, padded = a->n_seg * CU_SEGMENT;
-    for (int32_t r = thread / 32; r < a->n_row; r += p->n_warp) {
-        const float sum = cu_sum_squares(a->x_f32 + (int64_t)r * n, n);
+    for (int32_t r = thread / 32; r < n_row; r += p.n_warp) {
+        const float sum = cu_sum_squares(a->x_f32 + (int64_t)row[r] * n, n);
         if (thread % 32 == 0) row_scale[r] = cu_norm_scale(sum, n, a->eps);
     }
     __syncthreads();
 #pragma unroll 1
-    for (int32_t id = thread; id < a->n_row * padded; id += blockDim.x) {
-        const int32_t r = id / padded, i = id % padded, at = skinny_x_at(p, r, i / 8 * 8);
-        const float x = i < n ? cu_normed(skinny_l2f(a->x_f32 + (int64_t)r * n + i), row_scale[r], a->norm_w[i]) : 0.0f;
+    for (int32_t id = thread; id < n_row * padded; id += blockDim.x) {
+        const int32_t r = id / padded, i = id % padded, at = skinny_x_at(&p, r, i / 8 * 8);
+        const float x =
+            i < n ? cu_normed(skinny_l2f(a->x_f32 + (int64_t)row[r] * n + i), row_scale[r], a->norm_w[i]) : 0.0f;
         if (at >= 0) ((cu_bf16 *)(xs + at))[i % 8] = cu_round(x);
     }
     __syncthreads();
@@ -389,6 +465,8 @@ template <cu_format F, int NT>
 __global__ void __launch_bounds__(SKINNY_WARPS_MAX * 32, 1 + (NT < 8) + (NT < 2))
     skinny_kernel(const __grid_constant__ skinny_args a) {
     typedef skinny_shape<F> shape;
+    /* units that a warp works on at once, if there are so many; bf16's ring is not deep enough */
+    constexpr int SIDE = NT == 1 && F != CU_BF16 ? 2 : 1;
     extern __shared__ uint4 skinny_memory[];
     __shared__ int32_t row[8 * NT];
     __shared__ float row_scale[8];
@@ -402,11 +480,17 @@ __global__ void __launch_bounds__(SKINNY_WARPS_MAX * 32, 1 + (NT < 8) + (NT < 2)
     int32_t n_row = a.n_row, place = 0;
 
     cu_launch_next();
-    if (a.grouped) { /* which weights it will be is for an earlier kernel to say */
+    if (!a.grouped) {
+        if (NT == 1 && a.x_f32) /* not a step's either */
+            for (int32_t i = thread * 64; i < a.n_in; i += n_thread * 64)
+                asm volatile("prefetch.global.L2 [%0];" ::"l"(a.norm_w + i));
+        if (thread < n_row) row[thread] = thread;
+        __syncthreads();
+    } else { /* which weights it will be is for an earlier kernel to say */
         cu_wait_previous();
-        if ((int32_t)blockIdx.y >= skinny_l2i(a.n_tile)) return;
-        const int32_t expert = skinny_l2i(a.tile_expert + blockIdx.y);
+        const int32_t n_tile = skinny_l2i(a.n_tile), expert = skinny_l2i(a.tile_expert + blockIdx.y);
         place = skinny_l2i(a.tile_place + blockIdx.y);
+        if ((int32_t)blockIdx.y >= n_tile) return;
         n_row = min(n_row, skinny_l2i(a.first + expert + 1) - place);
         pack = (const unsigned char *)a.experts[expert].pack;
         scale = a.experts[expert].scale;
@@ -419,30 +503,34 @@ __global__ void __launch_bounds__(SKINNY_WARPS_MAX * 32, 1 + (NT < 8) + (NT < 2)
     for (int d = 0; d < shape::DEPTH; d++) skinny_ask<F>(&walk, ring_at + d * shape::SLOT, lane);
     if (a.n_rank > 1) skinny_arrive(); /* the others may write to our memory from here on */
 
-    if (!a.grouped) cu_wait_previous();
-    for (int32_t r = thread; r < n_row; r += n_thread)
-        row[r] = !a.grouped ? r : a.gather ? skinny_l2i(a.place_entry + place + r) / a.n_used : place + r;
-    __syncthreads();
+    if (a.grouped) {
+        if (thread < n_row)
+            row[thread] = a.gather ? skinny_l2i(a.place_entry + place + thread) / a.n_used : place + thread;
+        __syncthreads();
+    }
     const int xl = NT == 1 ? 4 * n_row : 32;
     uint4 *xs = (uint4 *)((unsigned char *)skinny_memory + n_warp * (shape::DEPTH * shape::SLOT));
     const int32_t x_warp = (n_row + 7) / 8 * 4 * xl, x_round = n_warp * x_warp;
     float *part = (float *)(a.x_shared ? xs + a.n_round * x_round : xs);
+    if (a.n_rank > 1) skinny_meet();
+    if (!a.grouped) cu_wait_previous();
     if (NT == 1 && a.x_f32) {
-        const skinny_place where = {n_cw, n_warp, rank, x_warp, x_round, xl};
         if (a.norm_wide)
-            skinny_x_norm(xs, row_scale, &a, &where);
+            skinny_x_norm(xs + warp * x_warp, row_scale, &a, row, n_row, warp, n_warp, cw, n_cw, x_round, xl, lane);
         else
-            skinny_x_norm_narrow(xs, row_scale, &a, &where);
+            skinny_x_norm_narrow(xs, row_scale, &a, {n_cw, n_warp, rank, x_warp, x_round, xl}, row, n_row);
+    } else if (NT == 1) {
+        skinny_x_load_few(xs + warp * x_warp, &a, row, n_row, cw, n_cw, x_round, xl, lane);
+    } else if (a.x_shared) {
+        skinny_x_load<NT>(xs + warp * x_warp + lane, &a, row, n_row, cw, n_cw, xl, lane);
     }
     xs += warp * x_warp + lane;
-    if (!a.x_f32 && a.x_shared) skinny_x_load<NT>(xs, &a, row, n_row, cw, n_cw, xl, lane);
     skinny_x x = {NULL, NULL, a.ldx, row, n_row, xl, g};
 
     const int32_t slots = a.n_pass * n_cw, slot_size = n_row * CU_BAND;
     float *const part_scale = part + a.n_turn * slots * slot_size;
     float *to = part, *to_scale = part_scale;
     if (a.n_rank > 1) {
-        skinny_meet();
         to = skinny_first_rank(part);
         to_scale = skinny_first_rank(part_scale);
     }
@@ -466,34 +554,54 @@ __global__ void __launch_bounds__(SKINNY_WARPS_MAX * 32, 1 + (NT < 8) + (NT < 2)
         }
         for (int32_t v0 = 0; v0 < n_unit; v0 += a.n_pass) {
             const int32_t v1 = min(v0 + a.n_pass, n_unit);
-            for (int32_t v = v0; v < v1; v++) {
-                const int32_t round = v >> pairs, seg = round * n_cw + cw;
-                skinny_wait<shape::DEPTH - 1>();
-                __syncwarp();
-                if (seg < a.n_seg) {
-                    float acc[NT][4];
-                    const unsigned char *slot = ring + depth * shape::SLOT;
-                    x.shared = a.x_shared ? xs + round * x_round : NULL;
-                    x.x = a.x + (int64_t)seg * CU_SEGMENT + 16 * c;
-                    skinny_segment<F, NT>(acc, slot + lane * 16, &x);
-                    const int32_t at = (turn * a.n_pass + v - v0) * n_cw + cw;
-                    float *p = to + at * slot_size;
+            for (int32_t v = v0; v < v1;) {
+                int done = 1;
+                if constexpr (SIDE == 2) {
+                    if (v + 1 < v1) {
+                        done = 2;
+                        skinny_wait<shape::DEPTH - 2>();
+                        __syncwarp();
+                        float acc[2][4];
+                        const unsigned char *slot[2];
+                        const uint4 *xk[2];
+                        bool in[2];
 #pragma unroll
-                    for (int nt = 0; nt < NT; nt++) {
-                        const int32_t r = 8 * nt + 2 * c;
-                        if (r < n_row) {
-                            p[skinny_part_at(r, g)] = acc[nt][0];
-                            p[skinny_part_at(r, g + 8)] = acc[nt][2];
+                        for (int k = 0; k < 2; k++) {
+                            const int32_t round = (v + k) >> pairs, d = depth + k;
+                            in[k] = round * n_cw + cw < a.n_seg;
+                            slot[k] = ring + (d < shape::DEPTH ? d : d - shape::DEPTH) * shape::SLOT + lane * 16;
+                            xk[k] = xs + (in[k] ? round * x_round : 0);
                         }
-                        if (r + 1 < n_row) {
-                            p[skinny_part_at(r + 1, g)] = acc[nt][1];
-                            p[skinny_part_at(r + 1, g + 8)] = acc[nt][3];
+                        skinny_two<F>(acc, slot, xk, xl, g < n_row);
+#pragma unroll
+                        for (int k = 0; k < 2; k++) {
+                            if (!in[k]) continue;
+                            const int32_t at = (turn * a.n_pass + v + k - v0) * n_cw + cw;
+                            skinny_put<1>(to + at * slot_size, &acc[k], n_row, g, c);
+                            if (F == CU_F8 && lane == 0) to_scale[at] = *(const float *)(slot[k] + shape::UNIT);
                         }
                     }
-                    if (F == CU_F8 && lane == 0) to_scale[at] = *(const float *)(slot + shape::UNIT);
                 }
-                skinny_ask<F>(&walk, ring_at + depth * shape::SLOT, lane);
-                depth = depth + 1 == shape::DEPTH ? 0 : depth + 1;
+                if (done == 1) {
+                    const int32_t round = v >> pairs, seg = round * n_cw + cw;
+                    skinny_wait<shape::DEPTH - 1>();
+                    __syncwarp();
+                    if (seg < a.n_seg) {
+                        float acc[NT][4];
+                        const unsigned char *slot = ring + depth * shape::SLOT;
+                        x.shared = a.x_shared ? xs + round * x_round : NULL;
+                        x.x = a.x + (int64_t)seg * CU_SEGMENT + 16 * c;
+                        skinny_segment<F, NT>(acc, slot + lane * 16, &x);
+                        const int32_t at = (turn * a.n_pass + v - v0) * n_cw + cw;
+                        skinny_put<NT>(to + at * slot_size, acc, n_row, g, c);
+                        if (F == CU_F8 && lane == 0) to_scale[at] = *(const float *)(slot + shape::UNIT);
+                    }
+                }
+                for (int k = 0; k < done; k++) {
+                    skinny_ask<F>(&walk, ring_at + depth * shape::SLOT, lane);
+                    depth = depth + 1 == shape::DEPTH ? 0 : depth + 1;
+                }
+                v += done;
             }
             skinny_barrier(a.n_rank);
             if (rank == 0) {
@@ -506,10 +614,20 @@ __global__ void __launch_bounds__(SKINNY_WARPS_MAX * 32, 1 + (NT < 8) + (NT < 2)
                         const int32_t at = (turn * a.n_pass + v - v0) * n_cw;
                         const float *p = part + at * slot_size + skinny_part_at(r, o);
                         float sum = v & pairs ? total[1][k] : total[0][k];
-#pragma unroll 8
-                        for (int32_t i = 0; i < n; i++) {
-                            const float segment = p[i * slot_size];
-                            sum = F == CU_F8 ? __fmaf_rn(part_scale[at + i], segment, sum) : __fadd_rn(segment, sum);
+                        for (int32_t i0 = 0; i0 < n; i0 += SUM_ONCE) { /* all loads of a run before its first sum */
+                            float segment[SUM_ONCE], by_segment[SUM_ONCE];
+#pragma unroll
+                            for (int i = 0; i < SUM_ONCE; i++) {
+                                const int32_t from = min(i0 + i, n - 1);
+                                segment[i] = p[from * slot_size];
+                                if (F == CU_F8) by_segment[i] = part_scale[at + from];
+                            }
+#pragma unroll
+                            for (int i = 0; i < SUM_ONCE; i++) {
+                                const float next =
+                                    F == CU_F8 ? __fmaf_rn(by_segment[i], segment[i], sum) : __fadd_rn(segment[i], sum);
+                                sum = i0 + i < n ? next : sum;
+                            }
                         }
                         if (v & pairs)
                             total[1][k] = sum;

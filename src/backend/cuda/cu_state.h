@@ -19,13 +19,14 @@
 #include "backend/cuda/cuda.h"
 
 enum {
-    CU_SLOTS = 3,        /* two in flight, and the one whose result the engine still reads */
-    CU_LANES = 2,        /* threads that move pages beside the engine's */
-    CU_FFN_ROWS = 4096,  /* rows of one pass through a feed-forward: bounds its scratch */
-    CU_LOGIT_ROWS = 256, /* wanted rows whose logits exist at one time */
-    CU_NORM_ROWS = 8,    /* most rows that a linear norms itself (cu_job.x_f32) */
-    CU_ATTEND_ROWS = 16, /* query rows (rows times heads of a group) of a sequence that count as decode */
-    CU_GRAPH_MOST = 256, /* largest batch that has a graph */
+    CU_SLOTS = 3,           /* two in flight, and the one whose result the engine still reads */
+    CU_LANES = 2,           /* threads that move pages beside the engine's */
+    CU_FFN_ROWS = 4096,     /* rows of one pass through a feed-forward: bounds its scratch */
+    CU_LOGIT_ROWS = 256,    /* wanted rows whose logits exist at one time */
+    CU_NORM_ROWS = 8,       /* most rows that a linear norms itself (cu_job.x_f32) */
+    CU_NORM_NUMBERS = 2048, /* and most numbers: a kernel of its own costs less than every block's norm of more */
+    CU_ATTEND_ROWS = 16,    /* query rows (rows times heads of a group) of a sequence that count as decode */
+    CU_GRAPH_MOST = 256,    /* largest batch that has a graph */
     CU_GRAPHS_MAX = 64,
     CU_EXPERTS_MAX = 512, /* as cu_route can */
     CU_USED_MAX = 16,
@@ -131,6 +132,8 @@ typedef struct cu_backend {
     unsigned char *input;                   /* a cu_input */
 
     cudaStream_t stream;
+    cudaStream_t side; /* shared experts of few rows, beside the others: from fork to join */
+    cudaEvent_t fork, join;
     cudaEvent_t copied; /* after the last kv_copy */
     cu_slot slot[CU_SLOTS];
     cu_graph graph[CU_GRAPHS_MAX];

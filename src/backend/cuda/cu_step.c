@@ -84,20 +84,12 @@ static void linear(const run *r, const cu_linear *w, cu_epilogue e, float *y, co
     CU_DO(r->b, cu_linear_run(r->b->stream, &j));
 }
 
-/* h = silu(gate x) * up x. */
-static void gate_up(const run *r, const cu_linear *w, cu_bf16 *h, const cu_bf16 *x, int32_t n_row) {
-    cu_job j = job_of(w, CU_SWIGLU, x, n_row);
-    j.h = h;
-    j.ldh = CU_PAD(w->n_out);
-    CU_DO(r->b, cu_linear_run(r->b->stream, &j));
-}
-
 /* What j takes is the norm of n rows of x, rows[i] or the first n: made into xn, or by the linear itself where the rows
  * are few and lie together. */
 static void norm_into(const run *r, cu_job *j, const float *x, const int32_t *rows, const cu_bf16 *w, int32_t n) {
     cu_backend *b = r->b;
     const ern_config *m = &b->model->config;
-    if (j && !rows && n <= CU_NORM_ROWS) {
+    if (j && !rows && n <= CU_NORM_ROWS && n * m->n_hidden <= CU_NORM_NUMBERS) {
         j->x_f32 = x;
         j->norm_w = w;
         j->eps = m->rms_eps;
@@ -147,6 +139,32 @@ static void run_experts(const run *r, const cu_layer *w, const cu_routes *routes
     CU_DO(b, cu_grouped_run(b->stream, &down));
 }
 
+/* shared_y = the shared experts. Of few rows they run beside the router and the other experts, whose first kernels
+ * leave the memory idle, until shared_join. */
+static void run_shared(const run *r, const cu_layer *w, int32_t n) {
+    cu_backend *b = r->b;
+    const bool beside = n <= CU_SKINNY_MAX;
+    cudaStream_t s = beside ? b->side : b->stream;
+    if (beside) {
+        CU_DO(b, cudaEventRecord(b->fork, b->stream));
+        CU_DO(b, cudaStreamWaitEvent(b->side, b->fork, 0));
+    }
+    cu_job up = job_of(&w->ffn.up, CU_SWIGLU, b->xn, n);
+    up.h = b->shared_hid;
+    up.ldh = CU_PAD(w->ffn.up.n_out);
+    up.alone = beside;
+    CU_DO(b, cu_linear_run(s, &up));
+    cu_job down = job_of(&w->ffn.down, CU_STORE, b->shared_hid, n);
+    down.y = b->shared_y;
+    down.ldy = w->ffn.down.n_out;
+    CU_DO(b, cu_linear_run(s, &down));
+    if (beside) CU_DO(b, cudaEventRecord(b->join, b->side));
+}
+
+static void shared_join(const run *r, int32_t n) {
+    if (n <= CU_SKINNY_MAX) CU_DO(r->b, cudaStreamWaitEvent(r->b->stream, r->b->join, 0));
+}
+
 /* x += experts + shared, rows row0..row0+n-1. */
 static void moe_ffn(const run *r, const cu_layer *w, int32_t layer, int32_t row0, int32_t n) {
     cu_backend *b = r->b;
@@ -163,15 +181,13 @@ static void moe_ffn(const run *r, const cu_layer *w, int32_t layer, int32_t row0
                                 .bias = w->router_bias,
                                 .n_row = n,
                                 .n_hidden = D};
-    CU_DO(b, cu_route(b->stream, &route, &routes));
     norm_into(r, NULL, x, NULL, w->ffn_norm, n);
     show_bf16(r, "ffn_norm", layer, row0, b->xn, n, D);
+    if (w->has_shared) run_shared(r, w, n);
+    CU_DO(b, cu_route(b->stream, &route, &routes));
     show(r, "router", layer, row0, routes.logit, n, m->n_expert);
     run_experts(r, w, &routes, n);
-    if (w->has_shared) {
-        gate_up(r, &w->ffn.up, b->shared_hid, b->xn, n);
-        linear(r, &w->ffn.down, CU_STORE, b->shared_y, b->shared_hid, n);
-    }
+    if (w->has_shared) shared_join(r, n);
     float *out = b->probe ? b->qkv : NULL; /* free by now, and large enough */
     CU_DO(b, cu_combine(b->stream, x, out, b->expert_y, w->has_shared ? b->shared_y : NULL, &routes, n, D));
     if (out) show(r, "experts", layer, row0, out, n, D);

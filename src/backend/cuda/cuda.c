@@ -123,6 +123,9 @@ static ern_status take_blocks(cu_backend *b, size_t raw_bytes, ern_err *err) {
 
 static ern_status take_streams(cu_backend *b, ern_err *err) {
     CU_TRY(cudaStreamCreateWithFlags(&b->stream, cudaStreamNonBlocking), err);
+    CU_TRY(cudaStreamCreateWithFlags(&b->side, cudaStreamNonBlocking), err);
+    CU_TRY(cudaEventCreateWithFlags(&b->fork, cudaEventDisableTiming), err);
+    CU_TRY(cudaEventCreateWithFlags(&b->join, cudaEventDisableTiming), err);
     CU_TRY(cudaEventCreateWithFlags(&b->copied, cudaEventDisableTiming), err);
     for (int i = 0; i < CU_SLOTS; i++) {
         CU_TRY(cudaEventCreate(&b->slot[i].begin), err);
@@ -177,7 +180,10 @@ static void cuda_close(ern_backend *base) {
         if (b->lane[i].stream) (void)cudaStreamDestroy(b->lane[i].stream);
         pthread_mutex_destroy(&b->lane[i].lock);
     }
+    if (b->fork) (void)cudaEventDestroy(b->fork);
+    if (b->join) (void)cudaEventDestroy(b->join);
     if (b->copied) (void)cudaEventDestroy(b->copied);
+    if (b->side) (void)cudaStreamDestroy(b->side);
     if (b->stream) (void)cudaStreamDestroy(b->stream);
     if (b->pinned) (void)cudaFreeHost(b->pinned);
     if (b->scratch) (void)cudaFree(b->scratch);
