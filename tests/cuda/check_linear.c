@@ -1,4 +1,4 @@
-/* cu_pack, cu_skinny_run and cu_skinny_grouped. Packed bytes are compared with a host packer written from
+/* cu_pack, cu_linear_run and cu_grouped_run up to 64 rows. Packed bytes are compared with a host packer written from
  * cu_kernels.h's drawing; rows computed one by one with scalar double, within a derived bound; rows in company, the
  * norm in front and experts bit for bit with those. */
 #include "check.h"
@@ -290,7 +290,7 @@ static void check_plain(cu_format f, cu_epilogue e, int32_t n_out, int32_t n_in)
     for (int32_t row = 0; row < ROWS; row++) { /* each alone */
         j.x = dx + row * ldx;
         job_results(&j, &r, row);
-        CHECK_CUDA(cu_skinny_run(0, &j));
+        CHECK_CUDA(cu_linear_run(0, &j));
     }
     unsigned char *alone = take(r.bytes);
     check_get(alone, r.device, r.bytes);
@@ -317,7 +317,7 @@ static void check_plain(cu_format f, cu_epilogue e, int32_t n_out, int32_t n_in)
     for (size_t k = 0; k < sizeof n_rows / sizeof *n_rows; k++) {
         j.n_row = n_rows[k];
         results_reset(&r);
-        CHECK_CUDA(cu_skinny_run(0, &j));
+        CHECK_CUDA(cu_linear_run(0, &j));
         check_get(r.at, r.device, r.bytes);
         const size_t line = (size_t)r.ld * r.each;
         for (int32_t row = 0; row < ROWS; row++) /* what lies between rows is poison in all of them */
@@ -460,7 +460,7 @@ static void check_experts(cu_format f, bool up, int32_t n_out, int32_t n_in, int
         cu_job j = {.w = w[l.expert[i]], .epilogue = e, .ldx = ldx, .n_row = 1};
         j.x = dx + (up ? l.place_entry[i] / K : i) * ldx;
         job_results(&j, &r, i);
-        CHECK_CUDA(cu_skinny_run(0, &j));
+        CHECK_CUDA(cu_linear_run(0, &j));
     }
     check_get(want, r.device, r.bytes);
     results_reset(&r);
@@ -490,7 +490,7 @@ static void check_experts(cu_format f, bool up, int32_t n_out, int32_t n_in, int
         g.h = r.device;
     else
         g.y = r.device;
-    CHECK_CUDA(cu_skinny_grouped(0, &g));
+    CHECK_CUDA(cu_grouped_run(0, &g));
     check_get(r.at, r.device, r.bytes);
     for (size_t i = 0; i < r.bytes && !*what; i++)
         if (want[i] != r.at[i]) {
@@ -543,9 +543,9 @@ static void check_chain(cu_format f, int32_t n_hidden, int32_t n_ffn, int32_t n_
         CHECK_CUDA(cudaDeviceSynchronize());
         if (way == 2) CHECK_CUDA(cudaStreamBeginCapture(s, cudaStreamCaptureModeThreadLocal));
         for (int k = 0; k < LAYERS; k++) {
-            CHECK_CUDA(cu_skinny_run(s, &up));
+            CHECK_CUDA(cu_linear_run(s, &up));
             if (way == 0) CHECK_CUDA(cudaDeviceSynchronize());
-            CHECK_CUDA(cu_skinny_run(s, &add));
+            CHECK_CUDA(cu_linear_run(s, &add));
             if (way == 0) CHECK_CUDA(cudaDeviceSynchronize());
         }
         if (way == 2) {

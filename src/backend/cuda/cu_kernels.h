@@ -31,8 +31,8 @@ extern "C" {
 enum {
     CU_SEGMENT = 128,
     CU_KEYS = 128,
-    CU_BAND = 16,      /* outputs of a band of packed weights */
-    CU_SKINNY_MAX = 64 /* most rows of the kernels that stream weights past few rows */
+    CU_BAND = 16,     /* outputs of a band of packed weights */
+    CU_SKINNY_MAX = 8 /* most rows of the kernels that stream weights past few rows */
 };
 #define CU_PAD(n) (((n) + CU_SEGMENT - 1) / CU_SEGMENT * CU_SEGMENT)
 #define CU_BANDS(n) (((n) + CU_BAND - 1) / CU_BAND)
@@ -267,7 +267,7 @@ int64_t cu_sample_prepare(cu_rule *out, const ern_sample *s, int32_t row, int32_
                           int32_t *aux, int64_t at);
 /* Scratch for n_want rows at once. */
 int64_t cu_sample_scratch_bytes(int32_t n_want, int32_t n_vocab);
-/* Sample n_want rows of logits f32 [n_want, V] (changed). token: the step's tokens, resolved, by row (the tail of a
+/* Sample n_want rows of logits f32 [n_want, V]. token: the step's tokens, resolved, by row (the tail of a
  * sequence that `seen` lacks). out: ern_sampled [n_want]; ids: [n_want] the tokens alone (ERN_PREV of the next step).
  * all_greedy: host's promise that every rule is plain arg-max: no penalties, bias, bans, masks, forced ids or logprobs;
  * that path costs one read of the logits. */

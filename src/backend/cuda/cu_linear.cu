@@ -4,7 +4,6 @@
 #include "backend/cuda/cu_kernels.h"
 
 enum {
-    FEW = 8,
     TILE_ROWS = 128, /* of cu_large.cu */
     TILE_BANDS = 8,
     CORES = 132, /* of the chip on which the choice was measured */
@@ -19,10 +18,12 @@ static bool large_pays(const cu_job *j) {
 }
 
 cudaError_t cu_linear_run(cudaStream_t s, const cu_job *j) {
-    return j->n_row <= FEW ? cu_skinny_run(s, j) : large_pays(j) ? cu_large_run(s, j) : cu_mid_run(s, j);
+    return j->n_row <= CU_SKINNY_MAX ? cu_skinny_run(s, j) : large_pays(j) ? cu_large_run(s, j) : cu_mid_run(s, j);
 }
 
 cudaError_t cu_grouped_run(cudaStream_t s, const cu_grouped_job *j) {
     const int32_t rows = j->routes->tile_rows;
-    return rows <= FEW ? cu_skinny_grouped(s, j) : rows < TILE_ROWS ? cu_mid_grouped(s, j) : cu_large_grouped(s, j);
+    return rows <= CU_SKINNY_MAX ? cu_skinny_grouped(s, j)
+           : rows < TILE_ROWS    ? cu_mid_grouped(s, j)
+                                 : cu_large_grouped(s, j);
 }

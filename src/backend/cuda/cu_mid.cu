@@ -98,7 +98,7 @@ static void plan(mid_plan *best, const cu_linear *w, int rows, int32_t n_tile_ro
         }
 }
 
-static cudaError_t launch(cudaStream_t s, mid_args *a, const mid_plan *p, int rows) {
+static cudaError_t launch(cudaStream_t s, mid_args *a, const mid_plan *p, int rows, bool early) {
     const int height = rows == 16 ? 0 : rows == 32 ? 1 : 2;
     if (!large_sound(&a->l)) return cudaErrorInvalidValue;
     a->n_pair = p->n_pair;
@@ -113,7 +113,7 @@ static cudaError_t launch(cudaStream_t s, mid_args *a, const mid_plan *p, int ro
     if (n_block == 0) return cudaSuccess;
     void *args[] = {a};
     return cu_launch(s, kernels[a->l.w.format][height][p->n_rank > 1], dim3((unsigned)n_block),
-                     (unsigned)(p->n_pair * mid_parts(rows) + mid_fillers(rows)) * 32, (size_t)p->bytes, true,
+                     (unsigned)(p->n_pair * mid_parts(rows) + mid_fillers(rows)) * 32, (size_t)p->bytes, early,
                      (unsigned)p->n_rank, args);
 }
 
@@ -128,7 +128,7 @@ cudaError_t cu_mid_run(cudaStream_t s, const cu_job *j) {
     a.l = large_plain(j);
     a.l.n_tile_row = ceil_div(j->n_row, rows);
     plan(&p, &j->w, rows, a.l.n_tile_row, n_core);
-    return launch(s, &a, &p, rows);
+    return launch(s, &a, &p, rows, !j->alone);
 }
 
 /* Tiles are many: a block each, two on a multiprocessor, as many outputs as leave a ring of two slots. */
@@ -142,5 +142,5 @@ cudaError_t cu_mid_grouped(cudaStream_t s, const cu_grouped_job *j) {
     a.l = large_experts(j);
     mid_plan p = {least(mid_warps_max(rows) / mid_parts(rows), ceil_div(j->shape.n_band, 2)), 1, 0, 0, 0, 0};
     while (!plan_for(&p, &j->shape, rows, SHARED_TWO)) p.n_pair--;
-    return launch(s, &a, &p, rows);
+    return launch(s, &a, &p, rows, true);
 }

@@ -156,6 +156,7 @@ static __global__ void __launch_bounds__(EMBED_THREADS)
 cudaError_t cu_embed(cudaStream_t s, float *x, int32_t *token, const int32_t *prev, const cu_bf16 *embed, int32_t n_row,
                      int32_t n_hidden) {
     if (n_row <= 0) return cudaSuccess;
+    /* not early: it ends the step before for all that come after it, and some of those read before they wait */
     embed_kernel<<<(unsigned)n_row, EMBED_THREADS, 0, s>>>(x, token, prev, embed, n_hidden);
     return cudaGetLastError();
 }

@@ -136,9 +136,8 @@ static __device__ __forceinline__ void send64(void *mine, int32_t rank, uint64_t
 
 /* Every thread of every block; what was written before, in shared memory, is seen after. A barrier of our own, because
  * a reduction's numbers travel with it, and because waiting must not throw away the first-level cache: that is what
- * acquiring at cluster scope does, of the chip's barrier too, and then every thread's local memory comes from L2. Only
- * shared memory is exchanged, which no cache holds; what is seen of the barrier's phase was released at cluster scope.
- */
+ * acquiring all memory at cluster scope does, of the chip's barrier too, and then every thread's local memory comes
+ * from L2. Only shared memory is exchanged, so the fence after the wait acquires that alone. */
 static __device__ __forceinline__ void team_begin(const team *t) {
     if (t->tid == 0) {
         asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"((uint32_t)__cvta_generic_to_shared(&SH->barrier)),
@@ -162,12 +161,13 @@ static __device__ __forceinline__ void team_wait(team *t) {
     uint32_t done;
     do {
         asm volatile("{\n\t.reg .pred p;\n\t"
-                     "mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 p, [%1], %2;\n\t"
+                     "mbarrier.try_wait.parity.relaxed.cluster.shared::cta.b64 p, [%1], %2;\n\t"
                      "selp.u32 %0, 1, 0, p;\n\t}"
                      : "=r"(done)
                      : "r"(at), "r"(parity)
                      : "memory");
     } while (!done);
+    asm volatile("fence.acquire.sync_restrict::shared::cluster.cluster;" ::: "memory");
     t->turn ^= 1;
 }
 static __device__ __forceinline__ void team_sync(team *t) {

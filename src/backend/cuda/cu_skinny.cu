@@ -1,10 +1,9 @@
-/* Linears of 1..64 rows, plain and of experts: how the work of cu_skinny_kernel.cuh is cut. By shape and number of rows
+/* Linears of 1..8 rows, plain and of experts: how the work of cu_skinny_kernel.cuh is cut. By shape and number of rows
  * for speed alone; the sums are the same however it is cut. */
 #include "backend/cuda/cu_skinny_kernel.cuh"
 
 enum {
     DEVICES_MAX = 16,
-    WIDTHS = 4,              /* 8, 16, 32, 64 rows */
     SHARED_MAX = 231 * 1000, /* of a block, what the kernel holds besides left out */
     SHARED_ALL = 228 * 1024, /* of a multiprocessor, a block's own kilobyte included */
     PART_BYTES = 16 * 1024,  /* of partial sums, if it need not be more */
@@ -30,22 +29,18 @@ static const format_sizes format_size[CU_FORMATS] = {
     {skinny_shape<CU_F8>::SLOT, skinny_shape<CU_F8>::DEPTH},
 };
 
-static const void *const kernels[CU_FORMATS][WIDTHS] = {
-    {(const void *)skinny_kernel<CU_BF16, 1>, (const void *)skinny_kernel<CU_BF16, 2>,
-     (const void *)skinny_kernel<CU_BF16, 4>, (const void *)skinny_kernel<CU_BF16, 8>},
-    {(const void *)skinny_kernel<CU_I8, 1>, (const void *)skinny_kernel<CU_I8, 2>,
-     (const void *)skinny_kernel<CU_I8, 4>, (const void *)skinny_kernel<CU_I8, 8>},
-    {(const void *)skinny_kernel<CU_I4, 1>, (const void *)skinny_kernel<CU_I4, 2>,
-     (const void *)skinny_kernel<CU_I4, 4>, (const void *)skinny_kernel<CU_I4, 8>},
-    {(const void *)skinny_kernel<CU_F8, 1>, (const void *)skinny_kernel<CU_F8, 2>,
-     (const void *)skinny_kernel<CU_F8, 4>, (const void *)skinny_kernel<CU_F8, 8>},
+static const void *const kernels[CU_FORMATS] = {
+    (const void *)skinny_kernel<CU_BF16, 1>,
+    (const void *)skinny_kernel<CU_I8, 1>,
+    (const void *)skinny_kernel<CU_I4, 1>,
+    (const void *)skinny_kernel<CU_F8, 1>,
 };
 
 /* What the chip and the compiler say, asked for once a device, before the first launch on it. */
 typedef struct skinny_device {
     bool ready;
     int32_t n_sm;
-    int32_t n_register[CU_FORMATS][WIDTHS];
+    int32_t n_register[CU_FORMATS];
 } skinny_device;
 
 static cudaError_t device_ready(const skinny_device **out) {
@@ -58,14 +53,12 @@ static cudaError_t device_ready(const skinny_device **out) {
     *out = d;
     if (d->ready) return cudaSuccess;
     e = cudaDeviceGetAttribute(&d->n_sm, cudaDevAttrMultiProcessorCount, id);
-    for (int f = 0; f < CU_FORMATS; f++) {
-        for (int w = 0; w < WIDTHS && e == cudaSuccess; w++) {
-            cudaFuncAttributes attr;
-            e = cudaFuncGetAttributes(&attr, kernels[f][w]);
-            d->n_register[f][w] = attr.numRegs;
-            if (e == cudaSuccess)
-                e = cudaFuncSetAttribute(kernels[f][w], cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED_MAX);
-        }
+    for (int f = 0; f < CU_FORMATS && e == cudaSuccess; f++) {
+        cudaFuncAttributes attr;
+        e = cudaFuncGetAttributes(&attr, kernels[f]);
+        d->n_register[f] = attr.numRegs;
+        if (e == cudaSuccess)
+            e = cudaFuncSetAttribute(kernels[f], cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED_MAX);
     }
     d->ready = e == cudaSuccess;
     return e;
@@ -112,8 +105,8 @@ static void plan(skinny_args *a, skinny_plan *p, cu_format f, int32_t n_tile, in
 }
 
 /* Blocks that run at the same time. */
-static int32_t slots_of(const skinny_device *d, const skinny_plan *p, cu_format f, int width) {
-    const int32_t by_register = 65536 / ((d->n_register[f][width] + 7) / 8 * 8 * p->n_warp * 32);
+static int32_t slots_of(const skinny_device *d, const skinny_plan *p, cu_format f) {
+    const int32_t by_register = 65536 / ((d->n_register[f] + 7) / 8 * 8 * p->n_warp * 32);
     const int32_t by_shared = SHARED_ALL / (int32_t)(p->bytes + 1024 + 512);
     return d->n_sm * most(least(least(by_register, by_shared), 2048 / (p->n_warp * 32)), 1);
 }
@@ -133,7 +126,6 @@ static cudaError_t launch(cudaStream_t s, skinny_args *a, const cu_linear *w, in
     cudaError_t e = device_ready(&d);
     if (e != cudaSuccess) return e;
     const cu_format f = w->format;
-    const int width = a->n_row <= 8 ? 0 : a->n_row <= 16 ? 1 : a->n_row <= 32 ? 2 : 3;
     skinny_plan p;
     a->n_out = w->n_out;
     a->n_in = w->n_in;
@@ -141,18 +133,17 @@ static cudaError_t launch(cudaStream_t s, skinny_args *a, const cu_linear *w, in
     a->pairs = w->pairs;
     a->n_job = w->n_band >> a->pairs;
     plan(a, &p, f, n_tile, d->n_sm);
-    if (width == 0 && !a->x_shared) return cudaErrorInvalidValue; /* n_in beyond 40,000 */
-    const int32_t slots = slots_of(d, &p, f, width);
+    if (!a->x_shared) return cudaErrorInvalidValue; /* n_in beyond 40,000 */
+    const int32_t slots = slots_of(d, &p, f);
     const dim3 grid((unsigned)(jobs_at_once(a, n_tile, slots, d->n_sm) * a->n_rank), (unsigned)n_tile);
     void *args[] = {a};
-    return cu_launch(s, kernels[f][width], grid, (unsigned)p.n_warp * 32, p.bytes, early, (unsigned)a->n_rank, args);
+    return cu_launch(s, kernels[f], grid, (unsigned)p.n_warp * 32, p.bytes, early, (unsigned)a->n_rank, args);
 }
 
 static bool aligned(const void *p) { return ((uintptr_t)p & 15) == 0; }
 cudaError_t cu_skinny_run(cudaStream_t s, const cu_job *j) {
     if (j->n_row <= 0) return cudaSuccess;
-    if (j->n_row > CU_SKINNY_MAX || (j->x_f32 && j->n_row > 8) || j->w.pairs != (j->epilogue == CU_SWIGLU))
-        return cudaErrorInvalidValue;
+    if (j->n_row > CU_SKINNY_MAX || j->w.pairs != (j->epilogue == CU_SWIGLU)) return cudaErrorInvalidValue;
     skinny_args a = {};
     a.pack = (const unsigned char *)j->w.pack;
     a.scale = j->w.scale;

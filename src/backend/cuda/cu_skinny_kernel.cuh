@@ -1,4 +1,4 @@
-/* Streaming packed weights once past 1..64 rows: the kernel of cu_skinny.cu.
+/* Streaming packed weights once past a few rows (8 a tile; the host launches one tile): the kernel of cu_skinny.cu.
  *
  * A job is a band of 16 outputs, or a pair of bands (gate, up). A unit is one segment of a band: 4096, 2048 or 1024
  * bytes that lie together, products with all rows, one partial sum of 16 outputs by n_row rows. Warps share the
