@@ -97,6 +97,11 @@ static ern_status shape_check(const ern_config *c, const ern_backend_options *o,
         return ERN_FAIL(err, ERN_ERR_UNSUPPORTED,
                         "the cuda backend has attention for at most %d query heads to a KV head; this model has %d",
                         (int)CU_ATTEND_ROWS, c->n_head / c->n_kv_head);
+    const int64_t P = o->n_page_cell, n_page = (o->n_len_max + P - 1) / P;
+    if ((n_page + CU_KEYS) * P * P >= INT32_MAX) /* cu_attend divides places by P in 32 bits */
+        return ERN_FAIL(err, ERN_ERR_UNSUPPORTED,
+                        "the cuda backend cannot address %d tokens in pages of %d; lower --block-size", o->n_len_max,
+                        o->n_page_cell);
     if (c->n_expert > CU_EXPERTS_MAX || (c->n_expert > 0 && c->n_expert_used > CU_USED_MAX))
         return ERN_FAIL(err, ERN_ERR_UNSUPPORTED,
                         "the cuda backend routes to at most %d of %d experts; this model has %d of %d",

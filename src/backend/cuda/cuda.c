@@ -168,7 +168,7 @@ static ern_status take_all(cu_backend *b, const ern_model *m, const ern_backend_
 static void cuda_close(ern_backend *base) {
     if (!base) return;
     cu_backend *b = of(base);
-    if (b->stream) (void)cudaStreamSynchronize(b->stream);
+    if (b->stream) (void)cudaDeviceSynchronize(); /* the side stream too, if a step failed between fork and join */
     for (int32_t i = 0; i < b->n_graph; i++)
         for (int k = 0; k < 2; k++)
             if (b->graph[i].exec[k]) (void)cudaGraphExecDestroy(b->graph[i].exec[k]);
