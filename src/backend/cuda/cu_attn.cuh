@@ -39,22 +39,26 @@ enum {
 
 typedef struct attn_args {
     const cu_bf16 *q;
-    const float *qkv; /* instead of q: neither rotated nor stored yet */
     cu_bf16 *out;
     int64_t ldo;
     unsigned char *kv; /* + keys of the layer, head 0 */
     int64_t page_bytes, plane_bytes;
-    int64_t value;                /* from a key's plane to the value's */
-    int32_t scale_at;             /* from a plane to its scales */
-    uint32_t per_group, per_page; /* 2^8 / group and 2^31 / P, rounded up */
+    int64_t value;    /* from a key's plane to the value's */
+    int32_t scale_at; /* from a plane to its scales */
     int32_t n_page_cell, n_kv_head, n_head, group;
     int32_t n_row, n_seq, n_page_max;
-    const int32_t *pos, *cell, *row0, *kv_len, *page;
-    int32_t *work, *arrived;
-    const float2 *turn;
+    const int32_t *pos, *row0, *kv_len, *page;
+    int32_t *work;
     float *scratch;
     int64_t n_scratch; /* floats */
     float scale;       /* log2(e) / sqrt(C) */
+    /* Decode's alone, and last: ptxas serialises the prefill kernel's wgmma (C7511) when what it reads lies elsewhere
+     */
+    const float *qkv;             /* instead of q: neither rotated nor stored yet */
+    uint32_t per_group, per_page; /* 2^8 / group and 2^31 / P, rounded up */
+    const float2 *turn;
+    const int32_t *cell;
+    int32_t *arrived;
 } attn_args;
 
 /* ---- lists ------------------------------------------------------------------------------------------------------ */
@@ -237,19 +241,21 @@ typedef struct attn_cell {
 static __device__ __forceinline__ int32_t attn_token(const attn_args *a, int32_t r) {
     return (int32_t)((uint32_t)r * a->per_group >> 8);
 }
-/* A position over P: exact, since at * P < 2^31 (cu_attend sees to it). */
-static __device__ __forceinline__ int32_t attn_nth_page(const attn_args *a, int32_t at) {
-    return (int32_t)__umulhi((uint32_t)at * 2, a->per_page);
+/* A position over P. QUICK: by multiplication, exact since at * P < 2^31 (cu_attend sees to it); with it in the prefill
+ * kernel ptxas serialises the wgmma (C7511), which costs more than it saves there. */
+template <bool QUICK> static __device__ __forceinline__ int32_t attn_nth_page(const attn_args *a, int32_t at) {
+    return QUICK ? (int32_t)__umulhi((uint32_t)at * 2, a->per_page) : at / a->n_page_cell;
 }
 /* Page of a position, or -1. */
+template <bool QUICK>
 static __device__ __forceinline__ int32_t attn_page_of(const attn_args *a, int32_t seq, int32_t at, int32_t len) {
-    return at < len ? a->page[(int64_t)seq * a->n_page_max + attn_nth_page(a, at)] : -1;
+    return at < len ? a->page[(int64_t)seq * a->n_page_max + attn_nth_page<QUICK>(a, at)] : -1;
 }
-template <int C, bool I8>
+template <int C, bool I8, bool QUICK>
 static __device__ __forceinline__ attn_cell attn_cell_of(const attn_args *a, int32_t page, int32_t head, int32_t at) {
     attn_cell out = {-1, -1};
     if (page < 0) return out;
-    const int32_t cell = at - attn_nth_page(a, at) * a->n_page_cell;
+    const int32_t cell = at - attn_nth_page<QUICK>(a, at) * a->n_page_cell;
     const int64_t plane = page * a->page_bytes + head * a->plane_bytes;
     out.key = plane + (int64_t)cell * (C * (I8 ? 1 : 2));
     out.scale = plane + a->scale_at + (int64_t)cell * 4;

@@ -568,7 +568,8 @@ static __global__ void __launch_bounds__(THREADS, (decode_shape<C, I8>::blocks))
     {
         const int32_t at = tile * CU_KEYS + tid, count = cur.len - tile * CU_KEYS;
         const int32_t own = makes ? cur.pos0 - tile * CU_KEYS : CU_KEYS;
-        const attn_cell cell = attn_cell_of<C, I8>(&a, attn_page_of(&a, cur.seq, at, cur.len), cur.head, at);
+        const attn_cell cell =
+            attn_cell_of<C, I8, true>(&a, attn_page_of<true>(&a, cur.seq, at, cur.len), cur.head, at);
         cells[tid] = max(cell.key, (int64_t)0);
         __syncthreads();
         load_rows<C, I8>(&a, smem, 0, count, own);
@@ -606,7 +607,7 @@ static __global__ void __launch_bounds__(THREADS, (decode_shape<C, I8>::blocks))
         }
         /* asked for early, used after the scores */
         const int32_t next_at = next_tile * CU_KEYS + tid;
-        const int32_t page = attn_page_of(&a, next.seq, next_at, more ? next.len : 0);
+        const int32_t page = attn_page_of<true>(&a, next.seq, next_at, more ? next.len : 0);
 
         int32_t pos[2]; /* of the lane's rows; -1: no such row */
 #pragma unroll
@@ -642,7 +643,7 @@ static __global__ void __launch_bounds__(THREADS, (decode_shape<C, I8>::blocks))
             m[i] = fmaxf(m[i], __shfl_xor_sync(0xffffffffu, m[i], 2));
             if (c == 0) top[warp * ATTN_FEW + g + 8 * i] = m[i];
         }
-        const attn_cell cell = attn_cell_of<C, I8>(&a, page, next.head, next_at);
+        const attn_cell cell = attn_cell_of<C, I8, true>(&a, page, next.head, next_at);
         cells[tid] = max(cell.key, (int64_t)0);
         __syncthreads(); /* maxima are there; keys and q may be overwritten */
         const int32_t next_count = next.len - next_tile * CU_KEYS;

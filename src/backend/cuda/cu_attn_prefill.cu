@@ -258,7 +258,7 @@ template <int C, bool I8> static __global__ void __launch_bounds__(THREADS, 1) p
         }
 
         /* The cells of tiles 0 and 1, then tile 0. */
-        cells[tid] = attn_cell_of<C, I8>(&a, attn_page_of(&a, seq, tid, len), head, tid);
+        cells[tid] = attn_cell_of<C, I8, false>(&a, attn_page_of<false>(&a, seq, tid, len), head, tid);
         __syncthreads();
         load_tile<C, I8>(&a, cells, base + (I8 ? sh::code_at : 0), base + (I8 ? sh::code_at + sh::code_side : sh::side),
                          scales);
@@ -267,7 +267,7 @@ template <int C, bool I8> static __global__ void __launch_bounds__(THREADS, 1) p
             attn_cell later = {-1, -1};
             if (tid < CU_KEYS && tile + 2 < n_tile) {
                 const int32_t at = (tile + 2) * CU_KEYS + tid;
-                later = attn_cell_of<C, I8>(&a, attn_page_of(&a, seq, at, len), head, at);
+                later = attn_cell_of<C, I8, false>(&a, attn_page_of<false>(&a, seq, at, len), head, at);
             }
             attn_copy_wait<0>();
             __syncthreads(); /* the tile is there; nobody works on the one before, so its place is free */

@@ -327,10 +327,10 @@ static __device__ __forceinline__ void wide_fill(const attn_args *a, const CUten
                 /* the values' codes are asked for before the keys are made, the next keys' before the values are */
                 wide_copy_codes(a, plane + a->value, seq, tile * CU_KEYS, len, run,
                                 ring + WIDE_CODE_AT + CU_KEYS * WIDE_C, codes + 8, thread);
-                const int32_t key = tile * CU_KEYS + thread, page = attn_page_of(a, seq, key, len);
+                const int32_t key = tile * CU_KEYS + thread, page = attn_page_of<false>(a, seq, key, len);
                 bar_wait(empty + slot * 8, parity);
                 if (tile == 0 && thread == 0) sh->item[slot / 2] = it;
-                const int64_t at = attn_cell_of<WIDE_C, true>(a, page, it.head, key).scale;
+                const int64_t at = attn_cell_of<WIDE_C, true, false>(a, page, it.head, key).scale;
                 const uint32_t scale = attn_smem(&sh->scale[slot / 2][0][thread]);
                 attn_copy4(scale, a->kv + (at < 0 ? 0 : at), at >= 0);
                 attn_copy4(scale + CU_KEYS * 4, a->kv + a->value + (at < 0 ? 0 : at), at >= 0);
@@ -350,8 +350,8 @@ static __device__ __forceinline__ void wide_fill(const attn_args *a, const CUten
                 const bool runs = run > 0 && key0 + CU_KEYS <= len;
                 int32_t at = -1;
                 if (!runs) {
-                    const int32_t page = attn_page_of(a, seq, key0 + thread, len);
-                    at = wide_place(attn_cell_of<WIDE_C, false>(a, page, it.head, key0 + thread).key);
+                    const int32_t page = attn_page_of<false>(a, seq, key0 + thread, len);
+                    at = wide_place(attn_cell_of<WIDE_C, false, false>(a, page, it.head, key0 + thread).key);
                 }
                 const int32_t in_tile = thread / 2 * run; /* a lane a run and half */
                 const bool mine = runs && thread < 32 && in_tile < CU_KEYS;
