@@ -10,6 +10,8 @@ dir=$(mktemp -d "${TMPDIR:-/tmp}/ernest-gpu-XXXXXX")
 trap 'rm -rf "$dir"' EXIT INT TERM
 ! "$build/ernest" collect-env | grep '^gpu: *none' || exit 1
 "$build/gpu_limits"
-"$build/gpu_check" speed | grep -vE '^(ok|gpu_check)' || true
-"$build/gpu_check" time | grep -vE '^(ok|gpu_check)' || true
+for what in speed time; do
+    "$build/gpu_check" "$what" >"$dir/kernels" || { cat "$dir/kernels"; exit 1; }
+    sed -E '/^(ok |gpu_check)/d' "$dir/kernels"
+done
 python3 tools/gpu_table.py "$build" "$dir" --shapes "$shapes"

@@ -28,6 +28,7 @@
 #include "backend/backend.h"
 #include "base/counter.h"
 #include "base/os.h"
+#include "experts_chosen.h"
 #include "made_model.h"
 #include "quant_model.h"
 #include "records.h"
@@ -71,25 +72,6 @@ static double bound_of(const watch *w, const char *stage, int32_t layer) {
     return 4 * w->each * sqrt(8.0 * n + 8);
 }
 
-/* The K best of prob + bias, as a set; gap: between the last chosen and the best of the others. */
-static uint64_t chosen(const float *logit, const ern_layer *l, const ern_config *c, double *gap) {
-    double score[64], top = -INFINITY, sum = 0, last = 0;
-    uint64_t set = 0;
-    for (int32_t e = 0; e < c->n_expert; e++) top = fmax(top, (double)logit[e]);
-    for (int32_t e = 0; e < c->n_expert; e++) sum += exp((double)logit[e] - top);
-    for (int32_t e = 0; e < c->n_expert; e++)
-        score[e] = exp((double)logit[e] - top) / sum + (double)(l->router_bias ? l->router_bias[e] : 0);
-    for (int32_t k = 0; k <= c->n_expert_used; k++) {
-        int32_t best = -1;
-        for (int32_t e = 0; e < c->n_expert; e++)
-            if (!(set >> e & 1) && (best < 0 || score[e] > score[best])) best = e;
-        *gap = last - score[best];
-        last = score[best];
-        if (k < c->n_expert_used) set |= 1ull << best;
-    }
-    return set;
-}
-
 static void excuse(watch *w, int32_t row) {
     int32_t q = 0;
     while (w->s->row0[q + 1] <= row) q++;
@@ -131,7 +113,7 @@ static void judge(void *ud, const char *stage, int32_t layer, int32_t row, const
         if (!strcmp(stage, "router")) {
             double gap, other_gap;
             const ern_layer *l = &w->m->layer[layer];
-            if (chosen(want, l, c, &gap) == chosen(have, l, c, &other_gap)) continue;
+            if (experts_chosen(want, l, c, &gap) == experts_chosen(have, l, c, &other_gap)) continue;
             if (gap > 6 * bound * rms) {
                 w->worst = INFINITY;
                 (void)snprintf(w->where, sizeof w->where, "experts of layer %d row %d: gap %g", layer, at, gap);
@@ -345,43 +327,40 @@ static void serve(const ern_model *m, bool int8, const way *w, ern_sampled out[R
     made_check(cuda->open(&b, m, &o, &err), &err, "opening cuda");
     g.n_vocab = m->config.n_vocab;
     for (int32_t i = 0; i < PROMPT; i++) g.text[i] = (int32_t)(ern_counter64(3, (uint64_t)i) % (uint64_t)g.n_vocab);
-    /* The crowd's caches: prompts of 3 + i % 40 rows, a few sequences a step. */
-    for (int32_t pass = 0; pass < 2; pass++) {
-        int32_t crowd_pos[CROWD_MAX + 1] = {0};
-        for (int32_t pos = 0, k = 0; pass == 1 && k <= REPLY;) {
-            ern_batch in = {.n_page_max = PAGES_EACH,
-                            .token = g.token,
-                            .next = m->has_mtp ? g.next : NULL,
-                            .pos = g.pos,
-                            .cell = g.cell,
-                            .row0 = g.row0,
-                            .kv_len = g.kv_len,
-                            .page = g.page,
-                            .want = g.want,
-                            .sample = g.sample};
-            int32_t n = pos < PROMPT ? (PROMPT - pos < w->chunk ? PROMPT - pos : w->chunk) : 1;
-            int32_t before = w->crowd / 3;
-            for (int32_t i = 1; i <= w->crowd; i++) {
-                if (i == before + 1) add_seq(&g, &in, 0, pos, n, w, true);
-                int32_t rows = crowd_pos[i] == 0 ? 2 + i % 4 : 1;
-                add_seq(&g, &in, i, crowd_pos[i] % (LENGTH - 8), rows, w, false);
-                crowd_pos[i] += rows;
-            }
-            if (w->crowd == 0) add_seq(&g, &in, 0, pos, n, w, true);
-            const char *why = "";
-            if (!ern_batch_valid(&in, &o, g.n_vocab, &why)) {
-                fprintf(stderr, "gpu_model: %s\n", why);
-                abort();
-            }
-            ern_result r;
-            cuda->submit(b, &in);
-            made_check(cuda->wait(b, &r, &err), &err, "a step");
-            pos += n;
-            if (pos < PROMPT) continue;
-            out[k] = r.sampled[w->crowd ? before : 0];
-            if (pos <= LENGTH) g.text[pos] = out[k].token;
-            k++;
+    int32_t crowd_pos[CROWD_MAX + 1] = {0};
+    for (int32_t pos = 0, k = 0; k <= REPLY;) {
+        ern_batch in = {.n_page_max = PAGES_EACH,
+                        .token = g.token,
+                        .next = m->has_mtp ? g.next : NULL,
+                        .pos = g.pos,
+                        .cell = g.cell,
+                        .row0 = g.row0,
+                        .kv_len = g.kv_len,
+                        .page = g.page,
+                        .want = g.want,
+                        .sample = g.sample};
+        int32_t n = pos < PROMPT ? (PROMPT - pos < w->chunk ? PROMPT - pos : w->chunk) : 1;
+        int32_t before = w->crowd / 3;
+        for (int32_t i = 1; i <= w->crowd; i++) {
+            if (i == before + 1) add_seq(&g, &in, 0, pos, n, w, true);
+            int32_t rows = crowd_pos[i] == 0 ? 2 + i % 4 : 1;
+            add_seq(&g, &in, i, crowd_pos[i] % (LENGTH - 8), rows, w, false);
+            crowd_pos[i] += rows;
         }
+        if (w->crowd == 0) add_seq(&g, &in, 0, pos, n, w, true);
+        const char *why = "";
+        if (!ern_batch_valid(&in, &o, g.n_vocab, &why)) {
+            fprintf(stderr, "gpu_model: %s\n", why);
+            abort();
+        }
+        ern_result r;
+        cuda->submit(b, &in);
+        made_check(cuda->wait(b, &r, &err), &err, "a step");
+        pos += n;
+        if (pos < PROMPT) continue;
+        out[k] = r.sampled[w->crowd ? before : 0];
+        if (pos <= LENGTH) g.text[pos] = out[k].token;
+        k++;
     }
     cuda->close(b);
 }

@@ -38,6 +38,7 @@
 #include "backend/cpu/cpu_kernels.h"
 #include "base/counter.h"
 #include "base/os.h"
+#include "experts_chosen.h"
 #include "made_model.h"
 #include "quant_model.h"
 #include "records.h"
@@ -76,25 +77,6 @@ static int roundings_before(const ern_config *c, const char *stage, int32_t laye
     if (!strcmp(stage, "embed")) return 0;
     if (!strcmp(stage, "mtp_in") || layer < 0) layer = c->n_layer;
     return layer + (before_cache ? 0 : 1);
-}
-
-/* The K best of prob + bias, as a set of bits. */
-static uint64_t chosen(const float *logit, const ern_layer *l, const ern_config *c, double *gap) {
-    double score[64], top = -INFINITY, sum = 0, last = 0;
-    uint64_t set = 0;
-    for (int32_t e = 0; e < c->n_expert; e++) top = fmax(top, (double)logit[e]);
-    for (int32_t e = 0; e < c->n_expert; e++) sum += exp((double)logit[e] - top);
-    for (int32_t e = 0; e < c->n_expert; e++)
-        score[e] = exp((double)logit[e] - top) / sum + (double)(l->router_bias ? l->router_bias[e] : 0);
-    for (int32_t k = 0; k <= c->n_expert_used; k++) {
-        int32_t best = -1;
-        for (int32_t e = 0; e < c->n_expert; e++)
-            if (!(set >> e & 1) && (best < 0 || score[e] > score[best])) best = e;
-        *gap = last - score[best];
-        last = score[best];
-        if (k < c->n_expert_used) set |= 1ull << best;
-    }
-    return set;
 }
 
 static void excuse(watch *w, int32_t row) {
@@ -144,7 +126,7 @@ static void judge(void *ud, const char *stage, int32_t layer, int32_t row, const
         if (router) {
             double gap, other_gap;
             const ern_layer *l = &w->m->layer[layer];
-            if (chosen(want, l, c, &gap) == chosen(have, l, c, &other_gap)) continue;
+            if (experts_chosen(want, l, c, &gap) == experts_chosen(have, l, c, &other_gap)) continue;
             assert_true(gap <= bound * rms); /* d score <= d logit */
             excuse(w, at);
         }
