@@ -27,6 +27,7 @@
 #include <cuda.h>
 
 #include "backend/cuda/cu_attn.cuh"
+#include "backend/cuda/cu_tensor.cuh"
 
 enum { WIDE_C = 128, WIDE_THREADS = 384, WIDE_HALF = CU_KEYS * 128, WIDE_SIDE = 2 * WIDE_HALF, WIDE_SLOTS = 4 };
 enum {
@@ -53,37 +54,12 @@ typedef struct wide_shared {
 
 /* ---- barriers and products --------------------------------------------------------------------------------------- */
 
-static __device__ __forceinline__ void bar_init(uint32_t bar, int n) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(n) : "memory");
-}
-static __device__ __forceinline__ void bar_arrive(uint32_t bar) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
-}
-static __device__ __forceinline__ void bar_expect(uint32_t bar, int bytes) {
-    asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
-}
-/* Until the phase of this parity is over. */
-static __device__ __forceinline__ void bar_wait(uint32_t bar, uint32_t parity) {
-    uint32_t done = 0;
-    while (!done)
-        asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
-                     : "=r"(done)
-                     : "r"(bar), "r"(parity)
-                     : "memory");
-}
 /* What this thread wrote to shared memory is there for the tensor cores of whoever waits for `bar`. */
 static __device__ __forceinline__ void wide_give(uint32_t bar) {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
     bar_arrive(bar);
 }
 
-static __device__ __forceinline__ void wide_fence(void) { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-static __device__ __forceinline__ void wide_commit(void) {
-    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-}
-template <int LEFT> static __device__ __forceinline__ void wide_wait(void) {
-    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory");
-}
 /* Nothing that reads or writes these registers moves past here. */
 template <int N> static __device__ __forceinline__ void wide_hold(float *d) {
 #pragma unroll
@@ -103,21 +79,8 @@ static __device__ __forceinline__ uint64_t wide_matrix(uint32_t at) {
 /* d = A B + (add ? d : 0): 64 rows, 128 keys, 16 dimensions, both in shared memory along their rows. */
 static __device__ __forceinline__ void wide_score(float *d, uint64_t a, uint64_t b, int add) {
     asm volatile("{.reg .pred p; setp.ne.b32 p, %66, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
-                 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-                 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-                 "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-                 "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
-                 "%64, %65, p, 1, 1, 0, 0;}\n"
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
-                   "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),
-                   "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]),
-                   "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]),
-                   "+f"(d[30]), "+f"(d[31]), "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]),
-                   "+f"(d[37]), "+f"(d[38]), "+f"(d[39]), "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]),
-                   "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]), "+f"(d[48]), "+f"(d[49]), "+f"(d[50]),
-                   "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]), "+f"(d[56]), "+f"(d[57]),
-                   "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])
+                 "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" CU_D64_NAMES "%64, %65, p, 1, 1, 0, 0;}\n"
+                 : CU_D64(d)
                  : "l"(a), "l"(b), "r"(add));
 }
 /* The same: 64 rows, 64 dimensions, 16 keys; a key's dimensions lie along a row. */
@@ -610,7 +573,7 @@ static __global__ void __launch_bounds__(WIDE_THREADS, 1)
         }
         bar_init(attn_smem(&sh.q_free), 8);
         for (int i = 0; i < 2; i++) bar_init(attn_smem(&sh.codes[i]), 1);
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        bar_init_end();
     }
     for (int i = threadIdx.x; i < 512; i += WIDE_THREADS) ((uint32_t *)(smem + WIDE_ONES_AT))[i] = 0x3f803f80u;
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");

@@ -7,6 +7,7 @@
 #define ERN_BACKEND_CUDA_CU_LARGE_KERNEL_CUH
 
 #include "backend/cuda/cu_device.cuh"
+#include "backend/cuda/cu_tensor.cuh"
 
 enum {
     LARGE_SUPER = 16, /* row tiles that are walked together past all outputs, so that L2 holds both sides */
@@ -52,36 +53,6 @@ static __device__ __forceinline__ int32_t large_l2i(const int32_t *p) {
     int32_t v;
     asm volatile("ld.global.cg.s32 %0, [%1];" : "=r"(v) : "l"(p));
     return v;
-}
-
-/* ---- copies and barriers -------------------------------------------------------------------------------------------
- */
-
-static __device__ __forceinline__ void bar_init(uint32_t bar, int n) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(n) : "memory");
-}
-static __device__ __forceinline__ void bar_init_end(void) {
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-}
-static __device__ __forceinline__ void bar_arrive(uint32_t bar) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
-}
-static __device__ __forceinline__ void bar_expect(uint32_t bar, int bytes) {
-    asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
-}
-/* Until the phase of this parity is over. */
-static __device__ __forceinline__ void bar_wait(uint32_t bar, uint32_t parity) {
-    uint32_t done = 0;
-    while (!done)
-        asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
-                     : "=r"(done)
-                     : "r"(bar), "r"(parity)
-                     : "memory");
-}
-static __device__ __forceinline__ void copy_bulk(uint32_t to, const void *from, int bytes, uint32_t bar) {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
-                 "l"(from), "r"(bytes), "r"(bar)
-                 : "memory");
 }
 
 /* ---- tiles ---------------------------------------------------------------------------------------------------------
