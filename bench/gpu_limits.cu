@@ -77,11 +77,15 @@ static __device__ __forceinline__ void product(float d[64], uint64_t a, uint64_t
                  : "l"(a), "l"(b));
 }
 
+/* Random bits to two bf16 of either sign between 1/8 and 2: what bits change from product to product costs power, and
+ * power the clock, so a rate on zeros or on numbers that vanish in the sum is not one that a model meets. */
+static __device__ __forceinline__ uint32_t number(uint32_t bits) { return (bits & 0x81ff81ffu) | 0x3e003e00u; }
+
 static __global__ void __launch_bounds__(256) multiply_group(float *out, const uint4 *seed) {
     extern __shared__ __align__(1024) uint4 memory[];
     for (int i = threadIdx.x; i < WGMMA_BYTES / 16; i += 256) {
         uint4 v = seed[(blockIdx.x % 64) * 4096 + i];
-        v.x &= 0xbfffbfffu, v.y &= 0xbfffbfffu, v.z &= 0xbfffbfffu, v.w &= 0xbfffbfffu; /* below 2 */
+        v = make_uint4(number(v.x), number(v.y), number(v.z), number(v.w));
         memory[i] = v;
     }
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");

@@ -68,8 +68,8 @@ static int level_of(const options *o) {
     return -1;
 }
 
-/* Room for the largest batch and the longest sequence; the product is what the KV cache costs. */
-static ern_status open_steps(stepping *s, int32_t n_seq, int32_t n_len, int32_t n_prompt, ern_err *err) {
+/* Room for the largest batch at the longest context, which is what the KV cache costs, or for the longest prompt. */
+static ern_status open_steps(stepping *s, int32_t n_seq, int32_t n_context, int32_t n_prompt, ern_err *err) {
     const int level = level_of(s->o);
     if (level > (int)ern_cpu_level_here())
         return ERN_FAIL(err, ERN_ERR_USAGE, "--cpu-level %s is above what this processor has, %s",
@@ -91,7 +91,8 @@ static ern_status open_steps(stepping *s, int32_t n_seq, int32_t n_len, int32_t 
                                                                  : n_prompt < most ? n_prompt
                                                                                    : most,
                                                     .n_seq_max = n_seq,
-                                                    .n_len_max = n_len > n_prompt ? n_len : n_prompt,
+                                                    .n_context_max = n_context,
+                                                    .n_prompt_max = n_prompt,
                                                     .n_round = (int32_t)options_int(s->o, "rounds"),
                                                     .quick = options_flag(s->o, "quick")},
                              err));
@@ -329,8 +330,8 @@ static ern_status run_table(stepping *s, ern_err *err) {
     for (int i = 0; i < TABLE_ROWS; i++) {
         if (!is_ours(s, &table[i])) continue;
         n_seq = table[i].batch > n_seq ? table[i].batch : n_seq;
-        if (table[i].context > n_len) n_len = table[i].context;
-        if (table[i].prefill && table[i].context > n_prompt) n_prompt = table[i].context;
+        int32_t *longest = table[i].prefill ? &n_prompt : &n_len;
+        if (table[i].context > *longest) *longest = table[i].context;
     }
     ERN_TRY(open_steps(s, n_seq, n_len, n_prompt, err));
     print_heading(s);

@@ -272,7 +272,7 @@ ern_status bench_prefill(bench_steps *b, int32_t n, bench_result *out, ern_err *
 }
 
 ern_status bench_job(bench_steps *b, int32_t n_seq, int32_t n_in, int32_t n_out, double *seconds, ern_err *err) {
-    ERN_ASSERT(n_in <= b->o.n_row_max && n_seq <= b->o.n_seq_max && n_in + n_out <= b->o.n_len_max);
+    ERN_ASSERT(n_in <= b->o.n_row_max && n_seq <= b->o.n_seq_max && n_in + n_out <= b->o.n_context_max);
     const int64_t begin_us = ern_now_us();
     for (int32_t s = 0; s < n_seq; s++) {
         submit_from(b, s, 1, 0, n_in, true, false);
@@ -289,9 +289,8 @@ ern_status bench_job(bench_steps *b, int32_t n_seq, int32_t n_in, int32_t n_out,
 
 /* ---- open and close -------------------------------------------------------------------------------------------- */
 
-/* Keys and values of about 1 with both signs in every page: what is in the cache costs nothing to compute, but a page
- * that was never written would be one shared page of zeros. */
-/* Numbers of about 1 with both signs, as bf16, as f32 and as codes. */
+/* Keys and values of about 1 with both signs, as bf16, as f32 and as codes, in every page: what is in the cache costs
+ * nothing to compute, but a page that was never written would be one shared page of zeros. */
 static ern_status fill_pages(bench_steps *b, int32_t n_page, uint64_t page_bytes, ern_err *err) {
     ern_bf16 *host = malloc(page_bytes);
     if (!host) return ERN_FAIL(err, ERN_ERR_MEMORY, "no memory for a page of KV");
@@ -302,12 +301,15 @@ static ern_status fill_pages(bench_steps *b, int32_t n_page, uint64_t page_bytes
     return ERN_OK;
 }
 
+static int32_t pages_of(int32_t n_len) { return (n_len + CELLS - 1) / CELLS; }
+
 static ern_status open_all(bench_steps *b, ern_err *err) {
     const ern_backend_ops *ops = b->o.backend;
     const int32_t rows = b->o.n_row_max > b->o.n_seq_max ? b->o.n_row_max : b->o.n_seq_max, S = b->o.n_seq_max;
-    const int32_t n_len = b->o.n_len_max + STEPS_MAX + 2;
-    b->n_page_max = (n_len + CELLS - 1) / CELLS;
-    const int32_t n_page = b->n_page_max * S;
+    const int32_t longest = b->o.n_context_max > b->o.n_prompt_max ? b->o.n_context_max : b->o.n_prompt_max;
+    const int32_t n_len = longest + STEPS_MAX + 2, n_each = pages_of(b->o.n_context_max + STEPS_MAX + 2);
+    b->n_page_max = pages_of(n_len);
+    const int32_t n_page = n_each * S > b->n_page_max ? n_each * S : b->n_page_max;
     const ern_backend_options o = {.n_page = n_page,
                                    .n_page_cell = CELLS,
                                    .n_row_max = rows,
@@ -332,7 +334,8 @@ static ern_status open_all(bench_steps *b, ern_err *err) {
     b->kv_len = b->want + S;
     b->row0 = b->kv_len + S;
     b->page = b->row0 + S + 1;
-    for (int32_t i = 0; i < n_page; i++) b->page[i] = i;
+    for (int32_t q = 0; q < S; q++) /* a prompt longer than a context lies in the pages of several sequences */
+        for (int32_t i = 0; i < b->n_page_max; i++) b->page[q * b->n_page_max + i] = (q * n_each + i) % n_page;
     ERN_TRY(fill_pages(b, n_page, plan.page_bytes, err));
     if (strcmp(ops->name, "cpu") != 0) return ERN_OK; /* whose limits the loops of bench.h are */
     bench_work one = {.n_row = 1, .n_want = 1, .experts = 0};

@@ -16,10 +16,12 @@ typedef struct bench_steps_options {
     int32_t n_thread, level;
     ern_kv_dtype kv_dtype;
     bool act_exact;
-    int32_t n_row_max; /* rows of a step of a prefill */
-    int32_t n_seq_max; /* largest batch */
-    int32_t n_len_max; /* longest context or prompt */
-    int32_t n_round;   /* at most; fewer of what takes seconds */
+    int32_t n_row_max;     /* rows of a step of a prefill */
+    int32_t n_seq_max;     /* largest batch */
+    int32_t n_context_max; /* longest context of a batch, or prompt and reply of a job: the cache holds n_seq_max of
+                              these */
+    int32_t n_prompt_max;  /* longest prompt alone */
+    int32_t n_round;       /* at most; fewer of what takes seconds */
     bool quick;
 } bench_steps_options;
 

@@ -234,6 +234,7 @@ typedef struct results {
 
 static results results_new(cu_epilogue e, int32_t n_row, int32_t n_out) {
     results r = {.each = e == CU_SWIGLU ? sizeof(cu_bf16) : sizeof(float), .ld = n_out + GAP};
+    if (e == CU_SWIGLU) r.ld += r.ld % 2; /* ldh is even */
     r.bytes = (size_t)(n_row * r.ld) * r.each;
     r.before = take(r.bytes);
     r.at = take(r.bytes);

@@ -83,16 +83,19 @@ bool golden_weights(const golden *g, char why[256]) {
  * enough of them that the roundings of later layers are as good as independent. Then each side's K and V carry their
  * own error of 2^-9/sqrt(3) relative at most: step = sqrt(2) * 2^-9 / sqrt(3).
  *
- * That is a bound for every number; the rms of all of them must besides stay under half of what rounding K and V moves
- * the logits at all (other_rms), or the backend does not round as the vectors do.
+ * That is a bound for every number; the rms of all of them (in rows within the bound, see below) must besides stay
+ * under half of what rounding K and V moves the logits at all (other_rms), or the backend does not round as the vectors
+ * do.
  *
  * A choice of expert can change where two scores nearly tie. In f32 it cannot be here: scores are probabilities below
  * 0.2, stray by e times that, under 1e-6 for e of 21b-a3b, and the vectors' route_gap is above 7e-6. With K and V in
  * bf16 the scores of a deep model stray by more than the least gap of 400 choices. What is swapped is the last chosen
  * expert and the first refused: x changes by sqrt(2) w r, w < 1/K the share of the last chosen and r < 1 an expert's
  * output, where x itself is beyond 2: for K = 6 by less than FLIP of it. So for MoE in bf16 a row may leave the first
- * bound, but not the one that FLIP is added to, and at most a quarter of the rows may. (Seen on 21b-a3b with cpu: row 4
- * chooses otherwise in layer 16, where ref's scores are 1.35e-5 apart; two rows of 16 are beyond, ref in bf16 none.) */
+ * bound, but not the one that FLIP is added to, and at most a quarter of the rows may; of a backend whose rounding
+ * makes scores stray further by a factor, that factor times as many, for a gap is as likely to be small as to be
+ * smaller. (Seen on 21b-a3b with cpu: row 4 chooses otherwise in layer 16, where ref's scores are 1.35e-5 apart; two
+ * rows of 16 are beyond, ref in bf16 none. cuda: 7 of 8.) */
 #define GROWTH 4.0
 #define SIGMAS 6.0
 #define FLIP (1.4142 / 6 / 2)
@@ -235,18 +238,21 @@ static void compare_logits(const judge *j, const golden *g, const json_t *run, c
 }
 
 /* Root mean square distance of the fixed ids' logits from a run's. */
-static double rms_distance(const golden *g, const json_t *run, const float *have, int32_t V) {
+static double rms_distance(const golden *g, const json_t *run, const float *have, int32_t V, const bool *left_out) {
     const json_t *column = get(g->doc, "column");
     size_t n = json_array_size(column);
     double sum = 0;
+    int32_t n_row = 0;
     for (int32_t t = 0; t < g->n_row; t++) {
+        if (left_out[t]) continue;
+        n_row++;
         for (size_t i = 0; i < n; i++) {
             double e = (double)have[(size_t)t * (size_t)V + (size_t)integer(column, i)] -
                        number(item(get(run, "at"), (size_t)t), i);
             sum += e * e;
         }
     }
-    return sqrt(sum / ((double)n * g->n_row));
+    return sqrt(sum / ((double)n * n_row));
 }
 
 static void compare_resid(const judge *j, const json_t *run, const seen *s) {
@@ -283,15 +289,16 @@ static void compare_run(golden_report *r, const golden *g, const seen *s, bool r
     compare_logits(&logits, g, run, main_key, s->logits, V);
     compare_resid(&resid, run, s);
     if (s->mtp) compare_logits(&mtp, g, run, mtp_key, s->mtp, V);
-    r->logit_rms = rms_distance(g, run, s->logits, V);
-    r->other_rms = rms_distance(g, other, s->logits, V);
+    r->logit_rms = rms_distance(g, run, s->logits, V, flipped);
+    r->other_rms = rms_distance(g, other, s->logits, V, flipped);
     for (int32_t t = 0; t < g->n_row; t++) r->n_flipped_row += flipped[t];
-    if (r->n_flipped_row > g->n_row / 4) fail(r, "rows beyond the bound", -1, 0, r->n_flipped_row, 0, g->n_row / 4.0);
+    const double rows = g->n_row / 4.0 * sqrt((2 + n_rounding) / 2.0);
+    if (!(r->n_flipped_row <= rows)) fail(r, "rows beyond the bound", -1, 0, r->n_flipped_row, 0, rows);
     const double a = 4.0 / 3.0 * sqrt(n_rounding / 2.0);
     const double most = n_rounding > 2   ? logits.bound / SIGMAS
                         : n_rounding > 0 ? r->other_rms * a / hypot(a, 1)
                                          : r->other_rms / 2;
-    if (!(r->logit_rms < most)) fail(r, "rms over all rows", -1, 0, r->logit_rms, 0, most);
+    if (!(r->logit_rms < most)) fail(r, "rms over the rows within", -1, 0, r->logit_rms, 0, most);
     free(flipped);
 }
 

@@ -42,10 +42,11 @@ typedef uint16_t cu_bf16; /* bits */
 /* ---- packed weights (cu_pack.cu) ---------------------------------------------------------------------------------
  *
  * A band is 16 outputs; a group is 64 inputs. Groups of a band lie side by side along K, bands one after the other. In
- * a group every lane of a warp owns the codes it feeds to the A operand of four m16n8k16 products, s = 0..3. Lane
- * 4 g + c (g 0..7, c 0..3) owns inputs 16 c .. 16 c + 15 of outputs g and g + 8; product s takes inputs 16 c + 4 s + j,
- * j = 0..3, so that the B operand of all four products is 16 numbers of x that lie together. In order, for each s:
- *   (g, j=0) (g, j=1) (g+8, 0) (g+8, 1) (g, 2) (g, 3) (g+8, 2) (g+8, 3)       = registers a0 a1 a2 a3
+ * a group every lane of a warp owns the codes it feeds to the A operand of four m16n8k16 products, s = 0..3; product s
+ * takes inputs 16 s .. 16 s + 15 as they come, so that x is read as it lies: by ldmatrix, or by wgmma through a
+ * descriptor. Lane 4 g + c (g 0..7, c 0..3) owns, of outputs g and g + 8, inputs i_j = 16 s + 2 c + {0, 1, 8, 9}. In
+ * order, for each s:
+ *   (g, i_0) (g, i_1) (g+8, i_0) (g+8, i_1) (g, i_2) (g, i_3) (g+8, i_2) (g+8, i_3)       = registers a0 a1 a2 a3
  * BF16:       2048 bytes a group: [s][lane][8] bf16
  * I8, F8E4M3: 1024 bytes: [s/2][lane][s%2][8 bytes]; each 8 bytes hold the eight codes in the order
  *             e0 e2 e1 e3 | e4 e6 e5 e7, so that bits 0..7 and 16..23 of a word are one pair, 8..15 and 24..31 the next
@@ -92,8 +93,8 @@ cudaError_t cu_pack(cudaStream_t s, const cu_linear *dst, const ern_linear *src,
 typedef enum cu_epilogue {
     CU_STORE,  /* y f32 [row, n_out], ldy numbers apart: = */
     CU_ADD,    /* the same: += (one addition a number) */
-    CU_SWIGLU, /* of pairs: h bf16 [row, n_out], ldh apart: = bf16(silu(gate) * up), silu(z) = z / (1 + expf(-z)) in f32
-                */
+    CU_SWIGLU, /* of pairs: h bf16 [row, n_out], ldh (even) apart: = bf16(silu(gate) * up), in f32 with
+                * silu(z) = z / (1 + expf(-z)) */
 } cu_epilogue;
 
 /* One linear of n_row rows. x bf16 [n_row, CU_PAD(n_in)], ldx apart. Rows of y/h beyond n_row are not touched. */

@@ -19,12 +19,8 @@ static __host__ __device__ constexpr int slot_bytes(cu_format f, int rows) {
  *
  * A block stays on its multiprocessor and takes every gridDim.x-th tile. Warpgroups 0 and 1 multiply: all 128 rows, WG
  * w bands w, w + 2, w + 4, w + 6 of the tile (of pairs: gate, up), warp i band 2 i + w as the A operand in registers.
- * Warpgroup 2 fills the ring, ahead of them and into the next tile: codes by bulk copies, x through registers, because
- * its words must change places. Product s of a group wants, in row-wise B of 16 columns: columns 2c, 2c + 1 = inputs
- * 16c + 4s + 0, 1, columns 8 + 2c, 9 + 2c = inputs 16c + 4s + 2, 3 (cu_kernels.h). In words of two inputs, word
- * 8c + 4q + w of a row (piece 2c + q of 16 bytes, word w in it; 2s + h = 4q + w) goes to word c of piece 4q + w. The
- * piece sits at piece ^ (row & 7): that is the 128-byte swizzle of the descriptor, and of 8 lanes a row, 4 rows a warp,
- * every lane writes a bank of its own. */
+ * Warpgroup 2 fills the ring, ahead of them and into the next tile: codes by bulk copies, x through registers. A piece
+ * of 16 bytes sits at piece ^ (row & 7): the 128-byte swizzle of the descriptor. */
 
 enum {
     WIDE_ROWS = 128,
@@ -80,11 +76,9 @@ template <cu_format F>
 static __device__ __forceinline__ void wide_fill(const large_args *a, uint32_t n_tile, uint32_t ring, uint32_t full,
                                                  uint32_t empty, int thread) {
     constexpr int N = wide_slots(F), SLOT = slot_bytes(F, WIDE_ROWS), BAND_BYTES = 2 * large_group_bytes(F);
-    const int row0 = thread / 8, piece = thread % 8, c = piece / 2, q = piece % 2;
+    const int row0 = thread / 8, piece = thread % 8;
     const int32_t n_seg = a->w.n_seg;
-    uint32_t word[4]; /* where the four words of a piece go, from the slot's x on */
-#pragma unroll
-    for (int w = 0; w < 4; w++) word[w] = codes_bytes(F) + row0 * 128 + (((4 * q + w) ^ (row0 & 7)) << 4) + c * 4;
+    const uint32_t at = codes_bytes(F) + row0 * 128 + ((piece ^ (row0 & 7)) << 4); /* of a piece in a slot */
     int slot = 0;
     uint32_t parity = 1; /* the first time round nobody has to leave a slot */
     for (uint32_t index = blockIdx.x; index < n_tile; index += gridDim.x) {
@@ -117,13 +111,10 @@ static __device__ __forceinline__ void wide_fill(const large_args *a, uint32_t n
 #pragma unroll
                 for (int i = 0; i < 8; i++) {
                     const uint4 p = v[half][i];
-                    const uint32_t put[4] = {p.x, p.y, p.z, p.w};
-#pragma unroll
-                    for (int w = 0; w < 4; w++)
-                        asm volatile(
-                            "st.shared.b32 [%0], %1;" ::"r"(to + word[w] + half * (WIDE_ROWS * 128) + i * 2048),
-                            "r"(put[w])
-                            : "memory");
+                    asm volatile(
+                        "st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to + at + half * (WIDE_ROWS * 128) + i * 2048),
+                        "r"(p.x), "r"(p.y), "r"(p.z), "r"(p.w)
+                        : "memory");
                 }
                 if (seg + 1 < n_seg)
 #pragma unroll

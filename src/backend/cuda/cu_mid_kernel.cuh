@@ -14,8 +14,8 @@
  *      segment k of rank r: (k / n_each * n_rank + r) * n_each + k % n_each
  *   shared: ring [slot]: codes [band][2 groups], x [2 groups][ROWS][128 bytes]
  *           | sums [turn][segment of the pass][own square][2 bands][lane] float4
- * The eight 16-byte pieces of a row of x sit at piece ^ (row & 7): eight lanes that read 16 bytes each, two rows by
- * four pieces 2c + h, then touch all banks. Rows that are not there are not read: what is computed of them goes
+ * The eight 16-byte pieces of a row of x sit at piece ^ (row & 7): eight lanes that read the same piece of eight rows
+ * then touch all banks. Rows that are not there are not read: what is computed of them goes
  * nowhere. */
 #ifndef ERN_BACKEND_CUDA_CU_MID_KERNEL_CUH
 #define ERN_BACKEND_CUDA_CU_MID_KERNEL_CUH
@@ -142,12 +142,21 @@ static __device__ __forceinline__ void mid_fill(const mid_args *a, const mid_blo
 /* ---- the warps that multiply --------------------------------------------------------------------------------------
  */
 
-/* One segment of a pair of bands, from zero. codes: of the warp's pair; x: of its rows, with g added. */
+/* Four squares of 8 rows by 8 inputs as B operands. at: of the lane's row (lane % 8) of square lane / 8. */
+static __device__ __forceinline__ uint4 mid_b(uint32_t at) {
+    uint4 v;
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "r"(at)
+                 : "memory");
+    return v;
+}
+
+/* One segment of a pair of bands, from zero. codes: of the warp's pair; x: of its rows, with lane % 8 added. */
 template <cu_format F, int ROWS, int TILES>
-static __device__ __forceinline__ void mid_products(float acc[2][TILES][4], const unsigned char *codes,
-                                                    const unsigned char *x, int lane) {
+static __device__ __forceinline__ void mid_products(float acc[2][TILES][4], const unsigned char *codes, uint32_t x,
+                                                    int lane) {
     constexpr int GROUP = large_group_bytes(F);
-    const int g = lane / 4, c = lane % 4;
 #pragma unroll
     for (int m = 0; m < 2; m++)
 #pragma unroll
@@ -161,7 +170,7 @@ static __device__ __forceinline__ void mid_products(float acc[2][TILES][4], cons
         for (int m = 0; m < 2; m++) large_codes<F>(code[m], codes + (m * 2 + q) * GROUP, h, lane);
 #pragma unroll
         for (int i = 0; i < TILES; i++)
-            b[i] = *(const uint4 *)(x + q * (ROWS * 128) + i * 1024 + (((2 * c + h) ^ g) << 4));
+            b[i] = mid_b(x + q * (ROWS * 128) + i * 1024 + (((4 * h + lane / 8) ^ (lane % 8)) << 4));
 #pragma unroll
         for (int k = 0; k < 2; k++)
 #pragma unroll
@@ -231,7 +240,7 @@ __global__ void __launch_bounds__((mid_warps_max(ROWS) + mid_fillers(ROWS)) * 32
 
     const int pair = warp / PARTS, part = warp % PARTS;
     const unsigned char *codes = memory + pair * 4 * GROUP;
-    const unsigned char *x = memory + a.n_pair * 4 * GROUP + (part * (ROWS / PARTS) + lane / 4) * 128;
+    const uint32_t x = b.ring + a.n_pair * 4 * GROUP + (part * (ROWS / PARTS) + lane % 8) * 128;
     float acc[2][TILES][4];
     int slot = 0;
     uint32_t parity = 0;

@@ -53,11 +53,11 @@ static __host__ __device__ __forceinline__ void pack_lane(uint32_t *word, const 
     const int32_t lo = o0 + lane / 4, hi = lo + 8;
     for (int s = 0; s < 4; s++) {
         uint32_t e[8];
-        const int32_t i = i0 + 16 * (lane % 4) + 4 * s;
         for (int j = 0; j < 4; j++) {
+            const int32_t i = i0 + 16 * s + 2 * (lane % 4) + j / 2 * 8 + j % 2;
             const int k = j / 2 * 4 + j % 2;
-            e[k] = pack_fetch<F, OUT_IN>(src, lo, i + j);
-            e[k + 2] = pack_fetch<F, OUT_IN>(src, hi, i + j);
+            e[k] = pack_fetch<F, OUT_IN>(src, lo, i);
+            e[k + 2] = pack_fetch<F, OUT_IN>(src, hi, i);
         }
         pack_words<F>(word + s * words, e);
     }

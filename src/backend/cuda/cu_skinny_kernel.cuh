@@ -334,14 +334,13 @@ static __device__ __forceinline__ void skinny_x_load(uint4 *xs, const skinny_arg
 
 /* The same for at most 8 rows. After cu_wait_previous all is latency, so: few instructions, all loads at once, no
  * division. Chunk lane % 16 (8 numbers) of rows lane / 16, lane / 16 + 2, ... */
-static __device__ __forceinline__ int32_t skinny_chunk_at(int lane, int xl) { /* for row 0, of the warp */
-    return (lane / 8 % 2 * 2 + lane % 2) * xl + lane / 2 % 4;
-}
+/* In words of two inputs, from the warp's x on: where word 0 of chunk p of row 0 lies; word w is 4 w further. */
+static __device__ __forceinline__ int32_t skinny_chunk_at(int p, int xl) { return p / 4 * xl * 4 + p % 4; }
 static __device__ __forceinline__ void skinny_x_load_few(uint4 *xs, const skinny_args *a, const int32_t *row,
                                                          int32_t n_row, int cw, int n_cw, int32_t x_round, int xl,
                                                          int lane) {
     const int ONCE = 3;
-    xs += skinny_chunk_at(lane, xl);
+    uint32_t *to = (uint32_t *)xs + skinny_chunk_at(lane % 16, xl);
     const cu_bf16 *x = a->x + cw * CU_SEGMENT + lane % 16 * 8;
     for (int32_t r = lane / 16; r < n_row; r += 2) {
         const cu_bf16 *from = x + row[r] * a->ldx;
@@ -351,8 +350,10 @@ static __device__ __forceinline__ void skinny_x_load_few(uint4 *xs, const skinny
             for (int k = 0; k < ONCE; k++)
                 if ((round + k) * n_cw + cw < a->n_seg) v[k] = skinny_l2(from + (round + k) * n_cw * CU_SEGMENT);
 #pragma unroll
-            for (int k = 0; k < ONCE; k++)
-                if ((round + k) * n_cw + cw < a->n_seg) xs[(round + k) * x_round + r * 4] = v[k];
+            for (int k = 0; k < ONCE; k++) {
+                uint32_t *at = to + ((round + k) * x_round + r * 4) * 4;
+                if ((round + k) * n_cw + cw < a->n_seg) at[0] = v[k].x, at[4] = v[k].y, at[8] = v[k].z, at[12] = v[k].w;
+            }
         }
     }
     __syncwarp();
@@ -391,7 +392,7 @@ static __device__ __forceinline__ void skinny_x_norm(uint4 *xs, float row_scale[
                                                      int n_cw, int32_t x_round, int xl, int lane) {
     const int32_t n = a->n_in;
     float scale = 0.0f;
-    uint2 *const to = (uint2 *)(xs + skinny_chunk_at(lane / 2, xl)) + lane % 2;
+    uint32_t *const to = (uint32_t *)xs + skinny_chunk_at(lane / 2, xl) + lane % 2 * 8;
     if (n_row > 1) {
         for (int32_t r = warp; r < n_row; r += n_warp) {
             scale = skinny_row_scale(a->x_f32 + (int64_t)row[r] * n, n, a->eps, lane);
@@ -416,21 +417,22 @@ static __device__ __forceinline__ void skinny_x_norm(uint4 *xs, float row_scale[
             out.y =
                 cu_round2(cu_normed(v.z, scale, (cu_bf16)(w.y & 0xffff)), cu_normed(v.w, scale, (cu_bf16)(w.y >> 16)));
             if (i >= n) out = make_uint2(0, 0); /* beyond n */
-            to[(round * x_round + r * 4) * 2] = out;
+            uint32_t *at = to + (round * x_round + r * 4) * 4;
+            at[0] = out.x, at[4] = out.y;
         }
     }
     __syncwarp();
 }
 
-/* Where inputs i .. i + 7 (i % 8 == 0) of row r < 8 lie in the x of this block; < 0: in another block of the cluster.
- */
+/* Where input i of row r < 8 lies in the x of this block, in numbers; < 0: in another block of the cluster. */
 typedef struct skinny_place {
     int32_t n_cw, n_warp, rank, x_warp, x_round, xl;
 } skinny_place;
 static __device__ __forceinline__ int32_t skinny_x_at(const skinny_place *p, int32_t r, int32_t i) {
-    const int32_t seg = i / CU_SEGMENT, cw = seg % p->n_cw, q = i / 64 % 2 * 2 + i / 8 % 2, c = i / 16 % 4;
+    const int32_t seg = i / CU_SEGMENT, cw = seg % p->n_cw, chunk = i % CU_SEGMENT / 8;
     if (cw / p->n_warp != p->rank) return -1;
-    return seg / p->n_cw * p->x_round + cw % p->n_warp * p->x_warp + q * p->xl + r * 4 + c;
+    const int32_t word = (seg / p->n_cw * p->x_round + cw % p->n_warp * p->x_warp + r * 4) * 4;
+    return (word + skinny_chunk_at(chunk, p->xl) + i % 8 / 2 * 4) * 2 + i % 2;
 }
 
 /* The same for any n_in and alignment, number by number. */
@@ -445,10 +447,10 @@ static __device__ __noinline__ void skinny_x_norm_narrow(uint4 *xs, float row_sc
     __syncthreads();
 #pragma unroll 1
     for (int32_t id = thread; id < n_row * padded; id += blockDim.x) {
-        const int32_t r = id / padded, i = id % padded, at = skinny_x_at(&p, r, i / 8 * 8);
+        const int32_t r = id / padded, i = id % padded, at = skinny_x_at(&p, r, i);
         const float x =
             i < n ? cu_normed(skinny_l2f(a->x_f32 + (int64_t)row[r] * n + i), row_scale[r], a->norm_w[i]) : 0.0f;
-        if (at >= 0) ((cu_bf16 *)(xs + at))[i % 8] = cu_round(x);
+        if (at >= 0) ((cu_bf16 *)xs)[at] = cu_round(x);
     }
     __syncthreads();
 }
