@@ -307,7 +307,7 @@ const option option_table[] = {
     /* ---- Devices ---- */
     {.name = "backend", .type = OPTION_ENUM, .choices = "auto|cpu|ref|cuda", .fallback = "auto", .group = "Devices",
      .tag = 'E', .command = CMD_SERVE,
-     .help = "What computes: cuda (one NVIDIA GPU), cpu, or ref, the slow reference; auto: cuda where it can, else cpu"},
+     .help = "What computes: cuda (one NVIDIA GPU), cpu, or ref, the slow reference; auto: cuda where it is and can compute the model, else cpu"},
     {.name = "threads", .type = OPTION_INT, .fallback = "0", .min = 0, .max = 512, .group = "Devices", .tag = 'E',
      .command = CMD_SERVE, .help = "Compute threads of the cpu backend; 0: one per allowed processor"},
     {.name = "cpu-level", .type = OPTION_ENUM, .choices = "auto|portable|avx2|avx512|amx", .fallback = "auto",
