@@ -81,6 +81,9 @@ if(TARGET ern_backend_cuda)
   target_sources(gpu_check PRIVATE ${gpu_checks})
   target_link_libraries(gpu_check PRIVATE ern_backend_cuda)
   set_target_properties(gpu_check PROPERTIES LINKER_LANGUAGE CXX)
+  add_test(NAME nvcc_refuses COMMAND sh ${CMAKE_SOURCE_DIR}/src/backend/cuda/nvcc.sh none
+    echo "ptxas info : (C7511) Potential Performance Loss: wgmma.mma_async instructions are serialized")
+  set_tests_properties(nvcc_refuses PROPERTIES LABELS kern WILL_FAIL TRUE)
 endif()
 
 # The loader must refuse a plugin of another build: one that says it is.
