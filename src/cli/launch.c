@@ -23,6 +23,7 @@ enum {
     STOP_MAX = 16,
     STOP_BYTES = 1024,
     LONG_PROMPT_PART = 25, /* of the context: FastDeploy's 0.04 */
+    ITL_TIMES_GPU = 3,
 };
 #define GIB 1073741824.0
 
@@ -109,6 +110,18 @@ static ern_status check_rules(launch *l, const options *o, bool chunks, ern_err 
     e->reserve_all = !options_flag(o, "ENABLE_V1_KVCACHE_SCHEDULER");
     if (e->reserve_all) e->prompt_share = options_real(o, "kv-cache-ratio");
     e->itl_target_us = to_us(options_real(o, "itl-target-ms"), 1e3);
+    if (options_given(o, "itl-max-times")) e->itl_times = options_real(o, "itl-max-times");
+    if (e->itl_times > 0 && e->itl_times < 1)
+        return ERN_FAIL(
+            err, ERN_ERR_USAGE,
+            "--itl-max-times is %s, and a step with a piece of a prompt takes longer than one without; give "
+            "1.1 or more, or 0 for no bound",
+            options_text(o, "itl-max-times"));
+    if (e->itl_times > 0 && !chunks)
+        return ERN_FAIL(err, ERN_ERR_USAGE,
+                        "--itl-max-times is %s, and it makes pieces of prompts smaller, which chunked prefill makes; "
+                        "give --enable-chunked-prefill or leave the flag out",
+                        options_text(o, "itl-max-times"));
     if (e->itl_target_us && !chunks)
         return ERN_FAIL(err, ERN_ERR_USAGE,
                         "--itl-target-ms is %s, and it makes pieces of prompts smaller, which chunked prefill makes; "
@@ -311,6 +324,8 @@ static ern_status check_devices(launch *l, const options *o, ern_err *err) {
     ERN_TRY(pick_backend(l, o, &l->engine.backend, err));
     l->backend_auto = is_name(options_text(o, "backend"), "auto");
     l->backend_name = l->engine.backend->name;
+    if (launch_on_gpu(l) && l->engine.chunked_prefill && !options_given(o, "itl-max-times"))
+        l->engine.itl_times = ITL_TIMES_GPU;
     if (launch_on_gpu(l) && !l->engine.memory_bytes) l->memory_share = options_real(o, "gpu-memory-utilization");
     if (!launch_on_gpu(l) && l->engine.memory_bytes > ern_memory_total_bytes())
         return ERN_FAIL(err, ERN_ERR_USAGE,

@@ -246,6 +246,12 @@ const option option_table[] = {
      .help = "Milliseconds between the tokens of running replies that pieces of prompts should not exceed: they shrink "
              "until steps are that short; 0: pieces are as large as --max-num-batched-tokens lets them",
      .example = "--itl-target-ms 100"},
+    {.name = "itl-max-times", .type = OPTION_REAL, .min = 0, .max = 1000, .group = "Scheduling", .tag = 'E',
+     .command = CMD_SERVE,
+     .help = "A step that bears a piece of a prompt beside running replies takes at most about so many times as long as one "
+             "without: pieces are cut to that, by what steps took lately; 0: no bound. Default: 3 on a GPU, where steps "
+             "are short and --max-num-batched-tokens large, else 0",
+     .example = "--itl-max-times 2"},
     {.name = "enable-overlap-schedule", .type = OPTION_FLAG, .group = "Scheduling", .tag = 'T', .command = CMD_SERVE,
      .help = "Prepare the next step while one runs", .state = OPTION_IGNORED,
      .why = "the next step is always prepared while one runs"},
