@@ -465,6 +465,8 @@ const option option_table[] = {
     {.name = "job", .type = OPTION_TEXT, .group = "Benchmarks", .tag = 'E', .command = CMD_BENCH_STEP,
      .help = "Also what a server does for N requests at once of IN + OUT tokens, without the server, to compare with bench "
              "serve --max-concurrency N --num-prompts N", .example = "--job 16,256,128"},
+    {.name = "sampled", .type = OPTION_FLAG, .fallback = "0", .group = "Benchmarks", .tag = 'E', .command = CMD_BENCH_STEP,
+     .help = "Decode with temperature, top-k, top-p and all three penalties instead of the best token"},
     {.name = "max-num-batched-tokens", .type = OPTION_INT, .fallback = "2048", .min = 1, .max = 32768,
      .group = "Benchmarks", .tag = 'E', .command = CMD_BENCH_STEP, .help = "Most tokens of one step of a prefill"},
     {.name = "busy", .type = OPTION_INT, .fallback = "0", .min = 0, .max = 512, .group = "Benchmarks", .tag = 'E',
