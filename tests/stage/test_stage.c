@@ -289,7 +289,6 @@ static void scenario(const char *shape, bool paddle, int32_t level, const ern_qu
 
 static void every_level(const char *shape) {
     for (int32_t level = ERN_CPU_PORTABLE; level <= (int32_t)ern_cpu_level_here(); level++) {
-        if (level != ERN_CPU_PORTABLE && level != ERN_CPU_AVX512) continue;
         for (int int8 = 0; int8 < 2; int8++) {
             scenario(shape, false, level, NULL, int8);
             scenario(shape, true, level, NULL, int8);
