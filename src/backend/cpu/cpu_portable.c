@@ -207,6 +207,7 @@ static void attn_join(float *acc, const float *part, int32_t n_head, int32_t hea
 /* What the two tables have in common: AVX2 has kernels of its own for quantized linears only. */
 #define PLAIN                                                                                          \
     .linear_bf16 = {[ERN_ORDER_OUT_IN] = linear_out_in, [ERN_ORDER_IN_OUT] = linear_in_out},           \
+    .exact_bf16 = {[ERN_ORDER_OUT_IN] = linear_out_in, [ERN_ORDER_IN_OUT] = linear_in_out},            \
     .quant_fp8 = cpu_quant_fp8_portable, .linear_f32 = linear_f32, .norm = norm, .silu_mul = silu_mul, \
     .softmax = softmax, .attn_block = {attn_bf16, attn_int8}, .attn_join = attn_join
 
