@@ -154,7 +154,7 @@ extern const cpu_kernels cpu_kernels_avx512; /* without VNNI: integer sums as AV
 extern const cpu_kernels cpu_kernels_vnni, cpu_kernels_amx;
 extern const cpu_kernels cpu_kernels_bf16; /* VNNI, and bf16 KV by vdpbf16ps */
 
-/* The best table that a machine of this level can run; for AMX it asks the system for the tile registers. */
+/* The best table that a machine of this level can run. */
 const cpu_kernels *cpu_kernels_for(ern_cpu_level level);
 /* All tables that this machine can run. Returns how many; at most CPU_TABLES. */
 enum { CPU_TABLES = 6 };
