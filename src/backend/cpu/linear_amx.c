@@ -7,9 +7,8 @@
  * each other, so one row and many share all of this and hence the bits: every count of rows goes through tiles.
  *
  * A is rows of activations as they lie. B lies so in panels (CPU_PANEL_TILES); of other weights a block of 32 outputs
- * and BLOCK_IN inputs at a time is brought into that order first, for all rows that follow. Where many rows pass, such
- * a block of panels stays in the L1 cache meanwhile: sums wait in memory, in f32 as in the tiles, so that cutting K
- * changes nothing. */
+ * and BLOCK_IN inputs at a time is brought into that order first, for all rows that follow. Sums wait in memory then,
+ * in f32 as in the tiles, so cutting K changes nothing. */
 #include "backend/cpu/table_avx512.h"
 #include "backend/cpu/vec_amx.h"
 
@@ -171,7 +170,7 @@ static void put(const cpu_linear_job *j, sums sum, int32_t r, int32_t n, int32_t
 CPU_INLINE void pass(place *at, const cpu_linear_job *j, int32_t r, int32_t n, int32_t o, int32_t oe, const bool two,
                      const bool few) {
     const int32_t n_in = (j->w->n_in + TILE_K - 1) / TILE_K * TILE_K,
-                  block = cpu_is_panels(j->w) && few && !j->x_row ? n_in : BLOCK_IN;
+                  block = cpu_is_panels(j->w) && !j->x_row ? n_in : BLOCK_IN;
     const int64_t stride = cpu_act_stride(j->w->n_in);
     const int32_t rows = (n + ROWS - 1) / ROWS, own = least(n, ROWS);
     for (int32_t k0 = 0; k0 < n_in; k0 += block) {

@@ -32,9 +32,12 @@ typedef struct block {
     _Alignas(64) int8_t a[BLOCK][ERN_ACT_GROUP];              /* gathered rows */
 } block;
 
-/* Tile t of band `band` as I8. */
-CPU_INLINE const uint8_t *b_tile(block *k, const ern_linear *w, int32_t band, int32_t t, int b, const bool four) {
+/* Tile t of band `band` as I8. The first rows to pass fetch the same tile two bands on. */
+CPU_INLINE const uint8_t *b_tile(block *k, const ern_linear *w, int32_t band, int32_t t, int b, const bool four,
+                                 const bool first) {
     const uint8_t *p = cpu_band(w, band + b) + (size_t)t * cpu_tile_bytes(w->dtype);
+    for (size_t i = 0; first && i < cpu_tile_bytes(w->dtype); i += 64)
+        _mm_prefetch((const char *)((uintptr_t)p + 2 * cpu_band_bytes(w) + i), _MM_HINT_T1);
     if (!four) return p;
     unpack(k->b[b][t % 2], p);
     return k->b[b][t % 2];
@@ -59,7 +62,7 @@ CPU_INLINE void scale_rows(block *k, const cpu_linear_job *j, int32_t r0, int32_
 /* c = the integer sums of group g. Those of the group before are scaled meanwhile, a share beside each product: the
  * tiles and the vectors work at one time. */
 CPU_INLINE void group_sums(block *k, const cpu_linear_job *j, int32_t r0, int32_t band, int32_t g, const int nr,
-                           const int nb, const bool four) {
+                           const int nb, const bool four, const bool first) {
     enum { SHARE = BLOCK / 8 };
     const ern_linear *w = j->w;
     const int64_t stride = cpu_act_stride(w->n_in);
@@ -79,11 +82,11 @@ CPU_INLINE void group_sums(block *k, const cpu_linear_job *j, int32_t r0, int32_
     if (nr > 1 && nb > 1) _tile_zero(3);
     for (int32_t t = 0; t < n_tile; t++) {
         _tile_loadd(4, a + t * ERN_TILE_IN, step);
-        _tile_loadd(6, b_tile(k, w, band, 2 * g + t, 0, four), 64);
+        _tile_loadd(6, b_tile(k, w, band, 2 * g + t, 0, four, first), 64);
         _tile_dpbsud(0, 4, 6);
         if (done < last) scale_rows(k, j, r0, g - 1, done, SHARE, nb, four), done += SHARE;
         if (nb > 1) {
-            _tile_loadd(7, b_tile(k, w, band, 2 * g + t, 1, four), 64);
+            _tile_loadd(7, b_tile(k, w, band, 2 * g + t, 1, four, first), 64);
             _tile_dpbsud(1, 4, 7);
             if (done < last) scale_rows(k, j, r0, g - 1, done, SHARE, nb, four), done += SHARE;
         }
@@ -105,12 +108,12 @@ CPU_INLINE void group_sums(block *k, const cpu_linear_job *j, int32_t r0, int32_
 }
 
 CPU_INLINE void amx_block(const cpu_linear_job *j, int32_t r0, int32_t band, const int nr, const int nb,
-                          const bool four) {
+                          const bool four, const bool first) {
     const ern_linear *w = j->w;
     const int32_t n_group = cpu_groups(w->n_in);
     block k;
     memset(k.acc, 0, sizeof k.acc);
-    for (int32_t g = 0; g < n_group; g++) group_sums(&k, j, r0, band, g, nr, nb, four);
+    for (int32_t g = 0; g < n_group; g++) group_sums(&k, j, r0, band, g, nr, nb, four, first);
     scale_rows(&k, j, r0, n_group - 1, 0, nr * ROWS, nb, four);
     for (int b = 0; b < nb; b++) {
         const int32_t o = (band + b) * ERN_TILE_OUT;
@@ -149,12 +152,12 @@ CPU_INLINE void linear_amx(const cpu_linear_job *j, const bool four) {
         int32_t r = 0;
         for (; r + BLOCK <= n; r += BLOCK) {
             if (two)
-                amx_block(j, r, band, 2, 2, four);
+                amx_block(j, r, band, 2, 2, four, r == 0);
             else
-                amx_block(j, r, band, 2, 1, four);
+                amx_block(j, r, band, 2, 1, four, r == 0);
         }
-        if (r < n && two) amx_block(j, r, band, 1, 2, four);
-        if (r < n && !two) amx_block(j, r, band, 1, 1, four);
+        if (r < n && two) amx_block(j, r, band, 1, 2, four, r == 0);
+        if (r < n && !two) amx_block(j, r, band, 1, 1, four, r == 0);
     }
     _tile_release();
 }
