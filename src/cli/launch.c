@@ -343,8 +343,9 @@ static ern_status check_devices(launch *l, const options *o, ern_err *err) {
         if (strcasecmp(level, ern_cpu_level_name((ern_cpu_level)i)) == 0) l->engine.backend_options.level = i;
     if (l->engine.backend_options.level > (int32_t)ern_cpu_level_here())
         return ERN_FAIL(err, ERN_ERR_USAGE,
-                        "--cpu-level %s is above what this processor has (%s); give that or leave it out", level,
-                        ern_cpu_level_name(ern_cpu_level_here()));
+                        "--cpu-level %s is above what this processor has (%s)%s%s; give that or leave it out", level,
+                        ern_cpu_level_name(ern_cpu_level_here()), ern_cpu_amx_refused() ? ": " : "",
+                        ern_cpu_amx_refused() ? ern_cpu_amx_refused() : "");
     return ERN_OK;
 }
 

@@ -103,15 +103,17 @@ bool golden_weights(const golden *g, char why[256]) {
 
 /* Numbers of a path through a layer that the backend rounds to bf16 beyond K and V, and the vectors do not: queries and
  * weights of positions where cpu's attention does (attn_rounds of cpu_kernels.h); with those both normed rows,
- * attention's output and the product of gate and up on cuda, whose linears take bf16. Each errs by as much as one of K
+ * attention's output and the product of gate and up on cuda, whose linears take bf16, and on cpu where its do
+ * (linear_rounds; the goldens' weights are bf16). Each errs by as much as one of K
  * and V of one side, so step grows by sqrt((2 + n) / 2). And the rms is a, that of this rounding, where the other run's
  * distance is hypot(a, k), k that of K and V: a = k sqrt(n / 2). What is held is 4/3 of that. (A backend that did not
  * round K and V at all would stand at k and at none.) With n = 6 the two distances are too near to tell anything: there
  * the rms must be within what one sigma of the bound is. */
 static int roundings(const ern_backend_ops *ops, ern_kv_dtype kv) {
     if (strcmp(ops->name, "cuda") == 0) return 6;
-    bool rounds = strcmp(ops->name, "cpu") == 0 && kv == ERN_KV_BF16;
-    return rounds && cpu_kernels_for(ern_cpu_level_here())->attn_rounds ? 2 : 0;
+    if (strcmp(ops->name, "cpu") != 0) return 0;
+    const cpu_kernels *k = cpu_kernels_for(ern_cpu_level_here());
+    return (kv == ERN_KV_BF16 && k->attn_rounds ? 2 : 0) + (k->linear_rounds ? 4 : 0);
 }
 
 static double relative_error(const ern_config *c, bool rounded_kv) {
