@@ -99,20 +99,22 @@ static void job_run(const ern_linear *w, int32_t n_row, float *to, const float *
 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq"))) static void
 chains_run(const ern_linear *w, float *to, const float *in, int32_t from, int32_t end) {
     const __m512i high = _mm512_set1_epi32((int32_t)0xffff0000u);
-    for (int32_t o = from; o < end; o += CPU_PANEL_OUT) {
-        const ern_bf16 *p = (const ern_bf16 *)w->data + o / CPU_PANEL_OUT * cpu_panel_numbers(w->n_in);
-        __m512 acc[2][CPU_PANEL_OUT];
-        for (int i = 0; i < 2 * CPU_PANEL_OUT; i++) acc[i / CPU_PANEL_OUT][i % CPU_PANEL_OUT] = _mm512_setzero_ps();
+    for (int32_t o = from; o < end; o += CPU_PANEL_LINES) {
+        const ern_bf16 *p =
+            (const ern_bf16 *)w->data + o / CPU_PANEL_LINES * cpu_panel_numbers(CPU_PANEL_LINES, w->n_in);
+        __m512 acc[2][CPU_PANEL_LINES];
+        for (int i = 0; i < 2 * CPU_PANEL_LINES; i++)
+            acc[i / CPU_PANEL_LINES][i % CPU_PANEL_LINES] = _mm512_setzero_ps();
         for (int32_t k = 0; k < w->n_in; k += CPU_LINE)
 #pragma GCC unroll 4
-            for (int i = 0; i < CPU_PANEL_OUT; i++, p += CPU_LINE) {
+            for (int i = 0; i < CPU_PANEL_LINES; i++, p += CPU_LINE) {
                 const __m512i v = _mm512_loadu_si512(p);
                 acc[0][i] =
                     _mm512_fmadd_ps(_mm512_loadu_ps(in + k), _mm512_castsi512_ps(_mm512_slli_epi32(v, 16)), acc[0][i]);
                 acc[1][i] = _mm512_fmadd_ps(_mm512_loadu_ps(in + k + 16),
                                             _mm512_castsi512_ps(_mm512_and_si512(v, high)), acc[1][i]);
             }
-        for (int i = 0; i < CPU_PANEL_OUT; i++) to[o + i] = _mm512_reduce_add_ps(_mm512_add_ps(acc[0][i], acc[1][i]));
+        for (int i = 0; i < CPU_PANEL_LINES; i++) to[o + i] = _mm512_reduce_add_ps(_mm512_add_ps(acc[0][i], acc[1][i]));
     }
 }
 

@@ -5,7 +5,7 @@
 #include "backend/cpu/table_avx2.h"
 #include "backend/cpu/vec_avx2.h"
 
-_Static_assert(CPU_PANEL_OUT == 4 && CPU_LINE == 32, "as the tiles and the lines' halves are written");
+_Static_assert(CPU_PANEL_LINES == 4 && CPU_LINE == 32, "as the tiles and the lines' halves are written");
 
 enum {
     K_BLOCK_OUT_IN = 1024,
@@ -53,21 +53,22 @@ CPU_INLINE void out_in_tile(const cpu_linear_job *j, int32_t r0, int32_t o0, int
                             const int no, const bool panel, const bool ahead) {
     const int64_t stride = panel ? CPU_LINE : j->w->stride;
     const ern_bf16 *w = j->w->data;
-    w += panel ? o0 / CPU_PANEL_OUT * cpu_panel_numbers(j->w->n_in) + o0 % CPU_PANEL_OUT * CPU_LINE +
-                     (int64_t)k0 * CPU_PANEL_OUT
+    w += panel ? o0 / CPU_PANEL_LINES * cpu_panel_numbers(CPU_PANEL_LINES, j->w->n_in) +
+                     o0 % CPU_PANEL_LINES * CPU_LINE + (int64_t)k0 * CPU_PANEL_LINES
                : o0 * stride + k0;
     /* many rows walk blocks of K one by one: then the same block two panels on */
-    const uintptr_t far = panel && j->n_row > ROWS ? 2 * (uintptr_t)cpu_panel_numbers(j->w->n_in) * sizeof *w : AHEAD;
+    const uintptr_t far =
+        panel && j->n_row > ROWS ? 2 * (uintptr_t)cpu_panel_numbers(CPU_PANEL_LINES, j->w->n_in) * sizeof *w : AHEAD;
     const float *x[ROWS];
-    __m256 acc[ROWS][CPU_PANEL_OUT][2];
+    __m256 acc[ROWS][CPU_PANEL_LINES][2];
     CPU_UNROLL for (int r = 0; r < nr; r++) {
         x[r] = cpu_job_x(j, r0 + r);
         CPU_UNROLL for (int o = 0; o < no; o++) acc[r][o][0] = acc[r][o][1] = _mm256_setzero_ps();
     }
     int32_t k = k0;
-    for (; k + CPU_LINE <= k1; k += CPU_LINE, w += panel ? CPU_LINE * CPU_PANEL_OUT : CPU_LINE) {
+    for (; k + CPU_LINE <= k1; k += CPU_LINE, w += panel ? CPU_LINE * CPU_PANEL_LINES : CPU_LINE) {
         CPU_UNROLL for (int q = 0; q < 4; q++) { /* inputs 8q..8q+7 */
-            __m256 wv[CPU_PANEL_OUT];
+            __m256 wv[CPU_PANEL_LINES];
             CPU_UNROLL for (int o = 0; o < no; o++) {
                 if (ahead && q < 2) fetch((uintptr_t)w + far + 64 * (uintptr_t)(2 * o + q));
                 if (!panel) {
@@ -110,15 +111,16 @@ CPU_INLINE void out_in_tile(const cpu_linear_job *j, int32_t r0, int32_t o0, int
  * compute for longer than it looks ahead: the first to pass fetch what follows. */
 static void out_in_rows(const cpu_linear_job *j, int32_t r, int32_t nr, int32_t o, int32_t oe, int32_t k0, int32_t k1) {
     const bool panel = cpu_is_panels(j->w), first = r == 0;
-    for (; panel && nr == 1 && o < oe; o += CPU_PANEL_OUT) out_in_tile(j, r, o, k0, k1, 1, CPU_PANEL_OUT, true, false);
+    for (; panel && nr == 1 && o < oe; o += CPU_PANEL_LINES)
+        out_in_tile(j, r, o, k0, k1, 1, CPU_PANEL_LINES, true, false);
     for (; panel && o < oe; o += OUTS) {
         if (nr == 2 && first) out_in_tile(j, r, o, k0, k1, 2, OUTS, true, true);
         if (nr == 2 && !first) out_in_tile(j, r, o, k0, k1, 2, OUTS, true, false);
         if (nr == 3 && first) out_in_tile(j, r, o, k0, k1, ROWS, OUTS, true, true);
         if (nr == 3 && !first) out_in_tile(j, r, o, k0, k1, ROWS, OUTS, true, false);
     }
-    for (; nr == 1 && o + CPU_PANEL_OUT <= oe; o += CPU_PANEL_OUT)
-        out_in_tile(j, r, o, k0, k1, 1, CPU_PANEL_OUT, false, true);
+    for (; nr == 1 && o + CPU_PANEL_LINES <= oe; o += CPU_PANEL_LINES)
+        out_in_tile(j, r, o, k0, k1, 1, CPU_PANEL_LINES, false, true);
     for (; o + OUTS <= oe; o += OUTS) {
         if (nr == 1) out_in_tile(j, r, o, k0, k1, 1, OUTS, false, true);
         if (nr == 2) out_in_tile(j, r, o, k0, k1, 2, OUTS, false, true);
@@ -134,7 +136,7 @@ static void out_in_rows(const cpu_linear_job *j, int32_t r, int32_t nr, int32_t 
 void cpu_linear_out_in_avx2(const cpu_linear_job *j) {
     const int32_t n_in = j->w->n_in;
     /* Few rows: walk each weight row to its end, as memory likes it. Many: keep a block of weights in L2. */
-    const int32_t outs = j->n_row <= ROWS ? CPU_PANEL_OUT : L2_OUTS;
+    const int32_t outs = j->n_row <= ROWS ? CPU_PANEL_LINES : L2_OUTS;
     for (int32_t ob = j->from; ob < j->to; ob += outs) {
         const int32_t oe = least(ob + outs, j->to);
         for (int32_t k0 = 0; k0 < n_in; k0 += K_BLOCK_OUT_IN)

@@ -189,31 +189,32 @@ static void panel_rows(const cpu_linear_job *j, int32_t r0, int32_t nr, int32_t 
  * the next panel meanwhile. */
 static void panel_one(const cpu_linear_job *j) {
     const int32_t n_in = j->w->n_in;
-    const ern_bf16 *w = (const ern_bf16 *)j->w->data + j->from / CPU_PANEL_OUT * cpu_panel_numbers(n_in);
+    const ern_bf16 *w =
+        (const ern_bf16 *)j->w->data + j->from / CPU_PANEL_LINES * cpu_panel_numbers(CPU_PANEL_LINES, n_in);
     const float *x = cpu_job_x(j, 0);
     const __m512i high = _mm512_set1_epi32((int32_t)0xffff0000u);
     const __m128 scale = _mm_set1_ps(j->scale ? j->scale[0] : 1.0f);
-    for (int32_t o = j->from; o < j->to; o += CPU_PANEL_OUT) {
-        const __mmask8 outs = (__mmask8)cpu_mask(least(j->w->n_out - o, CPU_PANEL_OUT));
+    for (int32_t o = j->from; o < j->to; o += CPU_PANEL_LINES) {
+        const __mmask8 outs = (__mmask8)cpu_mask(least(j->w->n_out - o, CPU_PANEL_LINES));
         float *y = cpu_job_y(j, 0) + o;
         __m128 sum = j->add ? _mm_maskz_loadu_ps(outs, y) : _mm_setzero_ps();
         for (int32_t k0 = 0; k0 < n_in; k0 += K_BLOCK_OUT_IN) {
             const int32_t k1 = least(k0 + K_BLOCK_OUT_IN, n_in);
-            __m512 acc[CPU_PANEL_OUT];
-            CPU_UNROLL for (int i = 0; i < CPU_PANEL_OUT; i++) acc[i] = _mm512_setzero_ps();
+            __m512 acc[CPU_PANEL_LINES];
+            CPU_UNROLL for (int i = 0; i < CPU_PANEL_LINES; i++) acc[i] = _mm512_setzero_ps();
             int32_t k = k0;
-            for (; k + CPU_LINE <= k1; k += CPU_LINE, w += CPU_LINE * CPU_PANEL_OUT)
+            for (; k + CPU_LINE <= k1; k += CPU_LINE, w += CPU_LINE * CPU_PANEL_LINES)
                 CPU_UNROLL for (int half = 0; half < 2; half++) {
                     const __m512 xv = _mm512_loadu_ps(x + k + 16 * half);
-                    CPU_UNROLL for (int i = 0; i < CPU_PANEL_OUT; i++) acc[i] =
+                    CPU_UNROLL for (int i = 0; i < CPU_PANEL_LINES; i++) acc[i] =
                         _mm512_fmadd_ps(xv, panel_half(w + i * CPU_LINE, half, high), acc[i]);
                 }
             for (int half = 0; k + 16 * half < k1; half++) {
                 const __m512 xv = _mm512_maskz_loadu_ps(cpu_mask(k1 - k - 16 * half), x + k + 16 * half);
-                CPU_UNROLL for (int i = 0; i < CPU_PANEL_OUT; i++) acc[i] =
+                CPU_UNROLL for (int i = 0; i < CPU_PANEL_LINES; i++) acc[i] =
                     _mm512_fmadd_ps(xv, panel_half(w + i * CPU_LINE, half, high), acc[i]);
             }
-            w += k < k1 ? CPU_LINE * CPU_PANEL_OUT : 0;
+            w += k < k1 ? CPU_LINE * CPU_PANEL_LINES : 0;
             const __m128 s = cpu_sum4(acc[0], acc[1], acc[2], acc[3]);
             sum = !j->add && k0 == 0 ? s : _mm_fmadd_ps(scale, s, sum);
         }
