@@ -94,20 +94,16 @@ CPU_INLINE __m512i value_line(const unsigned char *row, int32_t c, int32_t C) {
     return _mm512_maskz_loadu_epi16(n >= 32 ? 0xffffffff : ((__mmask32)1 << n) - 1, row + 2 * c);
 }
 
-/* Values of the first n positions, zeros after them to a multiple of 32. The next block's keys are fetched meanwhile.
- */
-static void pack_values(room *w, const cpu_kv_block *kv, const unsigned char *const *row, int32_t C, int32_t n) {
+/* Values of the first n positions, zeros after them to a multiple of 32. */
+static void pack_values(room *w, const unsigned char *const *row, int32_t C, int32_t n) {
     const int32_t nv = tiles_of(C, TILE_K) * 2;
     for (int32_t t = 0; t < tiles_of(n, 32) * 32; t += 2) {
-        const cpu_kv_block *next = kv->next;
         ern_bf16 *to = w->v + (int64_t)(t / 32) * nv * TILE + t % 32 / 2 * 32;
-        const unsigned char *ahead = next && t / 16 < next->n_run ? next->run[t / 16].k + t % 16 * C * 2 : NULL;
         for (int32_t c = 0; c < C; c += 32, to += 2 * TILE) {
             const __m512i x = t < n ? value_line(row[t], c, C) : _mm512_setzero_si512();
             const __m512i y = t + 1 < n ? value_line(row[t + 1], c, C) : _mm512_setzero_si512();
             _mm512_store_si512(to, cpu_pairs(x, y, 0));
             _mm512_store_si512(to + TILE, cpu_pairs(x, y, 1));
-            if (ahead) fetch(ahead + 4 * c), fetch(ahead + 4 * c + 64);
         }
     }
 }
@@ -120,6 +116,25 @@ static bool are_finite(const unsigned char *const *row, int32_t C, int32_t from,
         for (int32_t c = 0; c < C; c += 32)
             bad |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(value_line(row[t], c, C), top), top);
     return bad == 0;
+}
+
+/* The next block, fetched line by line beside the products, so that memory and tiles are busy at one time. */
+typedef struct ahead {
+    const cpu_kv_block *kv; /* NULL: there is none */
+    int32_t run, line;      /* the next line to fetch: of a run's keys, then of its values */
+    int32_t each;           /* lines a step */
+} ahead;
+
+static void fetch_lines(ahead *a, int32_t C) {
+    for (int32_t n = a->each; n > 0 && a->kv && a->run < a->kv->n_run;) {
+        const cpu_kv_run *r = &a->kv->run[a->run];
+        const int32_t keys = tiles_of(C * CPU_KV_GROUP, CPU_LINE), all = keys + tiles_of(r->n * C, CPU_LINE);
+        const int32_t stop = least(a->line < keys ? keys : all, a->line + n);
+        const unsigned char *p = a->line < keys ? r->k + a->line * 64 : r->v + (a->line - keys) * 64;
+        n -= stop - a->line;
+        for (; a->line < stop; a->line++, p += 64) fetch(p);
+        if (a->line == all) a->line = 0, a->run++;
+    }
 }
 
 /* ---- products ---------------------------------------------------------------------------------------------------- */
@@ -265,7 +280,7 @@ static group group_at(const cpu_attn_job *j, int32_t i) {
 }
 
 /* Softmax of group i, beside O of the group before and S of the one after. */
-CPU_INLINE void turn(room *w, const cpu_attn_job *j, int32_t i, int32_t n_group, const bool two) {
+CPU_INLINE void turn(room *w, const cpu_attn_job *j, ahead *next, int32_t i, int32_t n_group, const bool two) {
     const int32_t C = j->head_dim, nk = tiles_of(C, TILE_K), all = j->n_row * j->n_head;
     const bool has_before = i > 0, has_now = i >= 0 && i < n_group, has_after = i + 1 < n_group;
     group before = {0}, now = {0}, after = {0};
@@ -283,6 +298,7 @@ CPU_INLINE void turn(room *w, const cpu_attn_job *j, int32_t i, int32_t n_group,
             weigh_step(w, &before, 2 * nk, nt, s, two);
         else
             score_step(w, &after, nk, s - n_weigh, two);
+        fetch_lines(next, C);
         while ((3 * soft + out) * n_step < n_task * (s + 1)) {
             if (soft < n_soft) {
                 soften(w, &now, soft, j->n[(now.m + soft) / j->n_head], j->scale);
@@ -317,13 +333,15 @@ void cpu_attn_rows_amx(const cpu_attn_job *j) {
     }
     if (j->first) pack_queries(w, j);
     pack_keys(w, j->kv, C, most_n);
-    pack_values(w, j->kv, row, C, most_n);
-    cpu_tiles_begin(TILE_ROWS, TILE_ROWS);
+    pack_values(w, row, C, most_n);
+    const int32_t n_step = n_group * 2 * tiles_of(C, TILE_K) * tiles_of(most_n, 32);
+    ahead next = {.kv = j->kv->next, .each = tiles_of(CPU_ATTN_BLOCK * C * 2, CPU_LINE * n_step)};
+    cpu_tiles_begin(least(all, TILE_ROWS), TILE_ROWS);
     for (int32_t i = -1; i <= n_group; i++) {
         if (all > TILE_ROWS)
-            turn(w, j, i, n_group, true);
+            turn(w, j, &next, i, n_group, true);
         else
-            turn(w, j, i, n_group, false);
+            turn(w, j, &next, i, n_group, false);
     }
     _tile_release();
 }

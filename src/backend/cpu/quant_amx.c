@@ -174,9 +174,9 @@ static void either(const cpu_linear_job *j, bool four) {
     if (n == j->n_row) return;
     const cpu_linear_job rest = rows_of(j, n, j->n_row - n);
     if (four)
-        cpu_linear_i4_vnni(&rest);
+        cpu_linear_i4_ahead(&rest);
     else
-        cpu_linear_i8_vnni(&rest);
+        cpu_linear_i8_ahead(&rest);
 }
 
 void cpu_linear_i8_amx(const cpu_linear_job *j) { either(j, false); }
