@@ -156,15 +156,13 @@ CPU_INLINE void score_step(room *w, const group *g, int32_t nk, int32_t s, const
         if (two) _tile_zero(3);
     }
     _tile_loadd(4, q, nk * 64);
+    if (two) _tile_loadd(5, q + TILE_ROWS * nk * TILE_K, nk * 64);
     _tile_loadd(6, k, 64);
-    _tile_dpbf16ps(0, 4, 6);
     _tile_loadd(7, k + nk * TILE, 64);
+    _tile_dpbf16ps(0, 4, 6);
     _tile_dpbf16ps(1, 4, 7);
-    if (two) {
-        _tile_loadd(5, q + TILE_ROWS * nk * TILE_K, nk * 64);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
-    }
+    if (two) _tile_dpbf16ps(2, 5, 6);
+    if (two) _tile_dpbf16ps(3, 5, 7);
     if (t < nk - 1) return;
     float *to = &w->score[g->buffer][0][p * 32];
     _tile_stored(0, to, SCORES * 4);
@@ -184,15 +182,13 @@ CPU_INLINE void weigh_step(room *w, const group *g, int32_t nv, int32_t nt, int3
         if (two) _tile_zero(3);
     }
     _tile_loadd(4, p, WEIGHTS * 2);
+    if (two) _tile_loadd(5, p + TILE_ROWS * WEIGHTS, WEIGHTS * 2);
     _tile_loadd(6, v, 64);
-    _tile_dpbf16ps(0, 4, 6);
     _tile_loadd(7, v + TILE, 64);
+    _tile_dpbf16ps(0, 4, 6);
     _tile_dpbf16ps(1, 4, 7);
-    if (two) {
-        _tile_loadd(5, p + TILE_ROWS * WEIGHTS, WEIGHTS * 2);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
-    }
+    if (two) _tile_dpbf16ps(2, 5, 6);
+    if (two) _tile_dpbf16ps(3, 5, 7);
     if (t < nt - 1) return;
     float *to = &w->out[0][d * 32];
     _tile_stored(0, to, DIMS * 4);
