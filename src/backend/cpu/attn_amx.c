@@ -94,20 +94,16 @@ CPU_INLINE __m512i value_line(const unsigned char *row, int32_t c, int32_t C) {
     return _mm512_maskz_loadu_epi16(n >= 32 ? 0xffffffff : ((__mmask32)1 << n) - 1, row + 2 * c);
 }
 
-/* Values of the first n positions, zeros after them to a multiple of 32. The next block's keys are fetched meanwhile.
- */
-static void pack_values(room *w, const cpu_kv_block *kv, const unsigned char *const *row, int32_t C, int32_t n) {
+/* Values of the first n positions, zeros after them to a multiple of 32. */
+static void pack_values(room *w, const unsigned char *const *row, int32_t C, int32_t n) {
     const int32_t nv = tiles_of(C, TILE_K) * 2;
     for (int32_t t = 0; t < tiles_of(n, 32) * 32; t += 2) {
-        const cpu_kv_block *next = kv->next;
         ern_bf16 *to = w->v + (int64_t)(t / 32) * nv * TILE + t % 32 / 2 * 32;
-        const unsigned char *ahead = next && t / 16 < next->n_run ? next->run[t / 16].k + t % 16 * C * 2 : NULL;
         for (int32_t c = 0; c < C; c += 32, to += 2 * TILE) {
             const __m512i x = t < n ? value_line(row[t], c, C) : _mm512_setzero_si512();
             const __m512i y = t + 1 < n ? value_line(row[t + 1], c, C) : _mm512_setzero_si512();
             _mm512_store_si512(to, cpu_pairs(x, y, 0));
             _mm512_store_si512(to + TILE, cpu_pairs(x, y, 1));
-            if (ahead) fetch(ahead + 4 * c), fetch(ahead + 4 * c + 64);
         }
     }
 }
@@ -122,6 +118,25 @@ static bool are_finite(const unsigned char *const *row, int32_t C, int32_t from,
     return bad == 0;
 }
 
+/* The next block, fetched line by line beside the products, so that memory and tiles are busy at one time. */
+typedef struct ahead {
+    const cpu_kv_block *kv; /* NULL: there is none */
+    int32_t run, line;      /* the next line to fetch: of a run's keys, then of its values */
+    int32_t each;           /* lines a step */
+} ahead;
+
+static void fetch_lines(ahead *a, int32_t C) {
+    for (int32_t n = a->each; n > 0 && a->kv && a->run < a->kv->n_run;) {
+        const cpu_kv_run *r = &a->kv->run[a->run];
+        const int32_t keys = tiles_of(C * CPU_KV_GROUP, CPU_LINE), all = keys + tiles_of(r->n * C, CPU_LINE);
+        const int32_t stop = least(a->line < keys ? keys : all, a->line + n);
+        const unsigned char *p = a->line < keys ? r->k + a->line * 64 : r->v + (a->line - keys) * 64;
+        n -= stop - a->line;
+        for (; a->line < stop; a->line++, p += 64) fetch(p);
+        if (a->line == all) a->line = 0, a->run++;
+    }
+}
+
 /* ---- products ---------------------------------------------------------------------------------------------------- */
 
 /* 32 queries from m, which see at most n positions. */
@@ -130,60 +145,73 @@ typedef struct group {
     int buffer; /* whose scores and weights are its own */
 } group;
 
-/* Step s of S: two groups of positions by 32 dims; two: there are more than 16 queries. */
-CPU_INLINE void score_step(room *w, const group *g, int32_t nk, int32_t s, const bool two) {
-    const int32_t p = s / nk, t = s % nk;
-    const ern_bf16 *q = w->q + (g->m * nk + t) * TILE_K, *k = w->k + (int64_t)(2 * p * nk + t) * TILE;
-    if (t == 0) {
-        _tile_zero(0);
-        _tile_zero(1);
-        if (two) _tile_zero(2);
-        if (two) _tile_zero(3);
-    }
-    _tile_loadd(4, q, nk * 64);
-    _tile_loadd(6, k, 64);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_loadd(7, k + nk * TILE, 64);
-    _tile_dpbf16ps(1, 4, 7);
-    if (two) {
-        _tile_loadd(5, q + TILE_ROWS * nk * TILE_K, nk * 64);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
-    }
-    if (t < nk - 1) return;
-    float *to = &w->score[g->buffer][0][p * 32];
-    _tile_stored(0, to, SCORES * 4);
-    _tile_stored(1, to + 16, SCORES * 4);
-    if (two) _tile_stored(2, to + TILE_ROWS * SCORES, SCORES * 4);
-    if (two) _tile_stored(3, to + TILE_ROWS * SCORES + 16, SCORES * 4);
+CPU_INLINE void begin_tiles(void) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
 }
 
-/* Step s of O: 32 dims by 32 positions, of which there are 32 * nt. */
-CPU_INLINE void weigh_step(room *w, const group *g, int32_t nv, int32_t nt, int32_t s, const bool two) {
-    const int32_t d = s / nt, t = s % nt;
-    const ern_bf16 *p = &w->weight[g->buffer][0][t * TILE_K], *v = w->v + (int64_t)(t * nv + 2 * d) * TILE;
-    if (t == 0) {
-        _tile_zero(0);
-        _tile_zero(1);
-        if (two) _tile_zero(2);
-        if (two) _tile_zero(3);
-    }
-    _tile_loadd(4, p, WEIGHTS * 2);
-    _tile_loadd(6, v, 64);
+/* One step of the products of up to 32 queries: tiles of queries at a and 16 rows on, of `row` numbers; tiles at b and
+ * b
+ * + next. */
+CPU_INLINE void step_two(const ern_bf16 *a, int32_t row, const ern_bf16 *b, int32_t next) {
+    _tile_loadd(4, a, row * 2);
+    _tile_loadd(5, a + TILE_ROWS * row, row * 2);
+    _tile_loadd(6, b, 64);
+    _tile_loadd(7, b + next, 64);
     _tile_dpbf16ps(0, 4, 6);
-    _tile_loadd(7, v + TILE, 64);
     _tile_dpbf16ps(1, 4, 7);
-    if (two) {
-        _tile_loadd(5, p + TILE_ROWS * WEIGHTS, WEIGHTS * 2);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
-    }
-    if (t < nt - 1) return;
-    float *to = &w->out[0][d * 32];
-    _tile_stored(0, to, DIMS * 4);
-    _tile_stored(1, to + 16, DIMS * 4);
-    if (two) _tile_stored(2, to + TILE_ROWS * DIMS, DIMS * 4);
-    if (two) _tile_stored(3, to + TILE_ROWS * DIMS + 16, DIMS * 4);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+}
+
+/* Of up to 16 queries: four tiles from b, so that here too four sums grow side by side. */
+CPU_INLINE void step_one(const ern_bf16 *a, int32_t row, const ern_bf16 *b, int32_t next) {
+    _tile_loadd(4, a, row * 2);
+    _tile_loadd(5, b, 64);
+    _tile_loadd(6, b + next, 64);
+    _tile_loadd(7, b + 2 * next, 64);
+    _tile_dpbf16ps(0, 4, 5);
+    _tile_loadd(5, b + 3 * next, 64);
+    _tile_dpbf16ps(1, 4, 6);
+    _tile_dpbf16ps(2, 4, 7);
+    _tile_dpbf16ps(3, 4, 5);
+}
+
+/* The sums to where rows of `row` floats lie. */
+CPU_INLINE void end_tiles(float *to, int32_t row, const bool two) {
+    _tile_stored(0, to, row * 4);
+    _tile_stored(1, to + 16, row * 4);
+    _tile_stored(2, two ? to + TILE_ROWS * row : to + 32, row * 4);
+    _tile_stored(3, two ? to + TILE_ROWS * row + 16 : to + 48, row * 4);
+}
+
+/* Columns that a step makes: of S or of O. */
+CPU_INLINE int32_t columns(const bool two) { return two ? 32 : 64; }
+
+/* Step s of S: 32 or 64 positions by 32 dims; two: there are more than 16 queries. */
+CPU_INLINE void score_step(room *w, const group *g, int32_t nk, int32_t s, const bool two) {
+    const int32_t p = s / nk, t = s % nk, first = p * columns(two) / 16;
+    const ern_bf16 *q = w->q + (g->m * nk + t) * TILE_K, *k = w->k + (int64_t)(first * nk + t) * TILE;
+    if (t == 0) begin_tiles();
+    if (two)
+        step_two(q, nk * TILE_K, k, nk * TILE);
+    else
+        step_one(q, nk * TILE_K, k, nk * TILE);
+    if (t == nk - 1) end_tiles(&w->score[g->buffer][0][p * columns(two)], SCORES, two);
+}
+
+/* Step s of O: 32 or 64 dims by 32 positions, of which there are 32 * nt. */
+CPU_INLINE void weigh_step(room *w, const group *g, int32_t nv, int32_t nt, int32_t s, const bool two) {
+    const int32_t d = s / nt, t = s % nt, first = d * columns(two) / 16;
+    const ern_bf16 *p = &w->weight[g->buffer][0][t * TILE_K], *v = w->v + (int64_t)(t * nv + first) * TILE;
+    if (t == 0) begin_tiles();
+    if (two)
+        step_two(p, WEIGHTS, v, TILE);
+    else
+        step_one(p, WEIGHTS, v, TILE);
+    if (t == nt - 1) end_tiles(&w->out[0][d * columns(two)], DIMS, two);
 }
 
 /* ---- softmax ----------------------------------------------------------------------------------------------------- */
@@ -265,15 +293,15 @@ static group group_at(const cpu_attn_job *j, int32_t i) {
 }
 
 /* Softmax of group i, beside O of the group before and S of the one after. */
-CPU_INLINE void turn(room *w, const cpu_attn_job *j, int32_t i, int32_t n_group, const bool two) {
+CPU_INLINE void turn(room *w, const cpu_attn_job *j, ahead *next, int32_t i, int32_t n_group, const bool two) {
     const int32_t C = j->head_dim, nk = tiles_of(C, TILE_K), all = j->n_row * j->n_head;
     const bool has_before = i > 0, has_now = i >= 0 && i < n_group, has_after = i + 1 < n_group;
     group before = {0}, now = {0}, after = {0};
     if (has_before) before = group_at(j, i - 1);
     if (has_now) now = group_at(j, i);
     if (has_after) after = group_at(j, i + 1);
-    const int32_t nt = tiles_of(before.n, 32), n_weigh = has_before ? nk * nt : 0;
-    const int32_t n_step = n_weigh + (has_after ? tiles_of(after.n, 32) * nk : 0);
+    const int32_t nt = tiles_of(before.n, 32), n_weigh = has_before ? tiles_of(C, columns(two)) * nt : 0;
+    const int32_t n_step = n_weigh + (has_after ? tiles_of(after.n, columns(two)) * nk : 0);
     const int32_t n_soft = has_now ? least(QUERIES, all - now.m) : 0,
                   n_out = has_before ? least(QUERIES, all - before.m) : 0;
     const int32_t n_task = 3 * n_soft + n_out; /* a softmax is as long as three results */
@@ -283,6 +311,7 @@ CPU_INLINE void turn(room *w, const cpu_attn_job *j, int32_t i, int32_t n_group,
             weigh_step(w, &before, 2 * nk, nt, s, two);
         else
             score_step(w, &after, nk, s - n_weigh, two);
+        fetch_lines(next, C);
         while ((3 * soft + out) * n_step < n_task * (s + 1)) {
             if (soft < n_soft) {
                 soften(w, &now, soft, j->n[(now.m + soft) / j->n_head], j->scale);
@@ -317,13 +346,15 @@ void cpu_attn_rows_amx(const cpu_attn_job *j) {
     }
     if (j->first) pack_queries(w, j);
     pack_keys(w, j->kv, C, most_n);
-    pack_values(w, j->kv, row, C, most_n);
+    pack_values(w, row, C, most_n);
+    const int32_t n_step = n_group * 2 * tiles_of(C, columns(all > TILE_ROWS)) * tiles_of(most_n, 32); /* or near it */
+    ahead next = {.kv = j->kv->next, .each = tiles_of(CPU_ATTN_BLOCK * C * 2, CPU_LINE * n_step)};
     cpu_tiles_begin(TILE_ROWS, TILE_ROWS);
     for (int32_t i = -1; i <= n_group; i++) {
         if (all > TILE_ROWS)
-            turn(w, j, i, n_group, true);
+            turn(w, j, &next, i, n_group, true);
         else
-            turn(w, j, i, n_group, false);
+            turn(w, j, &next, i, n_group, false);
     }
     _tile_release();
 }

@@ -213,6 +213,7 @@ static void attend_tile(const cpu_run *c, const cpu_tile *tile, const heads *h) 
         if (by_rows(b)) {
             job.kv = now;
             attend_rows(c, tile, h, i, &job, acc);
+            if (next) next->cold = false; /* fetched meanwhile */
             continue;
         }
         for (int32_t r = 0; r < tile->n; r++) {

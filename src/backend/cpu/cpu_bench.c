@@ -309,7 +309,9 @@ static void time_rows(bench *b, const row_kind *kind) {
                           .bytes = (uint64_t)n * kind->bytes,
                           .operations = (uint64_t)n * kind->operations,
                           .streams = kind->streams};
-    run.has_rate = kind->operations && rate_f32(b, &run.rate);
+    const bool tiles = kind->part == attn_part && !kind->int8 && b->k->attn_rows;
+    run.has_rate = kind->operations &&
+                   (tiles ? ern_rate_for(ERN_DTYPE_BF16, (int)b->k->level, &run.rate) : rate_f32(b, &run.rate));
     time_case(b, &run);
 }
 

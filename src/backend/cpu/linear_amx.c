@@ -132,15 +132,16 @@ CPU_INLINE void products(sums sum, const ern_bf16 *a, int64_t stride, const ern_
         if (few)
             for (int i = 0; i < 2 * TILE_BYTES; i += 64)
                 _mm_prefetch((const char *)((uintptr_t)b + AHEAD + (uintptr_t)i), _MM_HINT_T1);
+        if (!few)
+            for (int r = 0; r < ROWS; r++) _mm_prefetch((const char *)(a + r * stride + 2 * TILE_K), _MM_HINT_T0);
         _tile_loadd(4, a, step);
+        if (two) _tile_loadd(5, a + TILE_ROWS * stride, step);
         _tile_loadd(6, b, 64);
-        _tile_dpbf16ps(0, 4, 6);
         _tile_loadd(7, b + TILE_BYTES / 2, 64);
+        _tile_dpbf16ps(0, 4, 6);
         _tile_dpbf16ps(1, 4, 7);
-        if (!two) continue;
-        _tile_loadd(5, a + TILE_ROWS * stride, step);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
+        if (two) _tile_dpbf16ps(2, 5, 6);
+        if (two) _tile_dpbf16ps(3, 5, 7);
     }
     _tile_stored(0, sum[0], OUTS * 4);
     _tile_stored(1, sum[0] + 16, OUTS * 4);

@@ -81,24 +81,20 @@ CPU_INLINE void group_sums(block *k, const cpu_linear_job *j, int32_t r0, int32_
     if (nr > 1) _tile_zero(2);
     if (nr > 1 && nb > 1) _tile_zero(3);
     for (int32_t t = 0; t < n_tile; t++) {
+        for (int32_t r = 0; !j->x_row && r < nr * ROWS; r++)
+            _mm_prefetch((const char *)(a + r * step + (t + 2) * ERN_TILE_IN), _MM_HINT_T0);
         _tile_loadd(4, a + t * ERN_TILE_IN, step);
+        if (nr > 1) _tile_loadd(5, a + ROWS * step + t * ERN_TILE_IN, step);
         _tile_loadd(6, b_tile(k, w, band, 2 * g + t, 0, four, first), 64);
+        if (nb > 1) _tile_loadd(7, b_tile(k, w, band, 2 * g + t, 1, four, first), 64);
         _tile_dpbsud(0, 4, 6);
         if (done < last) scale_rows(k, j, r0, g - 1, done, SHARE, nb, four), done += SHARE;
-        if (nb > 1) {
-            _tile_loadd(7, b_tile(k, w, band, 2 * g + t, 1, four, first), 64);
-            _tile_dpbsud(1, 4, 7);
-            if (done < last) scale_rows(k, j, r0, g - 1, done, SHARE, nb, four), done += SHARE;
-        }
-        if (nr > 1) {
-            _tile_loadd(5, a + ROWS * step + t * ERN_TILE_IN, step);
-            _tile_dpbsud(2, 5, 6);
-            if (done < last) scale_rows(k, j, r0, g - 1, done, SHARE, nb, four), done += SHARE;
-        }
-        if (nr > 1 && nb > 1) {
-            _tile_dpbsud(3, 5, 7);
-            if (done < last) scale_rows(k, j, r0, g - 1, done, SHARE, nb, four), done += SHARE;
-        }
+        if (nb > 1) _tile_dpbsud(1, 4, 7);
+        if (done < last) scale_rows(k, j, r0, g - 1, done, SHARE, nb, four), done += SHARE;
+        if (nr > 1) _tile_dpbsud(2, 5, 6);
+        if (done < last) scale_rows(k, j, r0, g - 1, done, SHARE, nb, four), done += SHARE;
+        if (nr > 1 && nb > 1) _tile_dpbsud(3, 5, 7);
+        if (done < last) scale_rows(k, j, r0, g - 1, done, SHARE, nb, four), done += SHARE;
     }
     if (done < last) scale_rows(k, j, r0, g - 1, done, last - done, nb, four);
     _tile_stored(0, k->c[g % 2][0][0], 64);
@@ -174,9 +170,9 @@ static void either(const cpu_linear_job *j, bool four) {
     if (n == j->n_row) return;
     const cpu_linear_job rest = rows_of(j, n, j->n_row - n);
     if (four)
-        cpu_linear_i4_vnni(&rest);
+        cpu_linear_i4_ahead(&rest);
     else
-        cpu_linear_i8_vnni(&rest);
+        cpu_linear_i8_ahead(&rest);
 }
 
 void cpu_linear_i8_amx(const cpu_linear_job *j) { either(j, false); }

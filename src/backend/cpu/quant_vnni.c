@@ -15,10 +15,11 @@
 #include <string.h>
 
 enum {
-    ROWS = 12,      /* 12 x 2 sums + 2 lines + 1 x: 27 of 32 registers */
-    BANDS = 2,      /* bands side by side where there are rows enough to use each x twice */
-    SUMS = 4,       /* most sums of one row: bands times registers that share a sum */
-    ROWS_ALONE = 4, /* up to so many rows one band at a time is read: one stream, best fetched by the hardware alone */
+    ROWS = 12, /* 12 x 2 sums + 2 lines + 1 x: 27 of 32 registers */
+    BANDS = 2, /* bands side by side where there are rows enough to use each x twice */
+    SUMS = 4,  /* most sums of one row: bands times registers that share a sum */
+    ROWS_ALONE =
+        4, /* up to so many rows one band at a time is read: one stream, best fetched by AMD's hardware alone */
 };
 
 static int32_t least(int32_t a, int32_t b) { return a < b ? a : b; }
@@ -29,8 +30,8 @@ CPU_INLINE __m512i four_inputs(const int8_t *x) {
     return _mm512_set1_epi32(v);
 }
 
-/* nr rows from r0, nb bands. fetch: these rows are the first to read these bands side by side, two streams, and fetch
- * the bands that come next into L2. */
+/* nr rows from r0, nb bands. fetch: these rows are the first to read these bands, and fetch the bands that come next
+ * into L2. */
 CPU_INLINE void int_tile(const cpu_linear_job *j, int32_t r0, int32_t band, const int nr, const int nb, const bool four,
                          bool fetch) {
     const ern_linear *w = j->w;
@@ -98,14 +99,17 @@ CPU_INLINE void int_tile(const cpu_linear_job *j, int32_t r0, int32_t band, cons
     }
 }
 
-#define ALONE(n)                                 \
-    case n:                                      \
-        int_tile(j, r, band, n, 1, four, false); \
+#define ALONE(n)                                     \
+    case n:                                          \
+        if (fetch)                                   \
+            int_tile(j, r, band, n, 1, four, true);  \
+        else                                         \
+            int_tile(j, r, band, n, 1, four, false); \
         break
 #define SIDE_BY_SIDE(n) \
     case n: int_tile(j, r, band, n, BANDS, four, fetch); break
 
-CPU_INLINE void one_band(const cpu_linear_job *j, int32_t r, int32_t nr, int32_t band, const bool four) {
+CPU_INLINE void one_band(const cpu_linear_job *j, int32_t r, int32_t nr, int32_t band, const bool four, bool fetch) {
     switch (nr) {
         ALONE(1);
         ALONE(2);
@@ -136,19 +140,25 @@ static int32_t rows_of_tile(int32_t left, int32_t most) {
     return (left + n_tile - 1) / n_tile;
 }
 
-CPU_INLINE void linear_int(const cpu_linear_job *j, const bool four) {
+/* ahead: one band alone is fetched too. */
+CPU_INLINE void linear_int(const cpu_linear_job *j, const bool four, bool ahead) {
     const int32_t end = (j->to + ERN_TILE_OUT - 1) / ERN_TILE_OUT;
     for (int32_t band = j->from / ERN_TILE_OUT, nb; band < end; band += nb) {
         nb = j->n_row > ROWS_ALONE && end - band >= BANDS ? BANDS : 1;
         for (int32_t r = 0, nr; r < j->n_row; r += nr) {
             nr = rows_of_tile(j->n_row - r, nb == 1 ? ROWS_ALONE : ROWS);
             if (nb == 1)
-                one_band(j, r, nr, band, four);
+                one_band(j, r, nr, band, four, ahead && r == 0);
             else
                 two_bands(j, r, nr, band, four, r == 0);
         }
     }
 }
 
-void cpu_linear_i8_vnni(const cpu_linear_job *j) { linear_int(j, false); }
-void cpu_linear_i4_vnni(const cpu_linear_job *j) { linear_int(j, true); }
+static void linear_i8(const cpu_linear_job *j, bool ahead) { linear_int(j, false, ahead); }
+static void linear_i4(const cpu_linear_job *j, bool ahead) { linear_int(j, true, ahead); }
+
+void cpu_linear_i8_vnni(const cpu_linear_job *j) { linear_i8(j, false); }
+void cpu_linear_i4_vnni(const cpu_linear_job *j) { linear_i4(j, false); }
+void cpu_linear_i8_ahead(const cpu_linear_job *j) { linear_i8(j, true); }
+void cpu_linear_i4_ahead(const cpu_linear_job *j) { linear_i4(j, true); }

@@ -24,7 +24,10 @@ static void silu_mul(float *gate, const float *up, int32_t n) {
     for (int32_t i = 0; i < n; i += 16) {
         __mmask16 m = cpu_mask(n - i);
         __m512 g = _mm512_maskz_loadu_ps(m, gate + i), u = _mm512_maskz_loadu_ps(m, up + i);
-        __m512 s = _mm512_div_ps(g, _mm512_add_ps(one, cpu_exp16(_mm512_sub_ps(_mm512_setzero_ps(), g))));
+        /* a step of Newton's behind 14 bits of the reciprocal: within 1.1 u, in half the time of a division */
+        const __m512 d = _mm512_add_ps(one, cpu_exp16(_mm512_sub_ps(_mm512_setzero_ps(), g)));
+        const __m512 r = _mm512_rcp14_ps(d);
+        const __m512 s = _mm512_mul_ps(g, _mm512_fmadd_ps(r, _mm512_fnmadd_ps(d, r, one), r));
         _mm512_mask_storeu_ps(gate + i, m, _mm512_mul_ps(s, u));
     }
 }

@@ -15,6 +15,8 @@ void cpu_quant_int8_avx512(int8_t *q, float *scale, int32_t *sum, const float *x
 void cpu_quant_fp8_avx512(float *q, float *scale, const float *x, int32_t n);
 void cpu_linear_i8_vnni(const cpu_linear_job *j);
 void cpu_linear_i4_vnni(const cpu_linear_job *j);
+void cpu_linear_i8_ahead(const cpu_linear_job *j); /* the same, few rows fetching ahead: faster on Xeons only */
+void cpu_linear_i4_ahead(const cpu_linear_job *j);
 void cpu_linear_i8_amx(const cpu_linear_job *j);
 void cpu_linear_i4_amx(const cpu_linear_job *j);
 void cpu_linear_bf16_amx(const cpu_linear_job *j); /* of either order, or panels */
