@@ -237,22 +237,65 @@ INLINE float group_top(const float *x) {
     return a;
 }
 
+/* 32 numbers times f to the nearest integers, as bytes; all[8] += them. */
+INLINE void codes32(int8_t *q, __m256i *all, const float *x, __m256 f) {
+    __m256i v[4];
+    UNROLL for (int i = 0; i < 4; i++) {
+        v[i] = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + 8 * i), f));
+        *all = _mm256_add_epi32(*all, v[i]);
+    }
+    /* both packings work on halves of 128 bits, so fours of bytes lie as 0, 2, 4, 6, 1, 3, 5, 7 */
+    const __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32(v[0], v[1]), _mm256_packs_epi32(v[2], v[3]));
+    _mm256_storeu_si256((__m256i *)(void *)q,
+                        _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7)));
+}
+
 void cpu_quant_int8_avx2(int8_t *q, float *scale, int32_t *sum, const float *x, int32_t n) {
     const int32_t padded = cpu_act_width(n);
     for (int32_t g = 0; g * ERN_ACT_GROUP < n; g++) {
         float room[ERN_ACT_GROUP];
         const float *xg = group_x(x, n, g, room), a = group_top(xg);
+        const int32_t to = least(ERN_ACT_GROUP, padded - g * ERN_ACT_GROUP);
         float f = a > 0.0f ? 127.0f / a : 0.0f, s = a / 127.0f;
         if (!(a <= 0x1.fffffep127f)) f = 0.0f, s = NAN;
         if (s < 0x1p-100f) f = s = 0.0f;
         scale[g] = s;
-        sum[g] = 0;
-        for (int32_t i = 0; i < least(ERN_ACT_GROUP, padded - g * ERN_ACT_GROUP); i += 8) {
-            int32_t v[8] = {0};
-            if (f > 0.0f) /* no NaN may be converted */
-                _mm256_storeu_si256((__m256i *)(void *)v,
-                                    _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(xg + i), _mm256_set1_ps(f))));
-            for (int k = 0; k < 8; k++) q[g * ERN_ACT_GROUP + i + k] = (int8_t)v[k], sum[g] += v[k];
-        }
+        __m256i all = _mm256_setzero_si256();
+        if (f > 0.0f)
+            for (int32_t i = 0; i < to; i += 32) codes32(q + g * ERN_ACT_GROUP + i, &all, xg + i, _mm256_set1_ps(f));
+        else
+            memset(q + g * ERN_ACT_GROUP, 0, (size_t)to); /* no NaN may be converted */
+        int32_t lane[8];
+        _mm256_storeu_si256((__m256i *)(void *)lane, all);
+        sum[g] = lane[0] + lane[1] + lane[2] + lane[3] + lane[4] + lane[5] + lane[6] + lane[7];
+    }
+}
+
+/* v to the nearest e4m3 number, |v| <= 448 and a bit: ern_e4m3_from_f32 and back. */
+INLINE __m256 round_e4m3(__m256 v) {
+    const __m256i minus = _mm256_set1_epi32((int32_t)0x80000000u), bits = _mm256_castps_si256(v);
+    const __m256i sign = _mm256_and_si256(bits, minus), u = _mm256_andnot_si256(minus, bits);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 20), _mm256_set1_epi32(1));
+    __m256i near = _mm256_add_epi32(_mm256_add_epi32(u, _mm256_set1_epi32(0x7ffff)), odd);
+    near = _mm256_and_si256(near, _mm256_set1_epi32((int32_t)0xfff00000u));
+    const __m256 big = _mm256_set1_ps(0x1p14f);
+    const __m256 small = _mm256_sub_ps(_mm256_add_ps(_mm256_castsi256_ps(u), big), big); /* multiples of 2^-9 */
+    const __m256 is_small = _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(0x3c800000), u));
+    const __m256 y = _mm256_blendv_ps(_mm256_castsi256_ps(near), small, is_small);
+    return _mm256_or_ps(_mm256_min_ps(y, _mm256_set1_ps(448.0f)), _mm256_castsi256_ps(sign));
+}
+
+void cpu_quant_fp8_avx2(float *q, float *scale, const float *x, int32_t n) {
+    const int32_t padded = (int32_t)cpu_act_stride(n);
+    for (int32_t g = 0; g * ERN_ACT_GROUP < n; g++) {
+        float room[ERN_ACT_GROUP], *to = q + g * ERN_ACT_GROUP;
+        const float *xg = group_x(x, n, g, room), a = group_top(xg), top = a < 1e-10f ? 1e-10f : a;
+        const bool finite = a <= 0x1.fffffep127f;
+        const float f = finite ? 448.0f / top : 0.0f;
+        const int32_t m = least(ERN_ACT_GROUP, padded - g * ERN_ACT_GROUP);
+        scale[g] = finite ? top / 448.0f : NAN;
+        for (int32_t i = 0; i < m; i += 8)
+            _mm256_storeu_ps(to + i, f > 0.0f ? round_e4m3(_mm256_mul_ps(_mm256_loadu_ps(xg + i), _mm256_set1_ps(f)))
+                                              : _mm256_setzero_ps());
     }
 }

@@ -1,6 +1,5 @@
 /* Kernels over one row, AVX2, and the table of this level. */
 #include "backend/cpu/table_avx2.h"
-#include "backend/cpu/table_portable.h"
 #include "backend/cpu/vec_avx2.h"
 
 #include <math.h>
@@ -57,7 +56,7 @@ const cpu_kernels cpu_kernels_avx2 = {
     .exact_i4 = cpu_exact_i4_avx2,
     .exact_f8 = cpu_exact_f8_avx2,
     .quant_int8 = cpu_quant_int8_avx2,
-    .quant_fp8 = cpu_quant_fp8_portable,
+    .quant_fp8 = cpu_quant_fp8_avx2,
     .linear_f32 = cpu_linear_f32_avx2,
     .norm = norm,
     .silu_mul = silu_mul,

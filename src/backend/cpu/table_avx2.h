@@ -15,6 +15,7 @@ void cpu_exact_i8_avx2(const cpu_linear_job *j);
 void cpu_exact_i4_avx2(const cpu_linear_job *j);
 void cpu_exact_f8_avx2(const cpu_linear_job *j);
 void cpu_quant_int8_avx2(int8_t *q, float *scale, int32_t *sum, const float *x, int32_t n);
+void cpu_quant_fp8_avx2(float *q, float *scale, const float *x, int32_t n);
 void cpu_attn_bf16_avx2(float *part, const float *q, int32_t n_head, int32_t head_dim, float scale,
                         const cpu_kv_block *kv, int32_t n);
 void cpu_attn_int8_avx2(float *part, const float *q, int32_t n_head, int32_t head_dim, float scale,
