@@ -365,9 +365,9 @@ def main():
     o = a.parse_args()
     signal.signal(signal.SIGALRM, too_late)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what was started is ended
-    worst, bf16_s = {}, {}
+    worst, bf16_s, words = {}, {}, [w for w in o.rows.split(",") if w] or [""]
     for shape in o.shapes.split(","):
-        asked = [(w, kind, tuple(s for s in sizes if any(word in name_of(shape, w, kind, s) for word in o.rows.split(","))), must, aim)
+        asked = [(w, kind, tuple(s for s in sizes if any(word in name_of(shape, w, kind, s) for word in words)), must, aim)
                  for w, kind, sizes, must, aim in ROWS[shape]]
         for weights in dict.fromkeys(r[0] for r in asked if r[2]):
             for _ in range(o.runs):
