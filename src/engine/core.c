@@ -13,7 +13,9 @@ enum {
     EVENT_BATCH = 256, /* events handed out at once */
     CHUNK_LEAST = 16,  /* prompt rows that a step may always have: prompts get on, whatever the target */
     CHUNK_FIRST = 64,  /* before a pace is known */
-    BASE_EVERY = 32,   /* of steps that bear both, one leaves prompts out, so that what it takes alone stays known */
+    SEAT_ROWS =
+        16, /* of itl_times, for each that runs: as replies end, the prompts that take their seats must get on */
+    BASE_EVERY = 32, /* of steps that bear both, one leaves prompts out, so that what it takes alone stays known */
 };
 
 /* ---- memory ---------------------------------------------------------------------------------------------------- */
@@ -417,9 +419,10 @@ int32_t core_prompt_rows(const core *c) {
     if (e->itl_target_us <= 0 && e->itl_times <= 0) return INT32_MAX;
     if (e->itl_times > 0 && (p->base_us <= 0 || p->n_mixed >= BASE_EVERY)) return 0;
     if (p->prompt_us <= 0) return CHUNK_FIRST;
-    double most_us = e->itl_target_us > 0 ? 0.9 * (double)e->itl_target_us : INFINITY;
-    if (e->itl_times > 0 && e->itl_times * p->base_us < most_us) most_us = e->itl_times * p->base_us;
-    const double rows = (most_us - p->base_us) / p->prompt_us;
+    double rows = INT32_MAX;
+    if (e->itl_times > 0)
+        rows = fmax((e->itl_times - 1) * p->base_us / p->prompt_us, (double)SEAT_ROWS * c->sched.n_running);
+    if (e->itl_target_us > 0) rows = fmin(rows, (0.9 * (double)e->itl_target_us - p->base_us) / p->prompt_us);
     return rows < CHUNK_LEAST ? CHUNK_LEAST : rows > INT32_MAX / 2 ? INT32_MAX : (int32_t)rows;
 }
 

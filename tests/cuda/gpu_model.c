@@ -546,6 +546,40 @@ static void thousand(const char *shape, int32_t n_layer) {
     made_model_close(&m);
 }
 
+/* ---- memory --------------------------------------------------------------------------------------------------------
+ *
+ * What the plan says is what is taken: a pool that is as large as the plan lets it be must find the rest. */
+
+static void memory(const char *shape, int32_t n_layer, bool graphs) {
+    char name[96];
+    (void)snprintf(name, sizeof name, "memory %s%s", shape, graphs ? "" : " no graphs");
+    if (filter && !strstr(name, filter)) return;
+    made_model m = made_model_open_layers(shape, false, 11, n_layer);
+    const ern_backend_options o = {.n_page = 512,
+                                   .n_page_cell = 64,
+                                   .n_row_max = 2048,
+                                   .n_seq_max = 256,
+                                   .n_want_max = 256,
+                                   .n_len_max = 2048,
+                                   .kv_dtype = ERN_KV_BF16,
+                                   .level = -1,
+                                   .mtp = m.model->has_mtp,
+                                   .no_graph = !graphs};
+    const ern_backend_ops *cuda = ern_backend_find("cuda");
+    ern_err err = {.text = ""};
+    ern_backend *b;
+    ern_backend_plan before, after;
+    made_check(cuda->plan(&before, m.model, &o, &err), &err, "planning");
+    made_check(cuda->open(&b, m.model, &o, &err), &err, "opening cuda");
+    made_check(cuda->plan(&after, m.model, &o, &err), &err, "planning");
+    const double mib = 1 << 20, taken = (double)before.memory_free_bytes - (double)after.memory_free_bytes;
+    const double planned =
+        (double)before.weight_bytes + (double)before.scratch_bytes + (double)before.page_bytes * o.n_page;
+    say(taken <= planned, name, "%.1f MiB taken, %.1f planned", taken / mib, planned / mib);
+    cuda->close(b);
+    made_model_close(&m);
+}
+
 int main(int argc, char **argv) {
     static const ern_quant how[] = {ERN_QUANT_WINT8, ERN_QUANT_WINT4, ERN_QUANT_FP8};
     filter = argc > 1 && *argv[1] ? argv[1] : NULL;
@@ -567,6 +601,9 @@ int main(int argc, char **argv) {
         same_made("0.3b", 2, NULL, false);
         for (size_t i = 0; i < 3; i++) same_made("0.3b", 2, &(ern_quant_plan){how[i], how[i], ERN_QUANT_WINT8}, i == 1);
     }
+    memory("0.3b", 4, true);
+    memory("0.3b", 2, false);
+    memory("tiny-moe", 0, true);
     thousand("0.3b", 2);
     thousand("tiny-moe", 0);
     printf("gpu_model: %d cases, %d failed\n", n_case, n_failed);

@@ -672,6 +672,10 @@ static void test_prompt_rows_by_pace(void **state) {
     assert_int_equal(core_prompt_rows(&c), INT32_MAX);
     e.itl_times = 3;
     assert_int_equal(core_prompt_rows(&c), 250);
+    c.sched.n_running = 20; /* so many seats must stay filled */
+    assert_int_equal(core_prompt_rows(&c), 320);
+    c.sched.n_running = 5;
+    assert_int_equal(core_prompt_rows(&c), 250);
     e.itl_target_us = 1000; /* 0.9 of it */
     assert_int_equal(core_prompt_rows(&c), 100);
     e.itl_target_us = 100;

@@ -32,8 +32,8 @@ enum {
     CU_NORM_NUMBERS = 2048, /* and most numbers: a kernel of its own costs less than every block's norm of more */
     CU_ATTEND_ROWS = 16,    /* query rows (rows times heads of a group) of a sequence that count as decode */
     CU_GRAPH_MOST = 256,    /* largest batch that has a graph */
-    CU_GRAPHS_MAX = 64,
-    CU_EXPERTS_MAX = 512, /* as cu_route can */
+    CU_GRAPHS_MAX = 64,     /* sizes of batches that have them */
+    CU_EXPERTS_MAX = 512,   /* as cu_route can */
     CU_USED_MAX = 16,
 };
 
@@ -211,6 +211,8 @@ ERN_MUST_CHECK ern_status cu_weights_fill(cu_backend *b, unsigned char *raw, siz
 
 /* Queue a step: arrays in, kernels, results out into the slot. Errors are noted in b. */
 void cu_step(cu_backend *b, cu_slot *s, const ern_batch *in);
+/* Sizes of batches that get graphs. */
+int32_t cu_graph_sizes(const cu_backend *b);
 /* Run every kernel once, so that no step has to wait for code, and capture the graphs. */
 ERN_MUST_CHECK ern_status cu_step_warm(cu_backend *b, ern_err *err);
 

@@ -502,11 +502,21 @@ static void warm_prefill(cu_backend *b) {
     CU_DO(b, cudaStreamSynchronize(b->stream));
 }
 
+static int32_t largest_graph(const cu_backend *b) {
+    const int32_t most = b->o.n_seq_max < CU_GRAPH_MOST ? b->o.n_seq_max : CU_GRAPH_MOST;
+    return b->o.no_graph ? 0 : b->o.n_want_max < most ? b->o.n_want_max : most;
+}
+
+int32_t cu_graph_sizes(const cu_backend *b) {
+    int32_t count = 0;
+    for (int32_t n = 1, most = largest_graph(b); n > 0 && n <= most; n = size_after(n, most)) count++;
+    return count;
+}
+
 ern_status cu_step_warm(cu_backend *b, ern_err *err) {
-    int32_t most = b->o.n_seq_max < CU_GRAPH_MOST ? b->o.n_seq_max : CU_GRAPH_MOST;
-    if (b->o.n_want_max < most) most = b->o.n_want_max;
+    const int32_t most = largest_graph(b);
     warm_prefill(b);
-    for (int32_t n = 1; n > 0 && !b->o.no_graph && !failed(b); n = size_after(n, most)) {
+    for (int32_t n = 1; n > 0 && n <= most && !failed(b); n = size_after(n, most)) {
         ERN_ASSERT(b->n_graph < CU_GRAPHS_MAX);
         graph_make(b, n);
     }
