@@ -20,18 +20,26 @@ typedef struct rope_args {
     bool write_back;
 } rope_args;
 
-/* A block a row, a warp a head, `per` neighbouring dimensions a lane. */
+/* A block a row, a warp a head, `per` neighbouring dimensions a lane; BATCH heads of a warp are on their way at once.
+ */
 template <int C, bool I8> static __global__ void __launch_bounds__(256) rope_kernel(const rope_args a) {
-    constexpr int per = C >= 128 ? 4 : 2;
+    constexpr int per = C >= 128 ? 4 : 2, BATCH = 4;
     __shared__ float2 turn[C / 2];
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     const int32_t row = blockIdx.x, H = a.n_head, G = a.n_kv_head, n = H + 2 * G;
+    const bool mine = lane * per < C;
+    const int first = mine ? lane * per : 0;
+    float *from = a.qkv + (int64_t)row * n * C + first, x[BATCH][per];
+    const auto load = [&](int h0) {
+#pragma unroll
+        for (int k = 0; k < BATCH; k++)
+            if (h0 + 8 * k < n) attn_read<per>(x[k], from + (int64_t)(h0 + 8 * k) * C);
+    };
     attn_wait_launch();
+    load(warp);
     if (threadIdx.x < C / 2) turn[threadIdx.x] = a.turn[(int64_t)row * (C / 2) + threadIdx.x];
     const int32_t cell = a.cell[row];
     __syncthreads();
-    const bool mine = lane * per < C;
-    const int first = mine ? lane * per : 0;
     unsigned char *page = NULL;
     int64_t at = 0;
     if (cell >= 0) {
@@ -39,36 +47,41 @@ template <int C, bool I8> static __global__ void __launch_bounds__(256) rope_ker
         at = cell - nth * a.n_page_cell;
         page = a.kv + nth * a.page_bytes;
     }
-    for (int h = warp; h < n; h += 8) {
-        float *from = a.qkv + ((int64_t)row * n + h) * C + first, x[per];
-        attn_read<per>(x, from);
-        if (h < H + G) {
+    for (int h0 = warp; h0 < n; h0 += 8 * BATCH) {
+        if (h0 > warp) load(h0);
 #pragma unroll
-            for (int i = 0; i < per; i += 2) {
-                const float2 turned = attn_turn(x[i], x[i + 1], turn[(first + i) / 2]);
-                x[i] = turned.x, x[i + 1] = turned.y;
+        for (int k = 0; k < BATCH; k++) {
+            const int h = h0 + 8 * k;
+            if (h >= n) break;
+            if (h < H + G) {
+#pragma unroll
+                for (int i = 0; i < per; i += 2) {
+                    const float2 turned = attn_turn(x[k][i], x[k][i + 1], turn[(first + i) / 2]);
+                    x[k][i] = turned.x, x[k][i + 1] = turned.y;
+                }
+                if (a.write_back && mine)
+                    for (int i = 0; i < per; i++) from[(int64_t)h * C + i] = x[k][i];
             }
-            if (a.write_back && mine)
-                for (int i = 0; i < per; i++) from[i] = x[i];
-        }
-        if (!mine)
-            for (int i = 0; i < per; i++) x[i] = 0.0f;
-        unsigned char *to;
-        if (h < H) {
-            to = (unsigned char *)(a.q_out + ((int64_t)row * H + h) * C + first);
-        } else {
-            if (!page) continue; /* a row that only fills a graph */
-            unsigned char *plane = page + (h < H + G ? (h - H) * a.plane_bytes : (h - H - G) * a.plane_bytes + a.value);
-            if (I8) {
-                float scale;
-                const uint32_t word = attn_codes<per>(x, &scale);
-                if (mine) attn_put_codes<per>(plane + at * C + first, word);
-                if (lane == 0) ((float *)(plane + a.scale_at))[at] = scale;
-                continue;
+            if (!mine)
+                for (int i = 0; i < per; i++) x[k][i] = 0.0f;
+            unsigned char *to;
+            if (h < H) {
+                to = (unsigned char *)(a.q_out + ((int64_t)row * H + h) * C + first);
+            } else {
+                if (!page) continue; /* a row that only fills a graph */
+                unsigned char *plane =
+                    page + (h < H + G ? (h - H) * a.plane_bytes : (h - H - G) * a.plane_bytes + a.value);
+                if (I8) {
+                    float scale;
+                    const uint32_t word = attn_codes<per>(x[k], &scale);
+                    if (mine) attn_put_codes<per>(plane + at * C + first, word);
+                    if (lane == 0) ((float *)(plane + a.scale_at))[at] = scale;
+                    continue;
+                }
+                to = plane + (at * C + first) * 2;
             }
-            to = plane + (at * C + first) * 2;
+            if (mine) attn_put_bf16<per>(to, x[k]);
         }
-        if (mine) attn_put_bf16<per>(to, x);
     }
 }
 
