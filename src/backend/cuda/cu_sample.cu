@@ -680,6 +680,9 @@ static cudaError_t run_greedy(cudaStream_t s, ern_sampled *out, int32_t *ids, co
     return cu_launch(s, (const void *)greedy_kernel, dim3((unsigned)n * size), THREADS, 0, true, size, args);
 }
 
+/* Of the kernel that lets rows stream past. */
+static unsigned stream_blocks(int32_t n) { return n <= 33 ? 8 : n <= 66 ? 4 : n <= 132 ? 2 : 1; }
+
 static int32_t n_clusters(int32_t n_want) { return n_want < ROWS_MANY ? n_want : ROWS_MANY; }
 
 extern "C" int64_t cu_sample_scratch_bytes(int32_t n_want, int32_t n_vocab) {
@@ -699,10 +702,11 @@ extern "C" cudaError_t cu_sample(cudaStream_t s, ern_sampled *out, int32_t *ids,
     if (set || set_stream) return set ? set : set_stream;
     sample_args a = {out, ids, logits, n_want, n_vocab, rules, aux, token, (uint32_t *)scratch, NULL};
     void *args[] = {&a};
-    if (n_want >= STREAM_FROM && n_vocab % 4 == 0) {
+    if (n_vocab % 4 == 0) {
+        const unsigned blocks = stream_blocks(n_want);
         a.state = a.scratch + (int64_t)n_clusters(n_want) * 3 * n_vocab;
-        const cudaError_t e = cu_launch(s, (const void *)stream_kernel, dim3((unsigned)n_want), THREADS,
-                                        sizeof(share) + SLICE_MAX, true, 1, args);
+        const cudaError_t e = cu_launch(s, (const void *)stream_kernel, dim3((unsigned)n_want * blocks), THREADS,
+                                        sizeof(share) + SLICE_MAX, true, blocks, args);
         if (e != cudaSuccess) return e;
     }
     const bool few = n_want <= ROWS_FEW || slice_of(n_vocab, 4) * (int32_t)sizeof(float) > SLICE_MAX;

@@ -28,7 +28,6 @@ enum {
     MASS_BITS = 44,
     ROWS_MANY = 66,         /* clusters of 4 that an H100 holds at once: a cluster takes row after row */
     ROWS_FEW = 33,          /* clusters of 8 */
-    STREAM_FROM = 34,       /* rows from which on a block has a row for itself */
     SLICE_MAX = 101 * 1024, /* bytes of a slice of which two blocks fit in a multiprocessor */
 };
 #define GREEDY_BELOW 1e-5f
@@ -229,6 +228,13 @@ static __device__ __forceinline__ uint64_t warp_sum(uint64_t x) {
 #pragma unroll 1
     for (int d = 16; d > 0; d >>= 1) x += __shfl_xor_sync(ALL_LANES, x, d);
     return x;
+}
+static __device__ __forceinline__ uint64_t block_sum(int32_t tid, uint64_t x) {
+    x = warp_sum(x);
+    __syncthreads();
+    if (tid % 32 == 0) SH->scan_mass[tid / 32] = x;
+    __syncthreads();
+    return warp_sum(tid % 32 < WARPS ? SH->scan_mass[tid % 32] : 0);
 }
 static __device__ __forceinline__ uint64_t max64(uint64_t x, uint64_t y) { return x > y ? x : y; }
 
@@ -626,14 +632,15 @@ static __device__ __noinline__ uint64_t mass_before(int32_t tid, uint64_t m) {
     return up - m + warp_sum(lane < warp ? sh->scan_mass[lane] : 0);
 }
 
-/* In which bin the run ends: all blocks add up the bins of all and find the same. */
+/* In which bin the run ends: all blocks of the team add up the bins of all and find the same. */
 static __device__ __noinline__ void find_bin(team *t, const cut *c, uint64_t need_count, uint64_t need_mass) {
     share *sh = SH;
     const int32_t bin = t->tid, lane = bin % 32, warp = bin / 32;
     uint32_t count = 0;
     uint64_t mass = 0;
 #pragma unroll 4
-    for (int r = 0; r < t->size; r++) {
+    for (int k = 0; k < t->size; k++) {
+        const int32_t r = t->size > 1 ? k : t->rank;
         count += remote32(&sh->count[bin], r);
         mass += remote32(&sh->lo[bin], r) + ((uint64_t)remote32(&sh->hi[bin], r) << 32);
     }

@@ -1,8 +1,9 @@
-/* Sampling where there are many rows: a block has a row for itself and lets it stream past, once, or twice where the
- * masses of all ids are wanted. What stays is a list of ids in shared memory: those near the top, or, where a run ends
- * far below that, those around the place where it ends, of which a sample of the row tells about where it is. The end
- * of the run, the draw and the token are found there, exactly; where the list turns out not to hold them, or where a
- * rule asks for more (logprobs, a mask), the row is left to the kernel that has rows in the memory of a cluster. */
+/* The common rules: a row streams past the block that it has for itself, or where there are few rows past the blocks of
+ * a cluster, once, or twice where the masses of all ids are wanted. What stays is a list of ids in shared memory: those
+ * near the top, or, where a run ends far below that, those around the place where it ends, of which a sample of the row
+ * tells about where it is. The end of the run, the draw and the token are found there, exactly; where the list turns
+ * out not to hold them, or where a rule asks for more (logprobs, a mask), the row is left to the kernel that has rows
+ * in the memory of a cluster. */
 #ifndef ERN_BACKEND_CUDA_CU_SAMPLE_STREAM_CUH
 #define ERN_BACKEND_CUDA_CU_SAMPLE_STREAM_CUH
 
@@ -17,7 +18,7 @@ enum {
     BAND_HALF = 2100,      /* ids of a list around a place, on either side */
     BIAS_FEW = 1024,       /* most biases; each is compared with all */
     TABLE = SLICE_MAX / 4, /* words that count ids while logits are changed */
-    AHEAD = 8192,          /* bytes of each warp's ids that are fetched to L2 meanwhile */
+    AHEAD = 8192,          /* bytes of each warp's ids that are fetched to L2 before all else */
 };
 
 /* An id of the list: where it stands in the order, and its mass. While a pass adds to the list: logit and id. */
@@ -37,22 +38,18 @@ typedef union desk {
 #define DESK ((desk *)SH->slice)
 static_assert(sizeof(desk) <= SLICE_MAX && offsetof(share, slice) % 16 == 0, "two blocks in a multiprocessor");
 
-/* A row; this warp has the ids from .. to - 1, whole fours. */
+/* A row: this block has the ids lo .. hi - 1, this warp from .. to - 1, whole fours. */
 typedef struct stream {
     const float *l;
-    int32_t V, chunk, from, to;
+    int32_t V, lo, hi, chunk, from, to;
 } stream;
 
-/* N fours of this lane, the first at i, the next 128 ids further; -inf beyond the warp's ids. */
-template <int N> static __device__ __forceinline__ void fetch(const stream *w, int32_t i, float4 v[N]) {
-#pragma unroll
-    for (int j = 0; j < N; j++) {
-        v[j] = make_float4(minus_inf(), minus_inf(), minus_inf(), minus_inf());
-        if (i + j * 128 < w->to) v[j] = __ldcg((const float4 *)(w->l + i + j * 128));
-    }
+/* The four at i; -inf beyond the warp's ids. */
+static __device__ __forceinline__ float4 fetch(const stream *w, int32_t i) {
+    float4 v = make_float4(minus_inf(), minus_inf(), minus_inf(), minus_inf());
+    if (i < w->to) v = __ldcg((const float4 *)(w->l + i));
+    return v;
 }
-
-static __device__ __forceinline__ float max_of(float4 f) { return max_nan(max_nan(f.x, f.y), max_nan(f.z, f.w)); }
 
 /* Adds the ids i .. i + 3 that `mine` has bits for. */
 static __device__ __forceinline__ void list_four(uint32_t mine, int32_t i, float4 f) {
@@ -67,17 +64,18 @@ static __device__ __forceinline__ void list_four(uint32_t mine, int32_t i, float
 
 /* ---- changing the logits --------------------------------------------------------------------------------------- */
 
-/* Steps 4 to 6, in memory. Ids are counted in shared memory, in 16 bits each where that is enough, as many at a time
- * as it has room for; the highest bit says that the prompt had the id. Who finds a count first takes it. */
-static __device__ __noinline__ void edit_row(int32_t tid, const edits *e, float *l, int32_t V) {
+/* Steps 4 to 6 for the ids lo .. hi - 1, in memory. Ids are counted in shared memory, in 16 bits each where that is
+ * enough, as many at a time as it has room for; the highest bit says that the prompt had the id. Who finds a count
+ * first takes it. */
+static __device__ __noinline__ void edit_row(int32_t tid, const edits *e, float *l, int32_t lo, int32_t hi) {
     enum { AT_ONCE = 4 };
     const ern_sample *s = e->s;
     uint32_t *seen = DESK->seen;
 #pragma unroll 1
     for (int32_t i = tid; i < e->n_bias; i += THREADS) {
         const int32_t id = e->bias[2 * i];
-        bool first = true;
-        for (int32_t k = 0; k < i; k++) first &= e->bias[2 * k] != id;
+        bool first = id >= lo && id < hi;
+        for (int32_t k = 0; first && k < i; k++) first = e->bias[2 * k] != id;
         if (!first) continue;
         float v = __ldcg(l + id);
         for (int32_t k = i; k < e->n_bias; k++)
@@ -90,8 +88,8 @@ static __device__ __noinline__ void edit_row(int32_t tid, const edits *e, float 
         const uint32_t prompt = 1u << (width - 1), all = prompt | (prompt - 1);
         for (int32_t i = tid * 4; i < TABLE; i += THREADS * 4) *(uint4 *)(seen + i) = make_uint4(0, 0, 0, 0);
 #pragma unroll 1
-        for (int32_t from = 0; from < V; from += room) {
-            const uint32_t n = (uint32_t)(V - from < room ? V - from : room);
+        for (int32_t from = lo; from < hi; from += room) {
+            const uint32_t n = (uint32_t)(hi - from < room ? hi - from : room);
             __syncthreads();
 #pragma unroll 1
             for (int turn = 0; turn < 2; turn++) { /* count, then change */
@@ -133,7 +131,8 @@ static __device__ __noinline__ void edit_row(int32_t tid, const edits *e, float 
     }
     __syncthreads();
 #pragma unroll 1
-    for (int32_t i = tid; i < e->n_ban; i += THREADS) __stcg(l + e->ban[i], forbidden(__ldcg(l + e->ban[i])));
+    for (int32_t i = tid; i < e->n_ban; i += THREADS)
+        if (e->ban[i] >= lo && e->ban[i] < hi) __stcg(l + e->ban[i], forbidden(__ldcg(l + e->ban[i])));
     __syncthreads();
 }
 
@@ -149,19 +148,20 @@ static __device__ __noinline__ float pick_pivot(team *t, float most, float want)
     const float spread = __fdiv_rn((float)BINS, __fsub_rn(high, low));
     const float far = fminf(__fmul_rn(__fsub_rn(high, most), spread), (float)(BINS - 1));
     if (key > KEY_NONE) atomicAdd(&sh->count[__float2uint_rz(far)], 1u);
-    __syncthreads();
+    team_sync(t);
     const cut none = {0, 0, 0, false};
     find_bin(t, &none, (uint64_t)want + 1, ~0ull);
     return sh->found.bin < 0 ? minus_inf() : __fsub_rn(high, __fdiv_rn((float)(sh->found.bin + 1), spread));
 }
 
-/* goal: of the list. The list is there afterwards; *low: about the least logit. */
-static __device__ __forceinline__ survey first_pass(team *t, const stream *w, int32_t goal) {
+/* goal: of the list; 0: none is wanted. The list is there afterwards. */
+static __device__ __noinline__ survey first_pass(team *t, const stream *whole, int32_t goal) {
     enum { STEP = HEAD * 128 };
-    const int32_t first = w->from + t->tid % 32 * 4;
-    const bool whole = w->V <= LIST_BEST;
-    float4 v[HEAD], next[HEAD];
-    fetch<HEAD>(w, first, v);
+    const stream w = *whole;
+    const int32_t first = w.from + t->tid % 32 * 4;
+    float4 v[HEAD];
+#pragma unroll
+    for (int j = 0; j < HEAD; j++) v[j] = fetch(&w, first + j * 128);
     float most = minus_inf(), low = plus_inf();
 #pragma unroll
     for (int j = 0; j < HEAD; j++) {
@@ -169,30 +169,26 @@ static __device__ __forceinline__ survey first_pass(team *t, const stream *w, in
         most = fmaxf(most, fmaxf(fmaxf(v[j].x, v[j].y), fmaxf(v[j].z, v[j].w)));
         low = fminf(low, v[j].x);
     }
-    fetch<HEAD>(w, first + STEP, next);
     if (t->tid == 0) SH->n_list = 0;
-    const float share = 1.0f - __expf(-(float)(HEAD * 4 * goal) / (float)w->V); /* of threads that have one above */
-    const float pivot = pick_pivot(t, most, whole ? (float)w->V : (float)THREADS * share);
+    float pivot = plus_inf();
+    if (goal > 0) { /* share: of threads that have one above */
+        const float share = 1.0f - __expf(-(float)(HEAD * 4 * goal) / (float)w.V);
+        pivot = pick_pivot(t, most, w.V <= LIST_BEST ? (float)w.V : (float)(THREADS * t->size) * share);
+    }
     const float least = fmaxf(pivot, -FLT_MAX);
     float best = minus_inf();
 #pragma unroll 1
-    for (int32_t i = first; i - t->tid % 32 * 4 < w->to; i += STEP) {
-        float now[HEAD];
+    for (int32_t i = first; i < w.to; i += STEP) {
 #pragma unroll
         for (int j = 0; j < HEAD; j++) {
-            now[j] = max_of(v[j]);
-            best = max_nan(best, now[j]);
+            const float4 f = v[j];
+            v[j] = fetch(&w, i + STEP + j * 128); /* always HEAD of them under way */
+            const float most_of = max_nan(max_nan(f.x, f.y), max_nan(f.z, f.w));
+            best = max_nan(best, most_of);
+            if (most_of >= least)
+                list_four((f.x >= least) | (f.y >= least) << 1 | (f.z >= least) << 2 | (f.w >= least) << 3, i + j * 128,
+                          f);
         }
-#pragma unroll
-        for (int j = 0; j < HEAD; j++) {
-            if (!(now[j] >= least)) continue;
-            const uint32_t mine =
-                (v[j].x >= least) | (v[j].y >= least) << 1 | (v[j].z >= least) << 2 | (v[j].w >= least) << 3;
-            list_four(mine, i + j * 128, v[j]);
-        }
-#pragma unroll
-        for (int j = 0; j < HEAD; j++) v[j] = next[j];
-        fetch<HEAD>(w, i + 2 * STEP, next);
     }
     const three ends = team_reduce<false>(t, __reduce_max_sync(ALL_LANES, ordered(best)),
                                           __reduce_max_sync(ALL_LANES, ~ordered(low)), 0);
@@ -209,19 +205,21 @@ static __device__ __forceinline__ survey first_pass(team *t, const stream *w, in
 /* From the last id to the first: what the first pass read last may still be in L2. */
 template <int HOW, bool BAND>
 static __device__ __forceinline__ void add_row(const stream *w, const row *r, sums *all, sums *above) {
-    enum { N = 2, STEP = N * 128 };
+    enum { N = 4, STEP = N * 128 };
+    const stream u = *w;
     const row q = *r;
     const float least = fmaxf(q.pivot, -FLT_MAX);
-    const int32_t lane = (int32_t)threadIdx.x % 32;
-    float4 v[N], next[N];
-    int32_t base = w->from + (w->to - w->from - 1) / STEP * STEP;
-    if (base >= w->from) fetch<N>(w, base + lane * 4, v);
+    float4 v[N];
+    int32_t i = u.from + (u.to - u.from - 1) / STEP * STEP + (int32_t)threadIdx.x % 32 * 4;
+#pragma unroll
+    for (int j = 0; j < N; j++) v[j] = fetch(&u, i + j * 128);
 #pragma unroll 1
-    for (; base >= w->from; base -= STEP) {
-        if (base > w->from) fetch<N>(w, base - STEP + lane * 4, next);
+    for (; i >= u.from; i -= STEP) {
 #pragma unroll
         for (int j = 0; j < N; j++) {
-            const float f[4] = {v[j].x, v[j].y, v[j].z, v[j].w};
+            const float4 four = v[j];
+            const float f[4] = {four.x, four.y, four.z, four.w};
+            if (i - STEP >= u.from) v[j] = fetch(&u, i - STEP + j * 128);
             uint32_t mine = 0;
 #pragma unroll
             for (int k = 0; k < 4; k++) { /* -inf: no mass */
@@ -233,10 +231,8 @@ static __device__ __forceinline__ void add_row(const stream *w, const row *r, su
                 else if (f[k] >= least)
                     mine |= 1u << k;
             }
-            if (BAND && mine) list_four(mine, base + lane * 4 + j * 128, v[j]);
+            if (BAND && mine) list_four(mine, i + j * 128, four);
         }
-#pragma unroll
-        for (int j = 0; j < N; j++) v[j] = next[j];
     }
 }
 
@@ -265,15 +261,31 @@ template <bool BAND> static __device__ __noinline__ void second_pass(team *t, co
 
 /* ---- the list -------------------------------------------------------------------------------------------------- */
 
+/* Every block takes what the others have in their lists. Ids in all, no more than `most` if the list is to be good. */
+static __device__ __noinline__ int32_t join_lists(team *t, int32_t most) {
+    int32_t all = 0, at = (int32_t)SH->n_list;
+    if (t->size == 1) return at;
+    for (int r = 0; r < t->size; r++) all += (int32_t)remote32(&SH->n_list, r);
+#pragma unroll 1
+    for (int r = 0; r < t->size && all <= most; r++) {
+        if (r == t->rank) continue;
+        const int32_t n = (int32_t)remote32(&SH->n_list, r);
+        for (int32_t i = t->tid; i < n; i += THREADS) DESK->longer[at + i].place = remote64(&DESK->longer[i].place, r);
+        at += n;
+    }
+    team_sync(t);
+    return all;
+}
+
 /* Logits and ids become places and masses; the bins of find_end begin at `from`. The sum of the masses. */
-static __device__ __noinline__ uint64_t weigh_list(team *t, row *r, int32_t n, float from, float low) {
+static __device__ __noinline__ uint64_t weigh_list(int32_t tid, row *r, int32_t n, float from, float low) {
     const float range = fminf(__fmul_rn(32.0f, r->s.T), __fsub_rn(from, fmaxf(r->pivot, low)));
     r->origin = from;
     r->spread = fminf(__fdiv_rn((float)BINS, range > 0.0f ? range : 1.0f), 1e30f);
     const row q = *r;
     uint64_t sum = 0;
 #pragma unroll 1
-    for (int32_t i = t->tid; i < n; i += THREADS) {
+    for (int32_t i = tid; i < n; i += THREADS) {
         item *at = DESK->longer + i;
         const float l = __uint_as_float((uint32_t)(at->place >> 32));
         const uint64_t mass = mass_of(l, &q.s);
@@ -281,13 +293,15 @@ static __device__ __noinline__ uint64_t weigh_list(team *t, row *r, int32_t n, f
         at->mass = mass;
         sum += mass;
     }
-    return team_sum(t, sum);
+    return block_sum(tid, sum);
 }
 
-/* find_cut of sample.c over the n items of the list; c: what stands before them. */
-static __device__ __noinline__ cut find_end(team *t, int32_t n, cut c, uint64_t need_count, uint64_t need_mass) {
+/* find_cut of sample.c over the n items of the list, by every block for itself; c: what stands before them. */
+static __device__ __noinline__ cut find_end(const team *t, int32_t n, cut c, uint64_t need_count, uint64_t need_mass) {
     share *sh = SH;
     const int32_t tid = t->tid;
+    team alone = {};
+    alone.tid = tid, alone.rank = t->rank, alone.size = 1;
     uint64_t prefix = 0;
     int32_t bits = PLACE_BITS;
     if (need_count < 1) need_count = 1;
@@ -306,7 +320,7 @@ static __device__ __noinline__ cut find_end(team *t, int32_t n, cut c, uint64_t 
             add_mass(&sh->lo[bin], &sh->hi[bin], at.mass);
         }
         __syncthreads();
-        find_bin(t, &c, need_count, need_mass);
+        find_bin(&alone, &c, need_count, need_mass);
         c.count = sh->found.count, c.mass = sh->found.mass;
         const uint64_t in_bin = sh->found.bin_count, mass = sh->found.bin_mass;
         if (sh->found.bin < 0) {
@@ -403,39 +417,51 @@ static __device__ __noinline__ int32_t walk_row(team *t, const stream *w, const 
 #pragma unroll 1
     for (int32_t i = t->tid; i < n; i += THREADS) {
         const item at = DESK->longer[i];
-        if (at.place <= kept.place)
-            atomicAdd((unsigned long long *)&sh->chunk[(int32_t)(at.place & (ERN_VOCAB_MAX - 1)) / w->chunk],
-                      (unsigned long long)at.mass);
+        const int32_t id = (int32_t)(at.place & (ERN_VOCAB_MAX - 1));
+        if (at.place <= kept.place && id >= w->lo && id < w->hi)
+            atomicAdd((unsigned long long *)&sh->chunk[(id - w->lo) / w->chunk], (unsigned long long)at.mass);
     }
-    __syncthreads();
-    uint64_t up = lane < WARPS ? sh->chunk[lane] : 0;
-    const uint64_t own = up;
+    team_sync(t);
+    uint64_t rest = target;
+    int32_t owner = 0, warp = 0;
+    for (;; owner++) {
+        const uint64_t own = lane < WARPS ? remote64(&sh->chunk[lane], owner) : 0;
+        uint64_t up = own;
 #pragma unroll 1
-    for (int d = 1; d < 32; d <<= 1) {
-        const uint64_t o = __shfl_up_sync(ALL_LANES, up, d);
-        if (lane >= d) up += o;
+        for (int d = 1; d < 32; d <<= 1) {
+            const uint64_t o = __shfl_up_sync(ALL_LANES, up, d);
+            if (lane >= d) up += o;
+        }
+        const uint32_t past = __ballot_sync(ALL_LANES, rest < up);
+        if (past) {
+            warp = __ffs((int)past) - 1;
+            rest -= __shfl_sync(ALL_LANES, up - own, warp);
+            break;
+        }
+        if (owner == t->size - 1) break; /* cannot be: the masses add up to more than target */
+        rest -= __shfl_sync(ALL_LANES, up, 31);
     }
-    const int32_t warp = __ffs((int)__ballot_sync(ALL_LANES, target < up)) - 1;
-    const uint64_t rest = target - __shfl_sync(ALL_LANES, up - own, warp);
-    const int32_t from = warp * w->chunk, to = from + w->chunk < w->V ? from + w->chunk : w->V;
-    const int32_t each = slice_of(w->chunk, THREADS), first = from + t->tid * each;
-    const int32_t end = first + each < to ? first + each : to;
-    uint64_t m = 0;
+    if (t->rank == owner) {
+        const int32_t from = w->lo + warp * w->chunk, to = from + w->chunk < w->hi ? from + w->chunk : w->hi;
+        const int32_t each = slice_of(w->chunk, THREADS), first = from + t->tid * each;
+        const int32_t end = first + each < to ? first + each : to;
+        uint64_t m = 0;
 #pragma unroll 4
-    for (int32_t i = first; i < end; i += 4) {
-        const float4 f = __ldcg((const float4 *)(w->l + i));
-        m += kept_mass(&q, &kept, f.x, i) + kept_mass(&q, &kept, f.y, i + 1);
-        m += kept_mass(&q, &kept, f.z, i + 2) + kept_mass(&q, &kept, f.w, i + 3);
+        for (int32_t i = first; i < end; i += 4) {
+            const float4 f = __ldcg((const float4 *)(w->l + i));
+            m += kept_mass(&q, &kept, f.x, i) + kept_mass(&q, &kept, f.y, i + 1);
+            m += kept_mass(&q, &kept, f.z, i + 2) + kept_mass(&q, &kept, f.w, i + 3);
+        }
+        const uint64_t at = mass_before(t->tid, m);
+        if (rest >= at && rest - at < m) {
+            uint64_t left = rest - at;
+            int32_t id = first;
+            for (uint64_t one; left >= (one = kept_mass(&q, &kept, __ldcg(w->l + id), id)); id++) left -= one;
+            sh->token = id;
+        }
     }
-    const uint64_t at = mass_before(t->tid, m);
-    if (rest >= at && rest - at < m) {
-        uint64_t left = rest - at;
-        int32_t id = first;
-        for (uint64_t one; left >= (one = kept_mass(&q, &kept, __ldcg(w->l + id), id)); id++) left -= one;
-        sh->token = id;
-    }
-    __syncthreads();
-    return sh->token;
+    team_sync(t);
+    return (int32_t)remote32(&sh->token, owner);
 }
 
 static __device__ __forceinline__ uint64_t target_of(const ern_sample *s, uint64_t mass) {
@@ -446,12 +472,11 @@ static __device__ __forceinline__ uint64_t target_of(const ern_sample *s, uint64
 
 /* Steps 8 to 11 of docs/model.md 7; false: the list does not hold the answer. */
 static __device__ __forceinline__ bool stream_draw(team *t, const stream *w, const ern_sample *s, const survey *best,
-                                                   int32_t *token) {
+                                                   int32_t n, int32_t *token) {
     const bool k_on = s->top_k > 0 && s->top_k < w->V, p_on = s->top_p < 1.0f, min_on = s->min_p >= MIN_P_ON;
     const cut none = {0, 0, 0, true};
     row r = row_make(best, s->temperature);
-    int32_t n = (int32_t)SH->n_list;
-    const uint64_t list_mass = weigh_list(t, &r, n, r.s.top, best->low);
+    const uint64_t list_mass = weigh_list(t->tid, &r, n, r.s.top, best->low);
     cut c = none;
     if (k_on || min_on) { /* only what is in the list may be drawn */
         uint64_t limit = (uint64_t)w->V;
@@ -464,7 +489,7 @@ static __device__ __forceinline__ bool stream_draw(team *t, const stream *w, con
                 const float l = from_ordered(~(uint32_t)(DESK->longer[i].place >> ID_BITS));
                 count += __fdiv_rn(__fsub_rn(l, r.s.top), r.s.T) >= least;
             }
-            limit = team_sum(t, count);
+            limit = block_sum(t->tid, count);
         }
         if (k_on && (uint64_t)s->top_k < limit) limit = (uint64_t)s->top_k;
         if (limit > (uint64_t)n) return false;
@@ -481,9 +506,9 @@ static __device__ __forceinline__ bool stream_draw(team *t, const stream *w, con
         uint64_t mass = list_mass;
         if (band) {
             second_pass<true>(t, w, &r);
-            n = (int32_t)SH->n_list;
+            n = join_lists(t, LIST_NEAR);
             if (n > LIST_NEAR) return false;
-            mass = weigh_list(t, &r, n, fminf(r.above, r.s.top), best->low);
+            mass = weigh_list(t->tid, &r, n, fminf(r.above, r.s.top), best->low);
         } else {
             second_pass<false>(t, w, &r);
         }
@@ -508,15 +533,19 @@ static __device__ __forceinline__ bool stream_draw(team *t, const stream *w, con
 /* ---- one row --------------------------------------------------------------------------------------------------- */
 
 static __device__ __forceinline__ void stream_row(const sample_args *a) {
-    share *sh = SH;
-    const int32_t at = (int32_t)blockIdx.x, tid = (int32_t)threadIdx.x, V = a->V, chunk = slice_of(V, WARPS);
+    team t = {};
+    t.tid = (int32_t)threadIdx.x, t.rank = cluster_rank(), t.size = cluster_size(), t.V = a->V;
+    const int32_t at = (int32_t)blockIdx.x / t.size, tid = t.tid, V = a->V, slice = slice_of(V, t.size);
     const cu_rule *rule = a->rules + at;
     const ern_sample *s = &rule->s;
     float *l = a->logits + (int64_t)at * V;
-    const int32_t from = tid / 32 * chunk;
-    const stream w = {l, V, chunk, from, from + chunk < V ? from + chunk : V};
-    team t = {};
-    t.tid = tid, t.size = 1, t.V = V;
+    stream w = {l, V, t.rank * slice, 0, slice_of(slice, WARPS), 0, 0};
+    w.hi = w.lo + slice < V ? w.lo + slice : V;
+    w.from = w.lo + tid / 32 * w.chunk;
+    w.to = w.from + w.chunk < w.hi ? w.from + w.chunk : w.hi;
+    const int32_t ahead = w.to - w.from < AHEAD / 4 ? w.to - w.from : AHEAD / 4;
+    if (tid % 32 == 0 && ahead > 0)
+        asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(l + w.from), "r"(ahead * 4) : "memory");
     team_begin(&t);
 
     const bool draws = s->forced < 0 && s->temperature >= GREEDY_BELOW && s->top_p >= GREEDY_BELOW && s->top_k != 1;
@@ -525,24 +554,21 @@ static __device__ __forceinline__ void stream_row(const sample_args *a) {
     survey best = {};
     int32_t token = 0;
     if (rule->mask < 0 && s->n_top < 0 && e.n_bias <= BIAS_FEW && !(draws && s->top_k > TOP_K_MAX && s->top_k < V)) {
-        if (e.n_bias > 0 || e.n_ban > 0 || e.n > 0) {
-            const int32_t ahead = w.to - from < AHEAD / 4 ? w.to - from : AHEAD / 4;
-            if (tid % 32 == 0 && ahead > 0)
-                asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(l + from), "r"(ahead * 4) : "memory");
-            edit_row(tid, &e, l, V);
-        }
+        if (e.n_bias > 0 || e.n_ban > 0 || e.n > 0) edit_row(tid, &e, l, w.lo, w.hi);
         state = ROW_EDITED;
-        best = first_pass(&t, &w, draws && 2 * s->top_k + 128 > GOAL ? 2 * s->top_k + 128 : GOAL);
-        const int32_t n = (int32_t)sh->n_list;
+        const bool k_on = draws && s->top_k > 0 && s->top_k < V;
+        const bool all = draws && !k_on && !(s->top_p < 1.0f) && !(s->min_p >= MIN_P_ON);
+        best = first_pass(&t, &w, s->forced >= 0 || all ? 0 : k_on ? GOAL + 2 * s->top_k : GOAL);
+        const int32_t n = join_lists(&t, LIST_BEST);
         if (is_bad(&best)) {
             state = ROW_DONE;
-        } else if (n <= LIST_BEST && n > 0) {
+        } else if (n <= LIST_BEST) {
             if (s->forced >= 0) {
                 token = s->forced;
                 state = ROW_DONE;
             } else if (draws) {
-                if (stream_draw(&t, &w, s, &best, &token)) state = ROW_DONE;
-            } else {
+                if (stream_draw(&t, &w, s, &best, n, &token)) state = ROW_DONE;
+            } else if (n > 0) {
                 uint32_t id = ~0u;
 #pragma unroll 1
                 for (int32_t i = tid; i < n; i += THREADS) {
@@ -554,14 +580,15 @@ static __device__ __forceinline__ void stream_row(const sample_args *a) {
             }
         }
     }
-    if (tid == 0) {
+    if (t.rank == 0 && tid == 0) {
         a->state[at] = state;
         if (state == ROW_DONE) a->ids[at] = token;
     }
-    if (state == ROW_DONE && tid < OUT_WORDS) { /* token, bad, zeros */
+    if (t.rank == 0 && state == ROW_DONE && tid < OUT_WORDS) { /* token, bad, zeros */
         const uint32_t bad = is_bad(&best);
         ((uint32_t *)(a->out + at))[tid] = tid == 0 ? (uint32_t)token : tid == 1 ? bad : 0u;
     }
+    if (t.size > 1) team_sync(&t); /* nobody leaves while its memory is read */
 }
 
 #endif
