@@ -525,8 +525,12 @@ static __device__ __forceinline__ void sample_rows(const sample_args *a) {
     share *sh = SH;
     team t;
     team_make(&t, a->V, cluster_rank(), cluster_size());
-    team_begin(&t);
     const int32_t cluster = (int32_t)blockIdx.x / t.size, n_cluster = (int32_t)gridDim.x / t.size;
+    bool any = !a->state;
+    for (int32_t w = cluster + t.tid % 32 * n_cluster; !any && w < a->n_want; w += 32 * n_cluster)
+        any = __ldcg(a->state + w) != ROW_DONE;
+    if (!__any_sync(ALL_LANES, any)) return; /* all warps of all blocks see the same */
+    team_begin(&t);
     uint32_t *scratch = a->scratch + (int64_t)cluster * 3 * a->V;
     for (int32_t base = cluster; base < a->n_want; base += 32 * n_cluster) { /* lane k: row k of this cluster's */
         const int32_t lane_row = base + t.tid % 32 * n_cluster;

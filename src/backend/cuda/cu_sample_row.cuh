@@ -24,6 +24,7 @@ enum {
     ID_BITS = 18,         /* ERN_VOCAB_MAX */
     PLACE_BITS = BIN_BITS + 32 + ID_BITS,
     OUT_WORDS = sizeof(ern_sampled) / 4,
+    RULE_WORDS = sizeof(cu_rule) / 4,
     UNIFORM_BITS = 24,
     MASS_BITS = 44,
     ROWS_MANY = 66,         /* clusters of 4 that an H100 holds at once: a cluster takes row after row */
@@ -107,8 +108,16 @@ typedef struct share {
     uint64_t few_place[FEW], few_mass[FEW];
     uint32_t n_list, n_short, n_best, n_edit, n_few;
     int32_t token;
-    uint16_t list[LIST], shorts[SHORT]; /* places in the slice */
-    alignas(16) float slice[];          /* this block's logits, as the rule changes them; -inf up to a whole four */
+    union {
+        struct {
+            uint16_t list[LIST], shorts[SHORT]; /* places in the slice */
+        };
+        struct { /* of a row that streams past: the masses of its parts, and its rule */
+            uint64_t part[32];
+            uint32_t rule[RULE_WORDS];
+        };
+    };
+    alignas(16) float slice[]; /* this block's logits, as the rule changes them; -inf up to a whole four */
 } share;
 static_assert(sizeof(share) + SLICE_MAX + 1024 <= 228 * 1024 / 2, "two blocks in a multiprocessor");
 static_assert(LIST <= 3 * BINS, "times lies over the bins");
@@ -227,6 +236,15 @@ static __device__ __forceinline__ void team_sync(team *t) {
 static __device__ __forceinline__ uint64_t warp_sum(uint64_t x) {
 #pragma unroll 1
     for (int d = 16; d > 0; d >>= 1) x += __shfl_xor_sync(ALL_LANES, x, d);
+    return x;
+}
+/* Of this lane and those before it. */
+static __device__ __forceinline__ uint64_t sum_up_to(uint64_t x) {
+#pragma unroll 1
+    for (int d = 1; d < 32; d <<= 1) {
+        const uint64_t o = __shfl_up_sync(ALL_LANES, x, d);
+        if ((int32_t)threadIdx.x % 32 >= d) x += o;
+    }
     return x;
 }
 static __device__ __forceinline__ uint64_t block_sum(int32_t tid, uint64_t x) {
@@ -621,12 +639,7 @@ static __device__ __forceinline__ uint64_t kept_mass(const row *r, const cut *c,
 static __device__ __noinline__ uint64_t mass_before(int32_t tid, uint64_t m) {
     share *sh = SH;
     const int32_t lane = tid % 32, warp = tid / 32;
-    uint64_t up = m;
-#pragma unroll 1
-    for (int d = 1; d < 32; d <<= 1) {
-        const uint64_t o = __shfl_up_sync(ALL_LANES, up, d);
-        if (lane >= d) up += o;
-    }
+    const uint64_t up = sum_up_to(m);
     if (lane == 31) sh->scan_mass[warp] = up;
     __syncthreads();
     return up - m + warp_sum(lane < warp ? sh->scan_mass[lane] : 0);
@@ -639,11 +652,11 @@ static __device__ __noinline__ void find_bin(team *t, const cut *c, uint64_t nee
     uint32_t count = 0;
     uint64_t mass = 0;
 #pragma unroll 4
-    for (int k = 0; k < t->size; k++) {
-        const int32_t r = t->size > 1 ? k : t->rank;
+    for (int r = 0; t->size > 1 && r < t->size; r++) {
         count += remote32(&sh->count[bin], r);
         mass += remote32(&sh->lo[bin], r) + ((uint64_t)remote32(&sh->hi[bin], r) << 32);
     }
+    if (t->size == 1) count = sh->count[bin], mass = sh->lo[bin] + ((uint64_t)sh->hi[bin] << 32);
     uint32_t up = count;
 #pragma unroll 1
     for (int d = 1; d < 32; d <<= 1) {

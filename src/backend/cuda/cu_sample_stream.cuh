@@ -10,7 +10,10 @@
 #include "backend/cuda/cu_sample_row.cuh"
 
 enum {
-    HEAD = 4,              /* a thread's first fours are the sample of the row */
+    HEAD = 4,                   /* fours of a thread in the sample of the row */
+    FOURS = 4,                  /* fours of a thread under way */
+    PART = FOURS * THREADS * 4, /* ids whose masses are added up together */
+    PARTS = ERN_VOCAB_MAX / PART,
     LIST_BEST = 4096,      /* most ids in the list of the best; beside the sample */
     LIST_NEAR = 6144,      /* in any list */
     GOAL = 512,            /* so many ids are wanted in the list of the best where top_k asks for less */
@@ -18,7 +21,7 @@ enum {
     BAND_HALF = 2100,      /* ids of a list around a place, on either side */
     BIAS_FEW = 1024,       /* most biases; each is compared with all */
     TABLE = SLICE_MAX / 4, /* words that count ids while logits are changed */
-    AHEAD = 8192,          /* bytes of each warp's ids that are fetched to L2 before all else */
+    AHEAD = 128 * 1024,    /* bytes of the block's ids that are fetched to L2 before all else */
 };
 
 /* An id of the list: where it stands in the order, and its mass. While a pass adds to the list: logit and id. */
@@ -38,17 +41,24 @@ typedef union desk {
 #define DESK ((desk *)SH->slice)
 static_assert(sizeof(desk) <= SLICE_MAX && offsetof(share, slice) % 16 == 0, "two blocks in a multiprocessor");
 
-/* A row: this block has the ids lo .. hi - 1, this warp from .. to - 1, whole fours. */
+/* A row; this block has the ids lo .. hi - 1, whole fours: thread i four i, then four i + THREADS and so on. */
 typedef struct stream {
     const float *l;
-    int32_t V, lo, hi, chunk, from, to;
+    int32_t V, lo, hi;
 } stream;
 
-/* The four at i; -inf beyond the warp's ids. */
+/* The four at i; -inf beyond the block's ids. Nobody else will want it, so that it need not stay in L2. */
 static __device__ __forceinline__ float4 fetch(const stream *w, int32_t i) {
     float4 v = make_float4(minus_inf(), minus_inf(), minus_inf(), minus_inf());
-    if (i < w->to) v = __ldcg((const float4 *)(w->l + i));
+    if (i < w->hi) v = __ldcs((const float4 *)(w->l + i));
     return v;
+}
+
+/* Where this thread's four j of the sample is: each warp has its own place of the slice; hi: nowhere. */
+static __device__ __forceinline__ int32_t sample_at(const stream *w, int32_t tid, int j) {
+    const int32_t part = slice_of(w->hi - w->lo, WARPS), at = tid % 32 * 4 + j * 128;
+    const int32_t i = w->lo + tid / 32 * part + at;
+    return at < part && i < w->hi ? i : w->hi;
 }
 
 /* Adds the ids i .. i + 3 that `mine` has bits for. */
@@ -105,6 +115,8 @@ static __device__ __noinline__ void edit_row(int32_t tid, const edits *e, float 
 #pragma unroll
                     for (int j = 0; j < AT_ONCE; j++) {
                         found[j] = 0;
+                        if (from == lo && turn == 0 && id[j] < (uint32_t)(hi - lo))
+                            asm volatile("prefetch.global.L2 [%0];" ::"l"(l + lo + id[j]) : "memory");
                         if (id[j] >= n) continue;
                         uint32_t *word = seen + (wide ? id[j] : id[j] / 2);
                         const int shift = wide ? 0 : (int)(id[j] % 2) * 16;
@@ -156,19 +168,20 @@ static __device__ __noinline__ float pick_pivot(team *t, float most, float want)
 
 /* goal: of the list; 0: none is wanted. The list is there afterwards. */
 static __device__ __noinline__ survey first_pass(team *t, const stream *whole, int32_t goal) {
-    enum { STEP = HEAD * 128 };
     const stream w = *whole;
-    const int32_t first = w.from + t->tid % 32 * 4;
-    float4 v[HEAD];
-#pragma unroll
-    for (int j = 0; j < HEAD; j++) v[j] = fetch(&w, first + j * 128);
+    const int32_t first = w.lo + t->tid * 4;
     float most = minus_inf(), low = plus_inf();
+    float4 v[FOURS];
+#pragma unroll
+    for (int j = 0; j < HEAD; j++) v[j] = fetch(&w, sample_at(&w, t->tid, j));
 #pragma unroll
     for (int j = 0; j < HEAD; j++) {
         DESK->sample[j][t->tid] = v[j];
         most = fmaxf(most, fmaxf(fmaxf(v[j].x, v[j].y), fmaxf(v[j].z, v[j].w)));
         low = fminf(low, v[j].x);
     }
+#pragma unroll
+    for (int j = 0; j < FOURS; j++) v[j] = fetch(&w, first + j * THREADS * 4);
     if (t->tid == 0) SH->n_list = 0;
     float pivot = plus_inf();
     if (goal > 0) { /* share: of threads that have one above */
@@ -178,16 +191,16 @@ static __device__ __noinline__ survey first_pass(team *t, const stream *whole, i
     const float least = fmaxf(pivot, -FLT_MAX);
     float best = minus_inf();
 #pragma unroll 1
-    for (int32_t i = first; i < w.to; i += STEP) {
+    for (int32_t i = first; i < w.hi; i += PART) {
 #pragma unroll
-        for (int j = 0; j < HEAD; j++) {
+        for (int j = 0; j < FOURS; j++) {
             const float4 f = v[j];
-            v[j] = fetch(&w, i + STEP + j * 128); /* always HEAD of them under way */
+            v[j] = fetch(&w, i + PART + j * THREADS * 4); /* always FOURS of them under way */
             const float most_of = max_nan(max_nan(f.x, f.y), max_nan(f.z, f.w));
             best = max_nan(best, most_of);
             if (most_of >= least)
-                list_four((f.x >= least) | (f.y >= least) << 1 | (f.z >= least) << 2 | (f.w >= least) << 3, i + j * 128,
-                          f);
+                list_four((f.x >= least) | (f.y >= least) << 1 | (f.z >= least) << 2 | (f.w >= least) << 3,
+                          i + j * THREADS * 4, f);
         }
     }
     const three ends = team_reduce<false>(t, __reduce_max_sync(ALL_LANES, ordered(best)),
@@ -202,49 +215,59 @@ static __device__ __noinline__ survey first_pass(team *t, const stream *whole, i
 
 /* ---- second pass: masses --------------------------------------------------------------------------------------- */
 
-/* From the last id to the first: what the first pass read last may still be in L2. */
+/* From the last id to the first: what the first pass read last may still be in L2. All lanes stay to the end. */
 template <int HOW, bool BAND>
 static __device__ __forceinline__ void add_row(const stream *w, const row *r, sums *all, sums *above) {
-    enum { N = 4, STEP = N * 128 };
     const stream u = *w;
     const row q = *r;
     const float least = fmaxf(q.pivot, -FLT_MAX);
-    float4 v[N];
-    int32_t i = u.from + (u.to - u.from - 1) / STEP * STEP + (int32_t)threadIdx.x % 32 * 4;
+    float4 v[FOURS];
+    int32_t part = (u.hi - u.lo - 1) / PART;
+    const int32_t mine_at = u.lo + (int32_t)threadIdx.x * 4;
 #pragma unroll
-    for (int j = 0; j < N; j++) v[j] = fetch(&u, i + j * 128);
+    for (int j = 0; j < FOURS; j++) v[j] = fetch(&u, mine_at + part * PART + j * THREADS * 4);
 #pragma unroll 1
-    for (; i >= u.from; i -= STEP) {
+    for (; part >= 0; part--) {
+        const int32_t i = mine_at + part * PART;
+        halves kept = {};
 #pragma unroll
-        for (int j = 0; j < N; j++) {
+        for (int j = 0; j < FOURS; j++) {
             const float4 four = v[j];
             const float f[4] = {four.x, four.y, four.z, four.w};
-            if (i - STEP >= u.from) v[j] = fetch(&u, i - STEP + j * 128);
+            if (part > 0) v[j] = fetch(&u, i - PART + j * THREADS * 4);
             uint32_t mine = 0;
 #pragma unroll
             for (int k = 0; k < 4; k++) { /* -inf: no mass */
                 const halves h = halves_of(weight_by<HOW>(f[k], &q.s));
+                if (!BAND) {
+                    kept.a += h.a, kept.b += h.b;
+                    continue;
+                }
                 all->mass.a += h.a, all->mass.b += h.b;
-                if (!BAND) continue;
                 if (f[k] >= q.above)
-                    above->mass.a += h.a, above->mass.b += h.b, above->count++;
+                    kept.a += h.a, kept.b += h.b, above->count++;
                 else if (f[k] >= least)
                     mine |= 1u << k;
             }
-            if (BAND && mine) list_four(mine, i + j * 128, four);
+            if (BAND && mine) list_four(mine, i + j * THREADS * 4, four);
         }
+        sums *sum = BAND ? above : all;
+        sum->mass.a += kept.a, sum->mass.b += kept.b;
+        /* sums of 16 * 32 numbers up to 2^22: 32 bits hold them */
+        const halves warp = {__reduce_add_sync(ALL_LANES, kept.a), __reduce_add_sync(ALL_LANES, kept.b)};
+        if (threadIdx.x % 32 == 0)
+            atomicAdd((unsigned long long *)&SH->part[part], (unsigned long long)mass_from(warp));
     }
 }
 
-/* The mass of the row, and of each warp's ids. BAND: the list is made anew, of the ids from pivot up to below above;
- * a warp's mass is that of its ids which are above. */
+/* The mass of the row, and of each part of it. BAND: the list is made anew, of the ids from pivot up to below above; a
+ * part's mass is that of its ids which are above. */
 template <bool BAND> static __device__ __noinline__ void second_pass(team *t, const stream *w, row *r) {
     share *sh = SH;
-    if (BAND) {
-        __syncthreads();
-        if (t->tid == 0) sh->n_list = 0;
-        __syncthreads();
-    }
+    __syncthreads();
+    if (t->tid < PARTS) sh->part[t->tid] = 0;
+    if (BAND && t->tid == 0) sh->n_list = 0;
+    __syncthreads();
     sums all = {}, above = {};
     if (r->s.T == 1.0f)
         add_row<ONE, BAND>(w, r, &all, &above);
@@ -253,7 +276,6 @@ template <bool BAND> static __device__ __noinline__ void second_pass(team *t, co
     else
         add_row<SLOW, BAND>(w, r, &all, &above);
     const uint64_t mass = warp_sum(mass_from(all.mass)), mass_above = BAND ? warp_sum(mass_from(above.mass)) : 0;
-    if (t->tid % 32 == 0) sh->chunk[t->tid / 32] = BAND ? mass_above : mass;
     const three v = team_reduce<true>(t, mass, mass_above, BAND ? __reduce_add_sync(ALL_LANES, above.count) : 0);
     r->mass = v.v[0];
     r->above_mass = v.v[1], r->above_count = v.v[2];
@@ -361,7 +383,7 @@ static __device__ __noinline__ bool guess_band(team *t, const stream *w, row *r,
     uint64_t count = 0, sum = 0;
 #pragma unroll 1
     for (int j = 0; j < 4 * HEAD; j++) {
-        if (w->from + t->tid % 32 * 4 + j / 4 * 128 >= w->to) break;
+        if (sample_at(w, t->tid, j / 4) >= w->hi) break;
         const float l = ((const float *)&DESK->sample[j / 4][t->tid])[j % 4];
         if (l >= pivot) continue;
         count++;
@@ -407,9 +429,10 @@ static __device__ __noinline__ int32_t walk_list(team *t, int32_t V, int32_t n, 
     return (int32_t)(find_end(t, n, none, ~0ull, target + 1).place & (ERN_VOCAB_MAX - 1));
 }
 
-/* They are not; the warps' masses lack those of the list. First the warp, then the id among its own. */
+/* They are not; the masses of the parts lack those of the list. First the part, then 16 ids of it, then the id. */
 static __device__ __noinline__ int32_t walk_row(team *t, const stream *w, const row *r, int32_t n, const cut *c,
                                                 uint64_t target) {
+    enum { EACH = PART / THREADS };
     share *sh = SH;
     const row q = *r;
     const cut kept = *c;
@@ -419,45 +442,40 @@ static __device__ __noinline__ int32_t walk_row(team *t, const stream *w, const 
         const item at = DESK->longer[i];
         const int32_t id = (int32_t)(at.place & (ERN_VOCAB_MAX - 1));
         if (at.place <= kept.place && id >= w->lo && id < w->hi)
-            atomicAdd((unsigned long long *)&sh->chunk[(id - w->lo) / w->chunk], (unsigned long long)at.mass);
+            atomicAdd((unsigned long long *)&sh->part[(id - w->lo) / PART], (unsigned long long)at.mass);
     }
     team_sync(t);
     uint64_t rest = target;
-    int32_t owner = 0, warp = 0;
+    int32_t owner = 0, part = 0;
     for (;; owner++) {
-        const uint64_t own = lane < WARPS ? remote64(&sh->chunk[lane], owner) : 0;
-        uint64_t up = own;
-#pragma unroll 1
-        for (int d = 1; d < 32; d <<= 1) {
-            const uint64_t o = __shfl_up_sync(ALL_LANES, up, d);
-            if (lane >= d) up += o;
-        }
+        const uint64_t own = remote64(&sh->part[lane], owner), up = sum_up_to(own);
         const uint32_t past = __ballot_sync(ALL_LANES, rest < up);
         if (past) {
-            warp = __ffs((int)past) - 1;
-            rest -= __shfl_sync(ALL_LANES, up - own, warp);
+            part = __ffs((int)past) - 1;
+            rest -= __shfl_sync(ALL_LANES, up - own, part);
             break;
         }
         if (owner == t->size - 1) break; /* cannot be: the masses add up to more than target */
         rest -= __shfl_sync(ALL_LANES, up, 31);
     }
     if (t->rank == owner) {
-        const int32_t from = w->lo + warp * w->chunk, to = from + w->chunk < w->hi ? from + w->chunk : w->hi;
-        const int32_t each = slice_of(w->chunk, THREADS), first = from + t->tid * each;
-        const int32_t end = first + each < to ? first + each : to;
+        const int32_t first = w->lo + part * PART + t->tid * EACH;
         uint64_t m = 0;
-#pragma unroll 4
-        for (int32_t i = first; i < end; i += 4) {
+#pragma unroll 1
+        for (int32_t i = first; i < first + EACH && i < w->hi; i += 4) {
             const float4 f = __ldcg((const float4 *)(w->l + i));
             m += kept_mass(&q, &kept, f.x, i) + kept_mass(&q, &kept, f.y, i + 1);
             m += kept_mass(&q, &kept, f.z, i + 2) + kept_mass(&q, &kept, f.w, i + 3);
         }
         const uint64_t at = mass_before(t->tid, m);
-        if (rest >= at && rest - at < m) {
-            uint64_t left = rest - at;
-            int32_t id = first;
-            for (uint64_t one; left >= (one = kept_mass(&q, &kept, __ldcg(w->l + id), id)); id++) left -= one;
-            sh->token = id;
+        if (rest >= at && rest - at < m) sh->found.bin = first, sh->found.mass = at;
+        __syncthreads();
+        if (t->tid < 32) {
+            const int32_t id = sh->found.bin + lane;
+            const uint64_t own = lane < EACH && id < w->hi ? kept_mass(&q, &kept, __ldcg(w->l + id), id) : 0;
+            const uint64_t up = sum_up_to(own);
+            const uint32_t past = __ballot_sync(ALL_LANES, rest - sh->found.mass < up);
+            if (lane == 0) sh->token = sh->found.bin + __ffs((int)past) - 1;
         }
     }
     team_sync(t);
@@ -536,17 +554,16 @@ static __device__ __forceinline__ void stream_row(const sample_args *a) {
     team t = {};
     t.tid = (int32_t)threadIdx.x, t.rank = cluster_rank(), t.size = cluster_size(), t.V = a->V;
     const int32_t at = (int32_t)blockIdx.x / t.size, tid = t.tid, V = a->V, slice = slice_of(V, t.size);
-    const cu_rule *rule = a->rules + at;
-    const ern_sample *s = &rule->s;
     float *l = a->logits + (int64_t)at * V;
-    stream w = {l, V, t.rank * slice, 0, slice_of(slice, WARPS), 0, 0};
-    w.hi = w.lo + slice < V ? w.lo + slice : V;
-    w.from = w.lo + tid / 32 * w.chunk;
-    w.to = w.from + w.chunk < w.hi ? w.from + w.chunk : w.hi;
-    const int32_t ahead = w.to - w.from < AHEAD / 4 ? w.to - w.from : AHEAD / 4;
-    if (tid % 32 == 0 && ahead > 0)
-        asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(l + w.from), "r"(ahead * 4) : "memory");
+    stream w = {l, V, t.rank * slice < V ? t.rank * slice : V, V};
+    w.hi = V - w.lo < slice ? V : w.lo + slice;
+    const int32_t ahead = w.hi - w.lo < AHEAD / 4 ? w.hi - w.lo : AHEAD / 4;
+    if (tid == 0 && ahead > 0)
+        asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(l + w.lo), "r"(ahead * 4) : "memory");
+    if (tid < RULE_WORDS) SH->rule[tid] = ((const uint32_t *)(a->rules + at))[tid];
     team_begin(&t);
+    const cu_rule *rule = (const cu_rule *)SH->rule;
+    const ern_sample *s = &rule->s;
 
     const bool draws = s->forced < 0 && s->temperature >= GREEDY_BELOW && s->top_p >= GREEDY_BELOW && s->top_k != 1;
     const edits e = edits_make(a, rule, NULL);
