@@ -17,9 +17,9 @@ enum {
     BATCH = 4, /* loads in flight of a thread of the arg-max alone */
     BIN_BITS = 9,
     BINS = 1 << BIN_BITS, /* of a round of find_cut, one a thread; also buckets of the draw */
-    LIST = 1536,          /* ids that a block can list */
+    LIST = 1408,          /* ids that a block can list */
     SHORT = 256,          /* candidates of the later rounds of find_cut, where the first walked the whole row */
-    FEW = 48,             /* so many candidates are compared with each other */
+    FEW = 64,             /* so many candidates are compared with each other */
     BUCKET_BITS = 6,      /* the draw: buckets of 64 ids; BINS of them cover a slice */
     ID_BITS = 18,         /* ERN_VOCAB_MAX */
     PLACE_BITS = BIN_BITS + 32 + ID_BITS,
@@ -194,6 +194,10 @@ static __device__ __forceinline__ void send64(void *mine, int32_t rank, uint64_t
  * acquiring all memory at cluster scope does, of the chip's barrier too, and then every thread's local memory comes
  * from L2. Only shared memory is exchanged, so the fence after the wait acquires that alone. */
 static __device__ __forceinline__ void team_begin(const team *t) {
+    if (t->size == 1) {
+        __syncthreads();
+        return;
+    }
     if (t->tid == 0) {
         asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"((uint32_t)__cvta_generic_to_shared(&SH->barrier)),
                      "r"(t->size * SENDERS)
@@ -227,6 +231,7 @@ static __device__ __forceinline__ void team_wait(team *t) {
 }
 static __device__ __forceinline__ void team_sync(team *t) {
     __syncthreads();
+    if (t->size == 1) return;
     team_tell(t);
     team_wait(t);
 }
@@ -273,8 +278,24 @@ typedef struct three {
 template <bool SUM> static __device__ __noinline__ three team_reduce(team *t, uint64_t a, uint64_t b, uint64_t c) {
     share *sh = SH;
     const int32_t lane = t->tid % 32, warp = t->tid / 32;
-    if (lane == 0) sh->warp[0][warp] = a, sh->warp[1][warp] = b, sh->warp[2][warp] = c;
+    static_assert(sizeof(sh->warp) == sizeof(sh->slot), "a block alone takes them by turns");
+    uint64_t(*part)[WARPS] = t->size == 1 && t->turn ? (uint64_t(*)[WARPS])sh->slot : sh->warp;
+    if (lane == 0) part[0][warp] = a, part[1][warp] = b, part[2][warp] = c;
     __syncthreads();
+    three out = {{0, 0, 0}, 0, 0};
+    if (t->size == 1) { /* no fence over a cluster, which takes microseconds while memory is busy */
+        for (int k = 0; k < SENDERS; k++) {
+            uint64_t x = part[k][lane % WARPS];
+            for (int d = WARPS / 2; d > 0; d >>= 1) {
+                const uint64_t y = __shfl_xor_sync(ALL_LANES, x, d);
+                x = SUM ? x + y : max64(x, y);
+            }
+            out.v[k] = x;
+        }
+        out.mine = out.v[0];
+        t->turn ^= 1;
+        return out;
+    }
     uint64_t(*slot)[TEAM_MAX] = sh->slot[t->turn];
     if (warp < SENDERS) {
         uint64_t x = sh->warp[warp][lane % WARPS];
@@ -286,7 +307,6 @@ template <bool SUM> static __device__ __noinline__ three team_reduce(team *t, ui
         team_tell(t);
     }
     team_wait(t);
-    three out = {{0, 0, 0}, 0, 0};
 #pragma unroll 1
     for (int r = 0; r < t->size; r++) {
         const uint64_t x = slot[0][r], y = slot[1][r], z = slot[2][r];

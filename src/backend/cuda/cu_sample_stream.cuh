@@ -369,6 +369,23 @@ static __device__ __noinline__ cut find_end(const team *t, int32_t n, cut c, uin
     }
 }
 
+/* The kept items, no more than FEW, by place or by id. */
+static __device__ __noinline__ void take_few(int32_t tid, int32_t n, const cut *c, bool by_id) {
+    share *sh = SH;
+    const uint64_t last = c->place;
+    if (tid == 0) sh->n_few = 0;
+    __syncthreads();
+#pragma unroll 1
+    for (int32_t i = tid; i < n; i += THREADS) {
+        const item at = DESK->longer[i];
+        if (at.place > last) continue;
+        const uint32_t k = atomicAdd(&sh->n_few, 1u) % FEW;
+        sh->few_place[k] = by_id ? at.place & (ERN_VOCAB_MAX - 1) : at.place;
+        sh->few_mass[k] = at.mass;
+    }
+    __syncthreads();
+}
+
 /* Where the run with the share top_p of the row's mass ends below the list of the best (n ids, list_mass): the ends of
  * a list around that place, as the sample has it. false: it ends in the list. A guess. */
 static __device__ __noinline__ bool guess_band(team *t, const stream *w, row *r, float top_p, int32_t n,
@@ -418,6 +435,12 @@ static __device__ __noinline__ bool guess_band(team *t, const stream *w, row *r,
 /* The first kept id, in id order, whose running mass exceeds target. All kept ids are in the list: */
 static __device__ __noinline__ int32_t walk_list(team *t, int32_t V, int32_t n, const cut *c, uint64_t target) {
     const int32_t each = (V + BINS - 1) / BINS;
+    const cut none = {0, 0, 0, true};
+    if (c->count <= FEW) {
+        take_few(t->tid, n, c, true);
+        end_among_few(t->tid, (int32_t)c->count, &none, ~0ull, target + 1);
+        return (int32_t)SH->found.place;
+    }
 #pragma unroll 1
     for (int32_t i = t->tid; i < n; i += THREADS) {
         item *at = DESK->longer + i;
@@ -425,7 +448,6 @@ static __device__ __noinline__ int32_t walk_list(team *t, int32_t V, int32_t n, 
         if (at->place > c->place) at->mass = 0;
         at->place = (uint64_t)(id / each) << (PLACE_BITS - BIN_BITS) | (uint32_t)id;
     }
-    const cut none = {0, 0, 0, true};
     return (int32_t)(find_end(t, n, none, ~0ull, target + 1).place & (ERN_VOCAB_MAX - 1));
 }
 
@@ -493,6 +515,7 @@ static __device__ __forceinline__ bool stream_draw(team *t, const stream *w, con
                                                    int32_t n, int32_t *token) {
     const bool k_on = s->top_k > 0 && s->top_k < w->V, p_on = s->top_p < 1.0f, min_on = s->min_p >= MIN_P_ON;
     const cut none = {0, 0, 0, true};
+    share *sh = SH;
     row r = row_make(best, s->temperature);
     const uint64_t list_mass = weigh_list(t->tid, &r, n, r.s.top, best->low);
     cut c = none;
@@ -514,7 +537,13 @@ static __device__ __forceinline__ bool stream_draw(team *t, const stream *w, con
         if (k_on || !p_on) {
             c = find_end(t, n, none, limit, ~0ull);
             const uint64_t need = p_on ? share_of(c.mass, s->top_p) : c.mass;
-            if (need < c.mass) c = find_end(t, n, none, c.count, need);
+            if (need < c.mass && c.count <= FEW) {
+                take_few(t->tid, n, &c, false);
+                end_among_few(t->tid, (int32_t)c.count, &none, ~0ull, need);
+                c.place = sh->found.place, c.count = sh->found.count, c.mass = sh->found.mass;
+            } else if (need < c.mass) {
+                c = find_end(t, n, none, c.count, need);
+            }
         } else {
             second_pass<false>(t, w, &r);
             c = find_end(t, n, none, limit, share_of(r.mass, s->top_p));
