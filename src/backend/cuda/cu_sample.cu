@@ -1,6 +1,9 @@
 /* Sampling on the device: the rule of model/sample.c, bit for bit. Its weights are integers, so any number of blocks
  * may add them up; what is f32 here is a single operation after the other, in the order of sample.c, never contracted.
  *
+ * Most rows are done by the kernel of cu_sample_stream.cuh, which looks at a row as it streams past. What it leaves
+ * (logprobs, masks, runs that end where it did not look) is this file's.
+ *
  * A row belongs to a cluster of blocks (8, or 4 where there are many rows); block r has the ids of slice r, so that
  * blocks stand in id order. The row is read once, into shared memory, and changed there: all else happens on the chip.
  * One pass finds the best logit, one adds up the masses and lists the few ids near the top, where top_k, top_p and the

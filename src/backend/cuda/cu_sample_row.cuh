@@ -113,8 +113,8 @@ typedef struct share {
             uint16_t list[LIST], shorts[SHORT]; /* places in the slice */
         };
         struct { /* of a row that streams past: the masses of its parts, and its rule */
-            uint64_t part[32];
-            uint32_t rule[RULE_WORDS];
+            uint32_t part_lo[32], part_hi[32];
+            alignas(8) uint32_t rule[RULE_WORDS];
         };
     };
     alignas(16) float slice[]; /* this block's logits, as the rule changes them; -inf up to a whole four */

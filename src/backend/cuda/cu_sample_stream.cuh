@@ -13,15 +13,15 @@ enum {
     HEAD = 4,                   /* fours of a thread in the sample of the row */
     FOURS = 4,                  /* fours of a thread under way */
     PART = FOURS * THREADS * 4, /* ids whose masses are added up together */
-    PARTS = ERN_VOCAB_MAX / PART,
-    LIST_BEST = 4096,      /* most ids in the list of the best; beside the sample */
-    LIST_NEAR = 6144,      /* in any list */
-    GOAL = 512,            /* so many ids are wanted in the list of the best where top_k asks for less */
-    TOP_K_MAX = 1500,      /* largest top_k that is looked for in that list */
-    BAND_HALF = 2100,      /* ids of a list around a place, on either side */
-    BIAS_FEW = 1024,       /* most biases; each is compared with all */
-    TABLE = SLICE_MAX / 4, /* words that count ids while logits are changed */
-    AHEAD = 128 * 1024,    /* bytes of the block's ids that are fetched to L2 before all else */
+    PARTS = 32,                 /* a lane each */
+    LIST_BEST = 4096,           /* most ids in the list of the best; beside the sample */
+    LIST_NEAR = 6144,           /* in any list */
+    GOAL = 256,                 /* so many ids are wanted in the list of the best where top_k asks for less */
+    TOP_K_MAX = 1500,           /* largest top_k that is looked for in that list */
+    BAND_HALF = 2100,           /* ids of a list around a place, on either side */
+    BIAS_FEW = 1024,            /* most biases; each is compared with all */
+    TABLE = SLICE_MAX / 4,      /* words that count ids while logits are changed */
+    AHEAD = 128 * 1024,         /* bytes of the block's ids that are fetched to L2 before all else */
 };
 
 /* An id of the list: where it stands in the order, and its mass. While a pass adds to the list: logit and id. */
@@ -39,6 +39,7 @@ typedef union desk {
     item longer[LIST_NEAR];
 } desk;
 #define DESK ((desk *)SH->slice)
+static_assert(PARTS * PART >= ERN_VOCAB_MAX, "sizes of this file");
 static_assert(sizeof(desk) <= SLICE_MAX && offsetof(share, slice) % 16 == 0, "two blocks in a multiprocessor");
 
 /* A row; this block has the ids lo .. hi - 1, whole fours: thread i four i, then four i + THREADS and so on. */
@@ -77,8 +78,9 @@ static __device__ __forceinline__ void list_four(uint32_t mine, int32_t i, float
 /* Steps 4 to 6 for the ids lo .. hi - 1, in memory. Ids are counted in shared memory, in 16 bits each where that is
  * enough, as many at a time as it has room for; the highest bit says that the prompt had the id. Who finds a count
  * first takes it. */
-static __device__ __noinline__ void edit_row(int32_t tid, const edits *e, float *l, int32_t lo, int32_t hi) {
+static __device__ __noinline__ void edit_row(int32_t tid, const edits *all_of, float *l, int32_t lo, int32_t hi) {
     enum { AT_ONCE = 4 };
+    const edits q = *all_of, *e = &q; /* in registers */
     const ern_sample *s = e->s;
     uint32_t *seen = DESK->seen;
 #pragma unroll 1
@@ -215,13 +217,14 @@ static __device__ __noinline__ survey first_pass(team *t, const stream *whole, i
 
 /* ---- second pass: masses --------------------------------------------------------------------------------------- */
 
-/* From the last id to the first: what the first pass read last may still be in L2. All lanes stay to the end. */
-template <int HOW, bool BAND>
-static __device__ __forceinline__ void add_row(const stream *w, const row *r, sums *all, sums *above) {
+/* From the last id to the first: what the first pass read last may still be in L2. All lanes stay to the end. BAND: the
+ * thread's mass and its ids that are above. */
+template <int HOW, bool BAND> static __device__ __forceinline__ sums add_row(const stream *w, const row *r) {
     const stream u = *w;
     const row q = *r;
     const float least = fmaxf(q.pivot, -FLT_MAX);
     float4 v[FOURS];
+    sums all = {};
     int32_t part = (u.hi - u.lo - 1) / PART;
     const int32_t mine_at = u.lo + (int32_t)threadIdx.x * 4;
 #pragma unroll
@@ -243,21 +246,19 @@ static __device__ __forceinline__ void add_row(const stream *w, const row *r, su
                     kept.a += h.a, kept.b += h.b;
                     continue;
                 }
-                all->mass.a += h.a, all->mass.b += h.b;
+                all.mass.a += h.a, all.mass.b += h.b;
                 if (f[k] >= q.above)
-                    kept.a += h.a, kept.b += h.b, above->count++;
+                    kept.a += h.a, kept.b += h.b, all.count++;
                 else if (f[k] >= least)
                     mine |= 1u << k;
             }
             if (BAND && mine) list_four(mine, i + j * THREADS * 4, four);
         }
-        sums *sum = BAND ? above : all;
-        sum->mass.a += kept.a, sum->mass.b += kept.b;
         /* sums of 16 * 32 numbers up to 2^22: 32 bits hold them */
         const halves warp = {__reduce_add_sync(ALL_LANES, kept.a), __reduce_add_sync(ALL_LANES, kept.b)};
-        if (threadIdx.x % 32 == 0)
-            atomicAdd((unsigned long long *)&SH->part[part], (unsigned long long)mass_from(warp));
+        if (threadIdx.x % 32 == 0) add_mass(&SH->part_lo[part], &SH->part_hi[part], mass_from(warp));
     }
+    return all;
 }
 
 /* The mass of the row, and of each part of it. BAND: the list is made anew, of the ids from pivot up to below above; a
@@ -265,18 +266,21 @@ static __device__ __forceinline__ void add_row(const stream *w, const row *r, su
 template <bool BAND> static __device__ __noinline__ void second_pass(team *t, const stream *w, row *r) {
     share *sh = SH;
     __syncthreads();
-    if (t->tid < PARTS) sh->part[t->tid] = 0;
+    if (t->tid < PARTS) sh->part_lo[t->tid] = sh->part_hi[t->tid] = 0;
     if (BAND && t->tid == 0) sh->n_list = 0;
     __syncthreads();
-    sums all = {}, above = {};
+    sums all;
     if (r->s.T == 1.0f)
-        add_row<ONE, BAND>(w, r, &all, &above);
+        all = add_row<ONE, BAND>(w, r);
     else if (r->s.quick)
-        add_row<QUICK, BAND>(w, r, &all, &above);
+        all = add_row<QUICK, BAND>(w, r);
     else
-        add_row<SLOW, BAND>(w, r, &all, &above);
-    const uint64_t mass = warp_sum(mass_from(all.mass)), mass_above = BAND ? warp_sum(mass_from(above.mass)) : 0;
-    const three v = team_reduce<true>(t, mass, mass_above, BAND ? __reduce_add_sync(ALL_LANES, above.count) : 0);
+        all = add_row<SLOW, BAND>(w, r);
+    __syncthreads();
+    uint64_t parts = 0;
+    if (t->tid < PARTS) parts = warp_sum(sh->part_lo[t->tid] + ((uint64_t)sh->part_hi[t->tid] << 32));
+    const three v = team_reduce<true>(t, BAND ? warp_sum(mass_from(all.mass)) : parts, BAND ? parts : 0,
+                                      BAND ? __reduce_add_sync(ALL_LANES, all.count) : 0);
     r->mass = v.v[0];
     r->above_mass = v.v[1], r->above_count = v.v[2];
 }
@@ -392,6 +396,8 @@ static __device__ __noinline__ bool guess_band(team *t, const stream *w, row *r,
                                                uint64_t list_mass, float low) {
     enum { MASS_SHIFT = 26 }; /* the sum of a sample's masses then has 32 bits */
     share *sh = SH;
+    const stream u = *w;
+    const scale by = r->s;
     const float range = fminf(__fmul_rn(32.0f, r->s.T), __fsub_rn(r->pivot, low));
     const float spread = __fdiv_rn((float)BINS, range > 0.0f ? range : 1.0f), pivot = r->pivot;
     if (!(pivot > minus_inf())) return false;
@@ -400,19 +406,19 @@ static __device__ __noinline__ bool guess_band(team *t, const stream *w, row *r,
     uint64_t count = 0, sum = 0;
 #pragma unroll 1
     for (int j = 0; j < 4 * HEAD; j++) {
-        if (sample_at(w, t->tid, j / 4) >= w->hi) break;
+        if (sample_at(&u, t->tid, j / 4) >= u.hi) break;
         const float l = ((const float *)&DESK->sample[j / 4][t->tid])[j % 4];
         if (l >= pivot) continue;
         count++;
         if (!(l > minus_inf())) continue;
         const uint32_t bin = __float2uint_rz(fminf(__fmul_rn(__fsub_rn(pivot, l), spread), (float)(BINS - 1)));
-        const uint32_t m = (uint32_t)(mass_of(l, &r->s) >> MASS_SHIFT);
+        const uint32_t m = (uint32_t)(mass_of(l, &by) >> MASS_SHIFT);
         atomicAdd(&sh->count[bin], 1u);
         atomicAdd(&sh->lo[bin], m);
         sum += m;
     }
     const three all = team_reduce<true>(t, warp_sum(count), warp_sum(sum), 0);
-    const float one = (float)(w->V - n) / (float)all.v[0]; /* ids that one of the sample stands for */
+    const float one = (float)(u.V - n) / (float)all.v[0]; /* ids that one of the sample stands for */
     const float best = (float)(list_mass >> MASS_SHIFT), rest = one * (float)all.v[1];
     if (best >= top_p * (best + 1.3f * rest)) return false;
     const float need = (top_p * (best + rest) - best) / one, half = (float)BAND_HALF / one;
@@ -458,19 +464,22 @@ static __device__ __noinline__ int32_t walk_row(team *t, const stream *w, const 
     share *sh = SH;
     const row q = *r;
     const cut kept = *c;
+    const stream u = *w;
     const int32_t lane = t->tid % 32;
 #pragma unroll 1
     for (int32_t i = t->tid; i < n; i += THREADS) {
         const item at = DESK->longer[i];
         const int32_t id = (int32_t)(at.place & (ERN_VOCAB_MAX - 1));
-        if (at.place <= kept.place && id >= w->lo && id < w->hi)
-            atomicAdd((unsigned long long *)&sh->part[(id - w->lo) / PART], (unsigned long long)at.mass);
+        if (at.place <= kept.place && id >= u.lo && id < u.hi)
+            add_mass(&sh->part_lo[(id - u.lo) / PART], &sh->part_hi[(id - u.lo) / PART], at.mass);
     }
     team_sync(t);
     uint64_t rest = target;
     int32_t owner = 0, part = 0;
     for (;; owner++) {
-        const uint64_t own = remote64(&sh->part[lane], owner), up = sum_up_to(own);
+        const uint64_t own =
+            remote32(&sh->part_lo[lane], owner) + ((uint64_t)remote32(&sh->part_hi[lane], owner) << 32);
+        const uint64_t up = sum_up_to(own);
         const uint32_t past = __ballot_sync(ALL_LANES, rest < up);
         if (past) {
             part = __ffs((int)past) - 1;
@@ -481,11 +490,11 @@ static __device__ __noinline__ int32_t walk_row(team *t, const stream *w, const 
         rest -= __shfl_sync(ALL_LANES, up, 31);
     }
     if (t->rank == owner) {
-        const int32_t first = w->lo + part * PART + t->tid * EACH;
+        const int32_t first = u.lo + part * PART + t->tid * EACH;
         uint64_t m = 0;
 #pragma unroll 1
-        for (int32_t i = first; i < first + EACH && i < w->hi; i += 4) {
-            const float4 f = __ldcg((const float4 *)(w->l + i));
+        for (int32_t i = first; i < first + EACH && i < u.hi; i += 4) {
+            const float4 f = __ldcg((const float4 *)(u.l + i));
             m += kept_mass(&q, &kept, f.x, i) + kept_mass(&q, &kept, f.y, i + 1);
             m += kept_mass(&q, &kept, f.z, i + 2) + kept_mass(&q, &kept, f.w, i + 3);
         }
@@ -494,7 +503,7 @@ static __device__ __noinline__ int32_t walk_row(team *t, const stream *w, const 
         __syncthreads();
         if (t->tid < 32) {
             const int32_t id = sh->found.bin + lane;
-            const uint64_t own = lane < EACH && id < w->hi ? kept_mass(&q, &kept, __ldcg(w->l + id), id) : 0;
+            const uint64_t own = lane < EACH && id < u.hi ? kept_mass(&q, &kept, __ldcg(u.l + id), id) : 0;
             const uint64_t up = sum_up_to(own);
             const uint32_t past = __ballot_sync(ALL_LANES, rest - sh->found.mass < up);
             if (lane == 0) sh->token = sh->found.bin + __ffs((int)past) - 1;
