@@ -1,8 +1,8 @@
 /* Sampling on the device: the rule of model/sample.c, bit for bit. Its weights are integers, so any number of blocks
  * may add them up; what is f32 here is a single operation after the other, in the order of sample.c, never contracted.
  *
- * Most rows are done by the kernel of cu_sample_stream.cuh, which looks at a row as it streams past. What it leaves
- * (logprobs, masks, runs that end where it did not look) is this file's.
+ * Where there are more than a few rows most are done by the kernel of cu_sample_stream.cuh, which looks at a row as it
+ * streams past. What it leaves (logprobs, masks, runs that end where it did not look) is this file's.
  *
  * A row belongs to a cluster of blocks (8, or 4 where there are many rows); block r has the ids of slice r, so that
  * blocks stand in id order. The row is read once, into shared memory, and changed there: all else happens on the chip.
@@ -687,8 +687,8 @@ static cudaError_t run_greedy(cudaStream_t s, ern_sampled *out, int32_t *ids, co
     return cu_launch(s, (const void *)greedy_kernel, dim3((unsigned)n * size), THREADS, 0, true, size, args);
 }
 
-/* Of the kernel that lets rows stream past. */
-static unsigned stream_blocks(int32_t n) { return n <= 33 ? 8 : n <= 66 ? 4 : n <= 132 ? 2 : 1; }
+/* A row's blocks in the kernel that lets rows stream past; 0: fewer rows are faster in the memory of a cluster. */
+static unsigned stream_blocks(int32_t n) { return n <= 16 ? 0 : n <= 33 ? 4 : n <= 66 ? 2 : 1; }
 
 static int32_t n_clusters(int32_t n_want) { return n_want < ROWS_MANY ? n_want : ROWS_MANY; }
 
@@ -709,8 +709,8 @@ extern "C" cudaError_t cu_sample(cudaStream_t s, ern_sampled *out, int32_t *ids,
     if (set || set_stream) return set ? set : set_stream;
     sample_args a = {out, ids, logits, n_want, n_vocab, rules, aux, token, (uint32_t *)scratch, NULL};
     void *args[] = {&a};
-    if (n_vocab % 4 == 0) {
-        const unsigned blocks = stream_blocks(n_want);
+    const unsigned blocks = stream_blocks(n_want);
+    if (blocks > 0 && n_vocab % 4 == 0) {
         a.state = a.scratch + (int64_t)n_clusters(n_want) * 3 * n_vocab;
         const cudaError_t e = cu_launch(s, (const void *)stream_kernel, dim3((unsigned)n_want * blocks), THREADS,
                                         sizeof(share) + SLICE_MAX, true, blocks, args);
