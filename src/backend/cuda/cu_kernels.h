@@ -272,7 +272,7 @@ int64_t cu_sample_scratch_bytes(int32_t n_want, int32_t n_vocab);
 /* Sample n_want rows of logits f32 [n_want, V]. token: the step's tokens, resolved, by row (the tail of a
  * sequence that `seen` lacks). out: ern_sampled [n_want]; ids: [n_want] the tokens alone (ERN_PREV of the next step).
  * all_greedy: host's promise that every rule is plain arg-max: no penalties, bias, bans, masks, forced ids or logprobs;
- * that path costs one read of the logits. */
+ * that path costs one read of the logits. Otherwise penalties, biases and bans change the logits in place. */
 cudaError_t cu_sample(cudaStream_t s, ern_sampled *out, int32_t *ids, float *logits, int32_t n_want, int32_t n_vocab,
                       const cu_rule *rules, const int32_t *aux, const int32_t *token, bool all_greedy, void *scratch);
 /* ids[i] = arg-max of logits row i, ties to the lowest id (MTP drafts). */

@@ -1,6 +1,9 @@
 /* Sampling on the device: the rule of model/sample.c, bit for bit. Its weights are integers, so any number of blocks
  * may add them up; what is f32 here is a single operation after the other, in the order of sample.c, never contracted.
  *
+ * Where there are more than a few rows most are done by the kernel of cu_sample_stream.cuh, which looks at a row as it
+ * streams past. What it leaves (logprobs, masks, runs that end where it did not look) is this file's.
+ *
  * A row belongs to a cluster of blocks (8, or 4 where there are many rows); block r has the ids of slice r, so that
  * blocks stand in id order. The row is read once, into shared memory, and changed there: all else happens on the chip.
  * One pass finds the best logit, one adds up the masses and lists the few ids near the top, where top_k, top_p and the
@@ -525,8 +528,12 @@ static __device__ __forceinline__ void sample_rows(const sample_args *a) {
     share *sh = SH;
     team t;
     team_make(&t, a->V, cluster_rank(), cluster_size());
-    team_begin(&t);
     const int32_t cluster = (int32_t)blockIdx.x / t.size, n_cluster = (int32_t)gridDim.x / t.size;
+    bool any = !a->state;
+    for (int32_t w = cluster + t.tid % 32 * n_cluster; !any && w < a->n_want; w += 32 * n_cluster)
+        any = __ldcg(a->state + w) != ROW_DONE;
+    if (!__any_sync(ALL_LANES, any)) return; /* all warps of all blocks see the same */
+    team_begin(&t);
     uint32_t *scratch = a->scratch + (int64_t)cluster * 3 * a->V;
     for (int32_t base = cluster; base < a->n_want; base += 32 * n_cluster) { /* lane k: row k of this cluster's */
         const int32_t lane_row = base + t.tid % 32 * n_cluster;
@@ -680,6 +687,9 @@ static cudaError_t run_greedy(cudaStream_t s, ern_sampled *out, int32_t *ids, co
     return cu_launch(s, (const void *)greedy_kernel, dim3((unsigned)n * size), THREADS, 0, true, size, args);
 }
 
+/* A row's blocks in the kernel that lets rows stream past; 0: fewer rows are faster in the memory of a cluster. */
+static unsigned stream_blocks(int32_t n) { return n <= 16 ? 0 : n <= 33 ? 4 : n <= 66 ? 2 : 1; }
+
 static int32_t n_clusters(int32_t n_want) { return n_want < ROWS_MANY ? n_want : ROWS_MANY; }
 
 extern "C" int64_t cu_sample_scratch_bytes(int32_t n_want, int32_t n_vocab) {
@@ -699,10 +709,11 @@ extern "C" cudaError_t cu_sample(cudaStream_t s, ern_sampled *out, int32_t *ids,
     if (set || set_stream) return set ? set : set_stream;
     sample_args a = {out, ids, logits, n_want, n_vocab, rules, aux, token, (uint32_t *)scratch, NULL};
     void *args[] = {&a};
-    if (n_want >= STREAM_FROM && n_vocab % 4 == 0) {
+    const unsigned blocks = stream_blocks(n_want);
+    if (blocks > 0 && n_vocab % 4 == 0) {
         a.state = a.scratch + (int64_t)n_clusters(n_want) * 3 * n_vocab;
-        const cudaError_t e = cu_launch(s, (const void *)stream_kernel, dim3((unsigned)n_want), THREADS,
-                                        sizeof(share) + SLICE_MAX, true, 1, args);
+        const cudaError_t e = cu_launch(s, (const void *)stream_kernel, dim3((unsigned)n_want * blocks), THREADS,
+                                        sizeof(share) + SLICE_MAX, true, blocks, args);
         if (e != cudaSuccess) return e;
     }
     const bool few = n_want <= ROWS_FEW || slice_of(n_vocab, 4) * (int32_t)sizeof(float) > SLICE_MAX;

@@ -17,18 +17,18 @@ enum {
     BATCH = 4, /* loads in flight of a thread of the arg-max alone */
     BIN_BITS = 9,
     BINS = 1 << BIN_BITS, /* of a round of find_cut, one a thread; also buckets of the draw */
-    LIST = 1536,          /* ids that a block can list */
+    LIST = 1408,          /* ids that a block can list */
     SHORT = 256,          /* candidates of the later rounds of find_cut, where the first walked the whole row */
-    FEW = 48,             /* so many candidates are compared with each other */
+    FEW = 64,             /* so many candidates are compared with each other */
     BUCKET_BITS = 6,      /* the draw: buckets of 64 ids; BINS of them cover a slice */
     ID_BITS = 18,         /* ERN_VOCAB_MAX */
     PLACE_BITS = BIN_BITS + 32 + ID_BITS,
     OUT_WORDS = sizeof(ern_sampled) / 4,
+    RULE_WORDS = sizeof(cu_rule) / 4,
     UNIFORM_BITS = 24,
     MASS_BITS = 44,
     ROWS_MANY = 66,         /* clusters of 4 that an H100 holds at once: a cluster takes row after row */
     ROWS_FEW = 33,          /* clusters of 8 */
-    STREAM_FROM = 34,       /* rows from which on a block has a row for itself */
     SLICE_MAX = 101 * 1024, /* bytes of a slice of which two blocks fit in a multiprocessor */
 };
 #define GREEDY_BELOW 1e-5f
@@ -108,8 +108,16 @@ typedef struct share {
     uint64_t few_place[FEW], few_mass[FEW];
     uint32_t n_list, n_short, n_best, n_edit, n_few;
     int32_t token;
-    uint16_t list[LIST], shorts[SHORT]; /* places in the slice */
-    alignas(16) float slice[];          /* this block's logits, as the rule changes them; -inf up to a whole four */
+    union {
+        struct {
+            uint16_t list[LIST], shorts[SHORT]; /* places in the slice */
+        };
+        struct { /* of a row that streams past: the masses of its parts, and its rule */
+            uint32_t part_lo[32], part_hi[32];
+            alignas(8) uint32_t rule[RULE_WORDS];
+        };
+    };
+    alignas(16) float slice[]; /* this block's logits, as the rule changes them; -inf up to a whole four */
 } share;
 static_assert(sizeof(share) + SLICE_MAX + 1024 <= 228 * 1024 / 2, "two blocks in a multiprocessor");
 static_assert(LIST <= 3 * BINS, "times lies over the bins");
@@ -186,6 +194,10 @@ static __device__ __forceinline__ void send64(void *mine, int32_t rank, uint64_t
  * acquiring all memory at cluster scope does, of the chip's barrier too, and then every thread's local memory comes
  * from L2. Only shared memory is exchanged, so the fence after the wait acquires that alone. */
 static __device__ __forceinline__ void team_begin(const team *t) {
+    if (t->size == 1) {
+        __syncthreads();
+        return;
+    }
     if (t->tid == 0) {
         asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"((uint32_t)__cvta_generic_to_shared(&SH->barrier)),
                      "r"(t->size * SENDERS)
@@ -219,6 +231,7 @@ static __device__ __forceinline__ void team_wait(team *t) {
 }
 static __device__ __forceinline__ void team_sync(team *t) {
     __syncthreads();
+    if (t->size == 1) return;
     team_tell(t);
     team_wait(t);
 }
@@ -229,6 +242,22 @@ static __device__ __forceinline__ uint64_t warp_sum(uint64_t x) {
 #pragma unroll 1
     for (int d = 16; d > 0; d >>= 1) x += __shfl_xor_sync(ALL_LANES, x, d);
     return x;
+}
+/* Of this lane and those before it. */
+static __device__ __forceinline__ uint64_t sum_up_to(uint64_t x) {
+#pragma unroll 1
+    for (int d = 1; d < 32; d <<= 1) {
+        const uint64_t o = __shfl_up_sync(ALL_LANES, x, d);
+        if ((int32_t)threadIdx.x % 32 >= d) x += o;
+    }
+    return x;
+}
+static __device__ __forceinline__ uint64_t block_sum(int32_t tid, uint64_t x) {
+    x = warp_sum(x);
+    __syncthreads();
+    if (tid % 32 == 0) SH->scan_mass[tid / 32] = x;
+    __syncthreads();
+    return warp_sum(tid % 32 < WARPS ? SH->scan_mass[tid % 32] : 0);
 }
 static __device__ __forceinline__ uint64_t max64(uint64_t x, uint64_t y) { return x > y ? x : y; }
 
@@ -249,8 +278,24 @@ typedef struct three {
 template <bool SUM> static __device__ __noinline__ three team_reduce(team *t, uint64_t a, uint64_t b, uint64_t c) {
     share *sh = SH;
     const int32_t lane = t->tid % 32, warp = t->tid / 32;
-    if (lane == 0) sh->warp[0][warp] = a, sh->warp[1][warp] = b, sh->warp[2][warp] = c;
+    static_assert(sizeof(sh->warp) == sizeof(sh->slot), "a block alone takes them by turns");
+    uint64_t(*part)[WARPS] = t->size == 1 && t->turn ? (uint64_t(*)[WARPS])sh->slot : sh->warp;
+    if (lane == 0) part[0][warp] = a, part[1][warp] = b, part[2][warp] = c;
     __syncthreads();
+    three out = {{0, 0, 0}, 0, 0};
+    if (t->size == 1) { /* no fence over a cluster, which takes microseconds while memory is busy */
+        for (int k = 0; k < SENDERS; k++) {
+            uint64_t x = part[k][lane % WARPS];
+            for (int d = WARPS / 2; d > 0; d >>= 1) {
+                const uint64_t y = __shfl_xor_sync(ALL_LANES, x, d);
+                x = SUM ? x + y : max64(x, y);
+            }
+            out.v[k] = x;
+        }
+        out.mine = out.v[0];
+        t->turn ^= 1;
+        return out;
+    }
     uint64_t(*slot)[TEAM_MAX] = sh->slot[t->turn];
     if (warp < SENDERS) {
         uint64_t x = sh->warp[warp][lane % WARPS];
@@ -262,7 +307,6 @@ template <bool SUM> static __device__ __noinline__ three team_reduce(team *t, ui
         team_tell(t);
     }
     team_wait(t);
-    three out = {{0, 0, 0}, 0, 0};
 #pragma unroll 1
     for (int r = 0; r < t->size; r++) {
         const uint64_t x = slot[0][r], y = slot[1][r], z = slot[2][r];
@@ -615,28 +659,24 @@ static __device__ __forceinline__ uint64_t kept_mass(const row *r, const cut *c,
 static __device__ __noinline__ uint64_t mass_before(int32_t tid, uint64_t m) {
     share *sh = SH;
     const int32_t lane = tid % 32, warp = tid / 32;
-    uint64_t up = m;
-#pragma unroll 1
-    for (int d = 1; d < 32; d <<= 1) {
-        const uint64_t o = __shfl_up_sync(ALL_LANES, up, d);
-        if (lane >= d) up += o;
-    }
+    const uint64_t up = sum_up_to(m);
     if (lane == 31) sh->scan_mass[warp] = up;
     __syncthreads();
     return up - m + warp_sum(lane < warp ? sh->scan_mass[lane] : 0);
 }
 
-/* In which bin the run ends: all blocks add up the bins of all and find the same. */
+/* In which bin the run ends: all blocks of the team add up the bins of all and find the same. */
 static __device__ __noinline__ void find_bin(team *t, const cut *c, uint64_t need_count, uint64_t need_mass) {
     share *sh = SH;
     const int32_t bin = t->tid, lane = bin % 32, warp = bin / 32;
     uint32_t count = 0;
     uint64_t mass = 0;
 #pragma unroll 4
-    for (int r = 0; r < t->size; r++) {
+    for (int r = 0; t->size > 1 && r < t->size; r++) {
         count += remote32(&sh->count[bin], r);
         mass += remote32(&sh->lo[bin], r) + ((uint64_t)remote32(&sh->hi[bin], r) << 32);
     }
+    if (t->size == 1) count = sh->count[bin], mass = sh->lo[bin] + ((uint64_t)sh->hi[bin] << 32);
     uint32_t up = count;
 #pragma unroll 1
     for (int d = 1; d < 32; d <<= 1) {
