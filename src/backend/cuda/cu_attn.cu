@@ -294,13 +294,8 @@ cudaError_t cu_attn_plan(cudaStream_t s, const cu_cache *c, const cu_seqs *seqs,
     return cudaGetLastError();
 }
 
-cudaError_t cu_attend(cudaStream_t s, cu_bf16 *out, const cu_bf16 *q, const float *qkv, const cu_cache *c,
-                      int32_t layer, const cu_seqs *seqs, void *scratch, int64_t scratch_bytes, bool decode) {
+bool attn_args_of(attn_args *out, const cu_cache *c, int32_t layer, const cu_seqs *seqs) {
     attn_args a = {};
-    if (!q && !decode) return cudaErrorInvalidValue;
-    a.q = q;
-    a.qkv = q ? NULL : qkv;
-    a.out = out;
     a.ldo = CU_PAD((int64_t)c->n_head * c->n_head_dim);
     a.kv = c->kv + (int64_t)layer * 2 * c->n_kv_head * c->plane_bytes;
     a.page_bytes = c->page_bytes;
@@ -310,8 +305,7 @@ cudaError_t cu_attend(cudaStream_t s, cu_bf16 *out, const cu_bf16 *q, const floa
     a.n_page_cell = c->n_page_cell;
     a.per_group = (255 + (uint32_t)(c->n_head / c->n_kv_head)) / (uint32_t)(c->n_head / c->n_kv_head);
     a.per_page = (0x7fffffffu + (uint32_t)c->n_page_cell) / (uint32_t)c->n_page_cell;
-    if ((int64_t)(seqs->n_page_max + CU_KEYS) * c->n_page_cell * c->n_page_cell >= INT32_MAX)
-        return cudaErrorInvalidValue;
+    if ((int64_t)(seqs->n_page_max + CU_KEYS) * c->n_page_cell * c->n_page_cell >= INT32_MAX) return false;
     a.n_kv_head = c->n_kv_head;
     a.n_head = c->n_head;
     a.group = c->n_head / c->n_kv_head;
@@ -326,9 +320,20 @@ cudaError_t cu_attend(cudaStream_t s, cu_bf16 *out, const cu_bf16 *q, const floa
     a.work = seqs->work;
     a.turn = attn_turns(seqs->work, seqs->n_row, seqs->n_seq);
     a.arrived = attn_arrived(seqs->work, seqs->n_row, seqs->n_seq, c->n_head_dim);
+    a.scale = (float)(1.4426950408889634 / sqrt((double)c->n_head_dim));
+    *out = a;
+    return true;
+}
+
+cudaError_t cu_attend(cudaStream_t s, cu_bf16 *out, const cu_bf16 *q, const float *qkv, const cu_cache *c,
+                      int32_t layer, const cu_seqs *seqs, void *scratch, int64_t scratch_bytes, bool decode) {
+    attn_args a;
+    if ((!q && !decode) || !attn_args_of(&a, c, layer, seqs)) return cudaErrorInvalidValue;
+    a.q = q;
+    a.qkv = q ? NULL : qkv;
+    a.out = out;
     a.scratch = (float *)scratch;
     a.n_scratch = scratch_bytes / (int64_t)sizeof(float);
-    a.scale = (float)(1.4426950408889634 / sqrt((double)c->n_head_dim));
     const bool i8 = c->dtype == ERN_KV_I8;
     cudaError_t e = attn_decode(s, &a, c->n_head_dim, i8);
     if (e == cudaSuccess && !decode) e = attn_prefill(s, &a, c->n_head_dim, i8);

@@ -265,6 +265,8 @@ static __device__ __forceinline__ attn_cell attn_cell_of(const attn_args *a, int
 /* ---- launches (cu_attn_decode.cu, cu_attn_prefill.cu) -------------------------------------------------------------
  */
 
+/* What all of them are given: all but q, out and scratch. False: P is too large for 32 bits. */
+bool attn_args_of(attn_args *out, const cu_cache *c, int32_t layer, const cu_seqs *seqs);
 /* Multiprocessors of the current device. */
 int32_t attn_sm_count(void);
 /* Floats of partial results of short sequences: tiles of all of them and their heads, most of one, packed rows. */

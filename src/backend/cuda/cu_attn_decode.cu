@@ -12,28 +12,16 @@
  *
  * A tile, by warp w: scores of 16 rows and keys 32 w .. 32 w + 31; maxima meet in shared memory; weights go there as
  * bf16; then dimensions w * C/4 .. of O over all 128 keys in order. */
-#include "backend/cuda/cu_attn.cuh"
+#include "backend/cuda/cu_attn_tile.cuh"
 
 enum { THREADS = 128, WARPS = 4, BLOCKS_MOST = 640 };
 enum { JOIN_FEW = 16, HELP_POLLS = 2000 }; /* pieces that one block joins by itself; how often a helper looks */
 
-template <int C, bool I8> struct decode_shape {
-    static constexpr int row_bytes = C * (I8 ? 1 : 2);
-    static constexpr int chunks = row_bytes / 16; /* of a key or value */
-    static constexpr int q_chunks = C / 8;
-    static constexpr int units = C / 16; /* of dimensions */
-    static constexpr int warp_units = units >= 4 ? units / 4 : 1;
-    static constexpr int blocks = !I8 && C == 128 ? 3 : 4; /* on a multiprocessor */
-    /* shared memory */
-    static constexpr int k_at = 0, v_at = k_at + CU_KEYS * row_bytes, q_at = v_at + CU_KEYS * row_bytes;
-    static constexpr int p_at = q_at + ATTN_FEW * C * 2;                  /* weights for O, [16][128] bf16 */
-    static constexpr int l_at = p_at + (I8 ? ATTN_FEW * 256 : 0);         /* weights for l (bf16: the same) */
-    static constexpr int cell_at = l_at + ATTN_FEW * 256;                 /* [128] int64 key of the tile to load */
-    static constexpr int top_at = cell_at + CU_KEYS * 8;                  /* [4][16] maxima */
-    static constexpr int scale_at = top_at + 4 * ATTN_FEW * 4;            /* I8: [128] keys', [2][128] values' */
-    static constexpr int told_at = scale_at + (I8 ? 3 * CU_KEYS * 4 : 0); /* what one thread tells the others */
+template <int C, bool I8> struct decode_shape : tile_shape<C, I8, WARPS> {
+    static constexpr int blocks = !I8 && C == 128 ? 3 : 4;           /* on a multiprocessor */
+    static constexpr int told_at = tile_shape<C, I8, WARPS>::end_at; /* what one thread tells the others */
     static constexpr int bytes = told_at + 32;
-    static constexpr int q_turns = (ATTN_FEW * q_chunks + THREADS - 1) / THREADS; /* chunks of q of a thread */
+    static constexpr int q_turns = (ATTN_FEW * (C / 8) + THREADS - 1) / THREADS; /* chunks of q of a thread */
 };
 
 /* Floats of a slot, which is copied by 16 bytes: [row_max][2] M and L, [row_max][C] Acc. C is a multiple of 4. */
@@ -104,40 +92,6 @@ static __device__ __forceinline__ int32_t find_short(const attn_args *a, int32_t
         count = min(step, count - i * step);
     }
     return low;
-}
-
-/* Keys (which 0) or values (1) of a tile, from the cells in shared memory; zeros beyond the first `count`. Those from
- * `own` on are not loaded: this step makes them. */
-template <int C, bool I8>
-static __device__ __forceinline__ void load_rows(const attn_args *a, unsigned char *smem, int which, int32_t count,
-                                                 int32_t own) {
-    typedef decode_shape<C, I8> sh;
-    const int64_t *cell = (const int64_t *)(smem + sh::cell_at);
-    const uint32_t to = attn_smem(smem + (which ? sh::v_at : sh::k_at)), chunk = threadIdx.x % sh::chunks;
-    const unsigned char *from = a->kv + (which ? a->value : 0) + chunk * 16;
-    if (min(count, own) >= CU_KEYS) { /* nearly always, and no predicates then */
-#pragma unroll
-        for (int i = 0; i < sh::chunks; i++) {
-            const uint32_t row = (threadIdx.x + i * THREADS) / sh::chunks;
-            attn_copy16_all(to + attn_at<sh::chunks>(row, chunk), from + cell[row]);
-        }
-        return;
-    }
-#pragma unroll 1
-    for (int i = 0; i < sh::chunks; i++) {
-        const uint32_t row = (threadIdx.x + i * THREADS) / sh::chunks;
-        const bool real = (int32_t)row < count;
-        attn_copy16_if(!real || (int32_t)row < own, to + attn_at<sh::chunks>(row, chunk), from + cell[row], real);
-    }
-}
-/* I8: the scales of a tile's keys and values. */
-static __device__ __forceinline__ void load_scales(const attn_args *a, float *key, float *value, attn_cell cell,
-                                                   int32_t own) {
-    const bool real = cell.scale >= 0;
-    if (real && (int32_t)threadIdx.x >= own) return;
-    const unsigned char *from = a->kv + (real ? cell.scale : 0);
-    attn_copy4(attn_smem(key + threadIdx.x), from, real);
-    attn_copy4(attn_smem(value + threadIdx.x), from + a->value, real);
 }
 
 /* Keys and values (kinds 2), keys or values (1, from `kind` on) of this step in a tile: rotated, to their cells and to
@@ -263,89 +217,6 @@ static __device__ __forceinline__ void load_q(const attn_args *a, unsigned char 
         uint4 x = make_uint4(0, 0, 0, 0);
         if (r < u->n_row) x = *(const uint4 *)(a->q + ((int64_t)(u->row0 + t) * a->n_head + h) * C + chunk * 8);
         put_q<C, I8>(smem, r, chunk, x);
-    }
-}
-
-/* Scores of 16 rows and this warp's 32 keys, unscaled. */
-template <int C, bool I8>
-static __device__ __forceinline__ void scores(float s[4][4], const unsigned char *smem, int warp, int lane) {
-    typedef decode_shape<C, I8> sh;
-    const uint32_t k = attn_smem(smem + sh::k_at), q = attn_smem(smem + sh::q_at);
-    const int mi = lane >> 3, l7 = lane & 7;
-#pragma unroll
-    for (int j = 0; j < 4; j++)
-        for (int e = 0; e < 4; e++) s[j][e] = 0.0f;
-#pragma unroll
-    for (int i = 0; i < sh::units; i++) {
-        uint32_t a[4], b[4];
-        attn_load4(a, q + attn_at<sh::q_chunks>((mi & 1) * 8 + l7, 2 * i + (mi >> 1)));
-        if (I8) {
-            attn_load4(b, k + attn_at<sh::chunks>(warp * 32 + mi * 8 + l7, i));
-#pragma unroll
-            for (int j = 0; j < 4; j++) cu_mma(s[j], a, attn_i8_pair(b[j]), attn_i8_pair(b[j] >> 8));
-        } else {
-#pragma unroll
-            for (int j = 0; j < 4; j += 2) {
-                attn_load4(b, k + attn_at<sh::chunks>(warp * 32 + j * 8 + (mi >> 1) * 8 + l7, 2 * i + (mi & 1)));
-                cu_mma(s[j], a, b[0], b[1]);
-                cu_mma(s[j + 1], a, b[2], b[3]);
-            }
-        }
-    }
-}
-
-/* O [unit][half][4] of this warp's dimensions, and l (rows g, g, g+8, g+8). I8: half 0 has the even dimensions of the
- * unit, half 1 the odd ones; else the lower and upper eight. */
-template <int C, bool I8>
-static __device__ __forceinline__ void weigh(float o[][2][4], float l[4], const unsigned char *smem, int warp,
-                                             int lane) {
-    typedef decode_shape<C, I8> sh;
-    const uint32_t v = attn_smem(smem + sh::v_at), p = attn_smem(smem + sh::p_at), q = attn_smem(smem + sh::l_at);
-    const int mi = lane >> 3, l7 = lane & 7;
-#pragma unroll
-    for (int e = 0; e < 4; e++) {
-        l[e] = 0.0f;
-        for (int u = 0; u < sh::warp_units; u++) o[u][0][e] = o[u][1][e] = 0.0f;
-    }
-#pragma unroll
-    for (int pair = 0; pair < CU_KEYS / 32; pair++) { /* 32 keys: two products */
-        uint32_t b[sh::warp_units][8];                /* per product: half 0, half 1 */
-#pragma unroll
-        for (int u = 0; u < sh::warp_units; u++) {
-            const int unit = warp * sh::warp_units + u;
-            if (I8) {
-                uint32_t w[4];
-                attn_load4_t(w, v + attn_at<sh::chunks>(pair * 32 + mi * 8 + l7, unit));
-#pragma unroll
-                for (int half = 0; half < 2; half++) {
-                    b[u][half * 4 + 0] = attn_i8_pair(w[half * 2]), b[u][half * 4 + 1] = attn_i8_pair(w[half * 2 + 1]);
-                    b[u][half * 4 + 2] = attn_i8_pair(w[half * 2] >> 8);
-                    b[u][half * 4 + 3] = attn_i8_pair(w[half * 2 + 1] >> 8);
-                }
-            } else {
-#pragma unroll
-                for (int half = 0; half < 2; half++)
-                    attn_load4_t(b[u] + half * 4, v + attn_at<sh::chunks>(pair * 32 + half * 16 + (mi & 1) * 8 + l7,
-                                                                          2 * unit + (mi >> 1)));
-            }
-        }
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            const int kk = pair * 2 + half;
-            uint32_t a[4], al[4];
-            attn_load4(a, p + attn_at<16>((mi & 1) * 8 + l7, 2 * kk + (mi >> 1)));
-            if (I8) {
-                attn_load4(al, q + attn_at<16>((mi & 1) * 8 + l7, 2 * kk + (mi >> 1)));
-                cu_mma(l, al, 0x3f803f80u, 0x3f803f80u);
-            } else {
-                cu_mma(l, a, 0x3f803f80u, 0x3f803f80u);
-            }
-#pragma unroll
-            for (int u = 0; u < sh::warp_units; u++) {
-                cu_mma(o[u][0], a, b[u][half * 4 + 0], b[u][half * 4 + 1]);
-                cu_mma(o[u][1], a, b[u][half * 4 + 2], b[u][half * 4 + 3]);
-            }
-        }
     }
 }
 
@@ -572,11 +443,11 @@ static __global__ void __launch_bounds__(THREADS, (decode_shape<C, I8>::blocks))
             attn_cell_of<C, I8, true>(&a, attn_page_of<true>(&a, cur.seq, at, cur.len), cur.head, at);
         cells[tid] = max(cell.key, (int64_t)0);
         __syncthreads();
-        load_rows<C, I8>(&a, smem, 0, count, own);
-        if (I8) load_scales(&a, key_scale, key_scale + CU_KEYS, cell, own);
+        tile_load<C, I8, WARPS>(&a, a.kv, smem, 0, count, own);
+        if (I8) tile_load_scales(&a, a.kv, key_scale, key_scale + CU_KEYS, cell, own);
         if (!makes) load_q<C, I8>(&a, smem, &cur);
         attn_copy_commit();
-        load_rows<C, I8>(&a, smem, 1, count, own);
+        tile_load<C, I8, WARPS>(&a, a.kv, smem, 1, count, own);
         attn_copy_commit();
         begin_part(&s, &cur, told);
         if (makes) {
@@ -617,7 +488,7 @@ static __global__ void __launch_bounds__(THREADS, (decode_shape<C, I8>::blocks))
         attn_copy_wait<1>();
         __syncthreads(); /* keys and q are there; nobody reads `cells` any more */
         float score[4][4];
-        scores<C, I8>(score, smem, warp, lane);
+        tile_scores<C, I8, WARPS>(score, smem, warp, lane);
         float m[2] = {-INFINITY, -INFINITY};
 #pragma unroll
         for (int j = 0; j < 4; j++) {
@@ -649,8 +520,8 @@ static __global__ void __launch_bounds__(THREADS, (decode_shape<C, I8>::blocks))
         const int32_t next_count = next.len - next_tile * CU_KEYS;
         const int32_t next_own = makes ? next.pos0 - next_tile * CU_KEYS : CU_KEYS;
         if (more) {
-            load_rows<C, I8>(&a, smem, 0, next_count, next_own);
-            if (I8) load_scales(&a, key_scale, key_scale + (2 - turn) * CU_KEYS, cell, next_own);
+            tile_load<C, I8, WARPS>(&a, a.kv, smem, 0, next_count, next_own);
+            if (I8) tile_load_scales(&a, a.kv, key_scale, key_scale + (2 - turn) * CU_KEYS, cell, next_own);
             if (last && !makes) load_q<C, I8>(&a, smem, &next);
         }
         attn_copy_commit();
@@ -694,7 +565,7 @@ static __global__ void __launch_bounds__(THREADS, (decode_shape<C, I8>::blocks))
         __syncthreads(); /* values and weights are there */
         float o[sh::warp_units][2][4], l[4];
         if (warp * sh::warp_units < sh::units) {
-            weigh<C, I8>(o, l, smem, warp, lane);
+            tile_weigh<C, I8, WARPS>(o, l, smem, warp, lane);
 #pragma unroll
             for (int i = 0; i < 2; i++) {
                 if (!seen[i]) continue;
@@ -736,7 +607,7 @@ static __global__ void __launch_bounds__(THREADS, (decode_shape<C, I8>::blocks))
         }
         if (!more) break;
         __syncthreads(); /* values and weights may be overwritten */
-        load_rows<C, I8>(&a, smem, 1, next_count, next_own);
+        tile_load<C, I8, WARPS>(&a, a.kv, smem, 1, next_count, next_own);
         attn_copy_commit();
         turn ^= 1;
         if (makes && next_own < CU_KEYS)

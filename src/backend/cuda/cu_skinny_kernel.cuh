@@ -24,19 +24,13 @@
 #ifndef ERN_BACKEND_CUDA_CU_SKINNY_KERNEL_CUH
 #define ERN_BACKEND_CUDA_CU_SKINNY_KERNEL_CUH
 
-#include "backend/cuda/cu_device.cuh"
 #include "backend/cuda/cu_launch.cuh"
+#include "backend/cuda/cu_skinny_unit.cuh"
 
 enum {
     SKINNY_WARPS_MIN = 4, /* so that a thread finishes at most NT outputs of a band */
     SKINNY_WARPS_MAX = 8,
     SUM_ONCE = 8, /* partial sums read at once */
-};
-
-template <cu_format F> struct skinny_shape {
-    static const int UNIT = F == CU_BF16 ? 4096 : F == CU_I4 ? 1024 : 2048; /* bytes of a segment of a band */
-    static const int SLOT = UNIT + (F == CU_F8 ? 16 : 0);                   /* fp8: the segment's scale behind it */
-    static const int DEPTH = F == CU_BF16 ? 2 : F == CU_I4 ? 6 : 4;
 };
 
 typedef struct skinny_args {
@@ -126,12 +120,6 @@ static __device__ __forceinline__ void skinny_barrier(int32_t n_rank) {
     }
 }
 
-/* Where (row r, output o) lies in a partial: the halves of every second pair of rows change places, so that a warp's
- * writes meet a bank twice at most and its reads once. */
-static __device__ __forceinline__ int32_t skinny_part_at(int32_t r, int32_t o) {
-    return r * CU_BAND + (o ^ ((r & 2) << 2));
-}
-
 /* ---- units ------------------------------------------------------------------------------------------------------- */
 
 /* What a warp needs to find its units, and how far it has asked for them. */
@@ -160,36 +148,6 @@ template <cu_format F> static __device__ __forceinline__ void skinny_ask(skinny_
         }
     }
     skinny_commit();
-}
-
-/* The A operand of the four products of a group from the lane's bytes. slot: with the lane's 16 bytes added. */
-template <cu_format F>
-static __device__ __forceinline__ void skinny_codes(uint32_t a[4][4], const unsigned char *slot, int group) {
-    if (F == CU_BF16) {
-#pragma unroll
-        for (int s = 0; s < 4; s++) {
-            const uint4 v = *(const uint4 *)(slot + (group * 4 + s) * 512);
-            a[s][0] = v.x, a[s][1] = v.y, a[s][2] = v.z, a[s][3] = v.w;
-        }
-    } else if (F == CU_I4) {
-        const uint4 v = *(const uint4 *)(slot + group * 512);
-        const uint32_t word[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-        for (int s = 0; s < 4; s++)
-#pragma unroll
-            for (int k = 0; k < 4; k++) a[s][k] = cu_i4_pair(word[s] >> (4 * k));
-    } else {
-#pragma unroll
-        for (int t = 0; t < 2; t++) {
-            const uint4 v = *(const uint4 *)(slot + (group * 2 + t) * 512);
-            const uint32_t word[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-            for (int k = 0; k < 8; k++) {
-                const uint32_t w = word[k / 2] >> (8 * (k % 2));
-                a[2 * t + k / 4][k % 4] = F == CU_I8 ? cu_i8_pair(w) : cu_f8_pair(w);
-            }
-        }
-    }
 }
 
 /* Where a lane finds its numbers of x. */
@@ -242,27 +200,6 @@ static __device__ __forceinline__ void skinny_segment(float acc[NT][4], const un
     }
 }
 
-/* Half of a group, of codes smaller than bf16: the A operand of products 2 h and 2 h + 1. half: group * 2 + h. */
-template <cu_format F>
-static __device__ __forceinline__ void skinny_codes_half(uint32_t a[2][4], const unsigned char *slot, int half) {
-    if (F == CU_I4) {
-        const uint2 v = *(const uint2 *)(slot + half / 2 * 512 + half % 2 * 8);
-#pragma unroll
-        for (int k = 0; k < 4; k++) {
-            a[0][k] = cu_i4_pair(v.x >> (4 * k));
-            a[1][k] = cu_i4_pair(v.y >> (4 * k));
-        }
-    } else {
-        const uint4 v = *(const uint4 *)(slot + half * 512);
-        const uint32_t word[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-        for (int k = 0; k < 8; k++) {
-            const uint32_t w = word[k / 2] >> (8 * (k % 2));
-            a[k / 4][k % 4] = F == CU_I8 ? cu_i8_pair(w) : cu_f8_pair(w);
-        }
-    }
-}
-
 /* Two segments of up to eight rows side by side: what a chain of eight products waits for itself hides in the other. */
 template <cu_format F>
 static __device__ __forceinline__ void skinny_two(float acc[2][4], const unsigned char *const slot[2],
@@ -282,23 +219,6 @@ static __device__ __forceinline__ void skinny_two(float acc[2][4], const unsigne
         for (int k = 0; k < 2; k++) cu_mma(acc[k], a[k][0], b[k].x, b[k].y);
 #pragma unroll
         for (int k = 0; k < 2; k++) cu_mma(acc[k], a[k][1], b[k].z, b[k].w);
-    }
-}
-
-/* A unit's results to its place among the partial sums. */
-template <int NT>
-static __device__ __forceinline__ void skinny_put(float *p, const float acc[NT][4], int32_t n_row, int g, int c) {
-#pragma unroll
-    for (int nt = 0; nt < NT; nt++) {
-        const int32_t r = 8 * nt + 2 * c;
-        if (r < n_row) {
-            p[skinny_part_at(r, g)] = acc[nt][0];
-            p[skinny_part_at(r, g + 8)] = acc[nt][2];
-        }
-        if (r + 1 < n_row) {
-            p[skinny_part_at(r + 1, g)] = acc[nt][1];
-            p[skinny_part_at(r + 1, g + 8)] = acc[nt][3];
-        }
     }
 }
 
@@ -456,11 +376,6 @@ static __device__ __noinline__ void skinny_x_norm_narrow(uint4 *xs, float row_sc
 }
 
 /* ---- the kernel -------------------------------------------------------------------------------------------------- */
-
-/* silu(gate) * up: cu_kernels.h's formula, each step rounded. */
-static __device__ __forceinline__ float skinny_swiglu(float gate, float up) {
-    return __fmul_rn(__fdiv_rn(gate, __fadd_rn(1.0f, expf(-gate))), up);
-}
 
 /* At least 3 blocks a multiprocessor for 8 rows, 2 for up to 32, 1 for 64: the limit of registers. */
 template <cu_format F, int NT>
