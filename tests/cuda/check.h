@@ -50,6 +50,7 @@ void check_linears(void);   /* pack, skinny, grouped skinny (check_linear.c) */
 void check_large(void);     /* large, grouped large; the same bits as skinny (check_large.c) */
 void check_attention(void); /* check_attention.c */
 void check_sampling(void);  /* check_sampling.c */
+void check_layers(void);    /* all layers in one kernel (check_chain.c) */
 void check_rows(void);      /* embed, norm, mtp_in, route, combine (check_rows.c) */
 
 #endif

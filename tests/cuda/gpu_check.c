@@ -82,6 +82,7 @@ int main(int argc, char **argv) {
     check_large();
     check_rows();
     check_attention();
+    check_layers();
     check_sampling();
     printf("gpu_check: %d cases, %d failed\n", check_n_case, check_n_failed);
     return check_n_failed > 0;

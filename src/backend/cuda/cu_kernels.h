@@ -251,6 +251,32 @@ cudaError_t cu_attn_plan(cudaStream_t s, const cu_cache *c, const cu_seqs *seqs,
 cudaError_t cu_attend(cudaStream_t s, cu_bf16 *out, const cu_bf16 *q, const float *qkv, const cu_cache *c,
                       int32_t layer, const cu_seqs *seqs, void *scratch, int64_t scratch_bytes, bool decode);
 
+/* ---- all layers at once (cu_chain.cu) ------------------------------------------------------------------------------
+ *
+ * A step of few rows of a dense model, each row the next token of a sequence of its own, from x to x behind the last
+ * layer in one launch: the bits of cu_linear_run and cu_attend, in less time, since no stage of it is a launch. */
+typedef struct cu_chain {
+    int32_t n_layer, n_hidden, n_ffn, n_head, n_kv_head, n_head_dim;
+    cu_format format; /* of all linears of all layers */
+    ern_kv_dtype kv_dtype;
+    float eps;
+    int32_t n_row_max, n_len_max; /* most rows of a step, longest sequence */
+    unsigned char *memory;        /* device [cu_chain_bytes] */
+} cu_chain;
+typedef struct cu_chain_layer {
+    cu_linear qkv, o, up, down;
+    const cu_bf16 *attn_norm, *ffn_norm;
+} cu_chain_layer;
+
+/* Whether a model of this shape can go this way (memory is not looked at). */
+bool cu_chain_fits(const cu_chain *c);
+int64_t cu_chain_bytes(const cu_chain *c);
+/* Fill c->memory, once. Waits for the stream. */
+cudaError_t cu_chain_open(cudaStream_t s, const cu_chain *c, const cu_chain_layer *layers);
+/* After cu_attn_plan and what made x f32 [n_row, D]; keys and values go to their cells. Every sequence has one row, the
+ * last it sees. Steps of one cu_chain come one after the other; none may fail half way. */
+cudaError_t cu_chain_run(cudaStream_t s, const cu_chain *c, float *x, const cu_cache *cache, const cu_seqs *seqs);
+
 /* ---- sampling (cu_sample.cu) ---------------------------------------------------------------------------------------
  *
  * The rule is model/sample.c's, and so are the bits: given the same logits, ern_sampled is equal. */

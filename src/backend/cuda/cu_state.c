@@ -123,6 +123,34 @@ static cu_cache cache_of(const ern_config *c, const ern_backend_options *o, int3
     return k;
 }
 
+static cu_format format_of(ern_dtype t) {
+    return t == ERN_DTYPE_I8 ? CU_I8 : t == ERN_DTYPE_I4 ? CU_I4 : t == ERN_DTYPE_F8E4M3 ? CU_F8 : CU_BF16;
+}
+
+/* The kernel of all layers, where the model fits it; without memory. */
+static cu_chain chain_of(const ern_model *m, const ern_backend_options *o) {
+    const ern_config *c = &m->config;
+    const cu_chain none = {0};
+    cu_chain k = {.n_layer = c->n_layer,
+                  .n_hidden = c->n_hidden,
+                  .n_ffn = c->n_ffn,
+                  .n_head = c->n_head,
+                  .n_kv_head = c->n_kv_head,
+                  .n_head_dim = c->n_head_dim,
+                  .format = format_of(m->layer[0].q.dtype),
+                  .kv_dtype = o->kv_dtype,
+                  .eps = c->rms_eps,
+                  .n_row_max = o->n_seq_max < CU_CHAIN_ROWS ? o->n_seq_max : CU_CHAIN_ROWS,
+                  .n_len_max = o->n_len_max};
+    for (int32_t i = 0; i < c->n_layer; i++) {
+        const ern_layer *w = &m->layer[i];
+        if (w->is_moe) return none;
+        const ern_dtype t = m->layer[0].q.dtype;
+        if (w->q.dtype != t || w->o.dtype != t || w->ffn.gate.dtype != t || w->ffn.down.dtype != t) return none;
+    }
+    return cu_chain_fits(&k) ? k : none;
+}
+
 /* Words of aux for one row that asks for everything. */
 static int64_t row_aux_words(const ern_config *c, const ern_backend_options *o) {
     static const int32_t some_id = 0;
@@ -170,6 +198,7 @@ ern_status cu_state_init(cu_backend *b, const ern_model *m, const ern_backend_op
     const int64_t each = (int64_t)o->n_len_max + c->n_vocab / 32 + 1024;
     b->n_aux = (int32_t)(row_aux_words(c, o) + smaller(each * o->n_seq_max, AUX_WORDS));
     b->attn_bytes = (size_t)cu_attn_scratch_bytes(&b->cache, o->n_row_max, o->n_seq_max, o->n_len_max, ATTN_BYTES);
+    b->chain = chain_of(m, o);
     return ERN_OK;
 }
 
@@ -254,6 +283,7 @@ static void scratch_layout(cu_backend *b) {
     b->attn = cu_cut_take(c, b->attn_bytes, 1);
     b->hid = cu_cut_take(c, R * CU_PAD((size_t)m->n_ffn), sizeof(cu_bf16));
     if (m->n_expert > 0) routes_layout(b, c);
+    b->chain.memory = cu_cut_take(c, b->chain.n_row_max > 0 ? (size_t)cu_chain_bytes(&b->chain) : 0, 1);
     b->logits = cu_cut_take(c, I * (size_t)m->n_vocab, f);
     b->sampler = cu_cut_take(c, (size_t)cu_sample_scratch_bytes(b->n_logit_row, m->n_vocab), 1);
     b->ids = cu_cut_take(c, W, id);

@@ -33,6 +33,7 @@ enum {
     CU_ATTEND_ROWS = 16,    /* query rows (rows times heads of a group) of a sequence that count as decode */
     CU_GRAPH_MOST = 256,    /* largest batch that has a graph */
     CU_GRAPHS_MAX = 64,     /* sizes of batches that have them */
+    CU_CHAIN_ROWS = 4,      /* most rows of a step that runs all layers in one kernel */
     CU_EXPERTS_MAX = 512,   /* as cu_route can */
     CU_USED_MAX = 16,
 };
@@ -131,6 +132,7 @@ typedef struct cu_backend {
     cu_bf16 *hid, *shared_hid, *expert_hid; /* [R, CU_PAD(F)], [R, ..], [R*K, ..] */
     float *expert_y, *shared_y;             /* [R*K, CU_PAD(D)] (used as rows of D; before: x by place), [R, D] */
     cu_routes routes;                       /* for R rows */
+    cu_chain chain;                         /* all layers of a step of few rows; n_row_max 0: not of this model */
     float *logits;                          /* [I, V] */
     void *sampler;                          /* cu_sample's */
     int32_t *ids;                           /* [W] sampled last: ERN_PREV of the next step */

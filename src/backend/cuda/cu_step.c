@@ -24,6 +24,7 @@ typedef struct run {
     const ern_batch *in; /* NULL: padding rows alone */
     int32_t n_row, n_seq, n_want;
     bool decode;         /* few rows of every sequence: cu_attend's promise */
+    bool chain;          /* one row of every sequence, and few: all layers in one kernel */
     bool greedy;         /* all rules are plain arg-max */
     bool staged;         /* all rules are in the block; else they come pass by pass */
     int64_t n_word;      /* of aux, used */
@@ -313,7 +314,8 @@ static void run_kernels(run *r) {
     const ern_config *m = &b->model->config;
     CU_DO(b, cu_embed(b->stream, b->x, r->dev.token, b->ids, k->embed, r->n_row, m->n_hidden));
     show(r, "embed", -1, 0, b->x, r->n_row, m->n_hidden);
-    for (int32_t layer = 0; layer < m->n_layer; layer++) {
+    if (r->chain) CU_DO(b, cu_chain_run(b->stream, &b->chain, b->x, &b->cache, &r->seqs));
+    for (int32_t layer = 0; layer < m->n_layer && !r->chain; layer++) {
         run_layer(r, &k->layer[layer], layer);
         show(r, "resid", layer, 0, b->x, r->n_row, m->n_hidden);
     }
@@ -332,6 +334,7 @@ static run run_of(cu_backend *b, cu_slot *s, int32_t n_row, int32_t n_seq, int32
              .decode = true,
              .greedy = true,
              .staged = true};
+    r.chain = n_row == n_seq && n_row <= b->chain.n_row_max && !b->probe;
     r.host = cu_input_at(b, s->block, n_row, n_seq, n_want);
     r.dev = cu_input_at(b, s->input, n_row, n_seq, n_want);
     r.seqs = (cu_seqs){.n_row = n_row,

@@ -166,6 +166,27 @@ static ern_status clear(cu_backend *b, ern_err *err) {
     return ERN_OK;
 }
 
+/* What the kernel of all layers wants to know of them. */
+static ern_status chain_open(cu_backend *b, ern_err *err) {
+    const int32_t L = b->model->config.n_layer;
+    if (b->chain.n_row_max == 0) return ERN_OK;
+    cu_chain_layer *layer = calloc((size_t)L, sizeof *layer);
+    if (!layer) return ERN_FAIL(err, ERN_ERR_MEMORY, "out of memory for the cuda backend's table of %d layers", L);
+    for (int32_t i = 0; i < L; i++) {
+        const cu_layer *w = &b->weights.layer[i];
+        layer[i] = (cu_chain_layer){.qkv = w->qkv,
+                                    .o = w->o,
+                                    .up = w->ffn.up,
+                                    .down = w->ffn.down,
+                                    .attn_norm = w->attn_norm,
+                                    .ffn_norm = w->ffn_norm};
+    }
+    const cudaError_t e = cu_chain_open(b->stream, &b->chain, layer);
+    free(layer);
+    CU_TRY(e, err);
+    return ERN_OK;
+}
+
 static ern_status take_all(cu_backend *b, const ern_model *m, const ern_backend_options *o, ern_err *err) {
     size_t raw_bytes = 0;
     uint64_t all_bytes = 0;
@@ -175,6 +196,7 @@ static ern_status take_all(cu_backend *b, const ern_model *m, const ern_backend_
     ERN_TRY(take_streams(b, err));
     ERN_TRY(cu_weights_fill(b, b->cache.kv, raw_bytes, all_bytes, err));
     ERN_TRY(clear(b, err));
+    ERN_TRY(chain_open(b, err));
     return cu_step_warm(b, err);
 }
 
