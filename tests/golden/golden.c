@@ -91,14 +91,13 @@ bool golden_weights(const golden *g, char why[256]) {
  * 0.2, stray by e times that, under 1e-6 for e of 21b-a3b, and the vectors' route_gap is above 7e-6. With K and V in
  * bf16 the scores of a deep model stray by more than the least gap of 400 choices. What is swapped is the last chosen
  * expert and the first refused: x changes by sqrt(2) w r, w < 1/K the share of the last chosen and r < 1 an expert's
- * output, where x itself is beyond 2: for K = 6 by less than FLIP of it. So for MoE in bf16 a row may leave the first
- * bound, but not the one that FLIP is added to, and at most a quarter of the rows may; of a backend whose rounding
+ * output, where x itself is beyond 2: by less than flip_of(K) of it. So for MoE in bf16 a row may leave the first
+ * bound, but not the one that this is added to, and at most a quarter of the rows may; of a backend whose rounding
  * makes scores stray further by a factor, that factor times as many, for a gap is as likely to be small as to be
  * smaller. (Seen on 21b-a3b with cpu: row 4 chooses otherwise in layer 16, where ref's scores are 1.35e-5 apart; two
  * rows of 16 are beyond, ref in bf16 none. cuda: 7 of 8.) */
 #define GROWTH 4.0
 #define SIGMAS 6.0
-#define FLIP (1.4142 / 6 / 2)
 #define LOGIT_DEVIATION 2.5 /* docs/model.md 8 */
 
 /* Numbers of a path through a layer that the backend rounds to bf16 beyond K and V, and the vectors do not: queries and
@@ -115,6 +114,8 @@ static int roundings(const ern_backend_ops *ops, ern_kv_dtype kv) {
     const cpu_kernels *k = cpu_kernels_for(ern_cpu_level_here());
     return (kv == ERN_KV_BF16 && k->attn_rounds ? 2 : 0) + (k->linear_rounds ? 4 : 0);
 }
+
+static double flip_of(int32_t n_expert_used) { return 1.4142 / n_expert_used / 2; }
 
 static double relative_error(const ern_config *c, bool rounded_kv) {
     int32_t widest = 2 * c->n_hidden > c->n_ffn ? 2 * c->n_hidden : c->n_ffn;
@@ -278,7 +279,7 @@ static void compare_run(golden_report *r, const golden *g, const seen *s, bool r
     const json_t *other = get(get(g->doc, "run"), rounded_kv ? "f32" : "bf16");
     int32_t V = s->c->n_vocab;
     double e = relative_error(s->c, rounded_kv) * sqrt(1 + n_rounding / 2.0),
-           flip = rounded_kv && s->c->n_expert > 0 ? FLIP : 0.0;
+           flip = rounded_kv && s->c->n_expert > 0 ? flip_of(s->c->n_expert_used) : 0.0;
     bool *flipped = room((size_t)g->n_row, sizeof *flipped);
     judge resid = {r, "resid", &r->resid_error, SIGMAS * e, SIGMAS * (e + flip), flipped};
     judge logits = {

@@ -5,6 +5,9 @@
 #include <stddef.h>
 #include <cmocka.h>
 
+#include <string.h>
+
+#include "backend/cpu/cpu_kernels.h"
 #include "golden/golden.h"
 #include "made_model.h"
 
@@ -21,7 +24,9 @@ static void check(const char *shape, bool paddle, const char *backend, ern_kv_dt
         shape, paddle ? "paddle" : "pt", backend, kv == ERN_KV_F32 ? "f32" : "bf16", r.logit_error, r.logit_bound,
         r.resid_error, r.resid_bound, r.mtp_error, r.logit_rms, r.other_rms);
     if (!r.ok) fail_msg("%s", r.why);
-    assert_int_equal(r.n_flipped_row, 0); /* four layers are too few for a changed choice of expert */
+    /* four layers are too few for a changed choice of expert, unless linears round what they take */
+    if (strcmp(backend, "cpu") != 0 || !cpu_kernels_for(ern_cpu_level_here())->linear_rounds)
+        assert_int_equal(r.n_flipped_row, 0);
     assert_true(r.n_compared > 36 * g.n_row);
     golden_close(&g);
     made_model_close(&m);
