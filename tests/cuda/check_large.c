@@ -252,15 +252,15 @@ enum { E = 5, K = 3 };
 static void make_routes(cu_routes *r, int32_t n_row, int32_t tile_rows, int32_t *first, int32_t *place_entry) {
     const int32_t n = n_row * K;
     int32_t *chosen = malloc((size_t)n * sizeof *chosen), place = 0, n_tile = 0;
-    int32_t *tile_expert = malloc((size_t)(n + E) * sizeof *chosen),
+    int32_t *tile_expert = malloc((size_t)(n + E) * sizeof *chosen), *entry_place = malloc((size_t)n * sizeof *chosen),
             *tile_place = malloc((size_t)(n + E) * sizeof *chosen);
-    if (!chosen || !tile_expert || !tile_place) abort();
+    if (!chosen || !tile_expert || !tile_place || !entry_place) abort();
     for (int32_t e = 0; e < n; e++)
         chosen[e] = e % K == 1 ? 3 : e % K == 0 ? (check_random() < 0.9f ? 0 : 2) : (check_random() < 0.5f ? 4 : 2);
     for (int32_t i = 0; i < E; i++) {
         first[i] = place;
         for (int32_t e = 0; e < n; e++)
-            if (chosen[e] == i) place_entry[place++] = e;
+            if (chosen[e] == i) entry_place[e] = place, place_entry[place++] = e;
     }
     first[E] = place;
     for (int32_t i = E - 1; i >= 0; i--)
@@ -271,10 +271,12 @@ static void make_routes(cu_routes *r, int32_t n_row, int32_t tile_rows, int32_t 
     *r = (cu_routes){.n_expert = E, .n_used = K, .tile_rows = tile_rows};
     r->first = check_new(first, (E + 1) * sizeof *first);
     r->place_entry = check_new(place_entry, (size_t)n * sizeof *place_entry);
+    r->entry_place = check_new(entry_place, (size_t)n * sizeof *entry_place);
     r->tile_expert = check_new(tile_expert, (size_t)n_tile * sizeof *tile_expert);
     r->tile_place = check_new(tile_place, (size_t)n_tile * sizeof *tile_place);
     r->n_tile = check_new(&n_tile, sizeof n_tile);
     free(chosen);
+    free(entry_place);
     free(tile_expert);
     free(tile_place);
 }
@@ -298,7 +300,8 @@ static void check_grouped(const kernels *k, cu_format f, shape s, int32_t n_row)
     int32_t first[E + 1], *place_entry = malloc((size_t)n * sizeof *place_entry);
     unsigned char *got = malloc(bytes), *want = malloc(bytes);
     if (!by_place || !place_entry || !got || !want) abort();
-    void *dx = check_new(x, (size_t)n_x * (size_t)ldx * sizeof *x), *dy = check_new(NULL, bytes);
+    void *dx = check_new(x, (size_t)n_x * (size_t)ldx * sizeof *x), *dy = check_new(NULL, bytes),
+         *room = check_new(NULL, (size_t)n * (size_t)ldx * sizeof *x);
     bool same = true;
     for (int32_t rows = k->tile_first; rows <= k->tile_last; rows *= 2) {
         cu_routes r;
@@ -306,6 +309,7 @@ static void check_grouped(const kernels *k, cu_format f, shape s, int32_t n_row)
         cu_grouped_job j = {.shape = described, .experts = dexperts, .routes = &r, .n_row = n_row, .gather = s.pairs};
         j.epilogue = ep;
         j.x = dx, j.ldx = ldx;
+        j.by_place = room;
         if (s.pairs)
             j.h = dy, j.ldh = ld;
         else
@@ -333,12 +337,14 @@ static void check_grouped(const kernels *k, cu_format f, shape s, int32_t n_row)
         check_free(dplace);
         check_free(r.first);
         check_free(r.place_entry);
+        check_free(r.entry_place);
         check_free(r.tile_expert);
         check_free(r.tile_place);
         check_free(r.n_tile);
     }
     check_that(name, same, "differs from the plain kernel, expert by expert");
     check_free(dx);
+    check_free(room);
     check_free(dy);
     check_free(dexperts);
     for (int i = 0; i < E; i++) weights_free(&o[i]);
@@ -461,8 +467,11 @@ void check_large(void) {
             if (n_row >= 128)
                 for (int f = 0; f < CU_FORMATS; f++) speed(&large, (cu_format)f, decode[i], n_row);
         }
-    for (int f = 0; f < CU_FORMATS; f++) speed(&large, (cu_format)f, (shape){2560, 12288, true}, 8192);
-    for (int f = 0; f < CU_FORMATS; f++) speed(&large, (cu_format)f, (shape){1024, 3072, true}, 8192);
-    speed(&large, CU_BF16, (shape){12288, 2560, false}, 8192);
+    static const shape prefill[] = {{1024, 2560, false}, {2048, 1024, false}, {1024, 3072, true},
+                                    {3072, 1024, false}, {2560, 3584, false}, {2560, 2560, false},
+                                    {2560, 12288, true}, {12288, 2560, false}};
+    for (int i = 0; i < 8; i++)
+        for (int f = 0; f < CU_FORMATS; f++) speed(&large, (cu_format)f, prefill[i], 8192);
+    for (int f = 0; f < CU_FORMATS; f++) speed(&large, (cu_format)f, (shape){1024, 103424, false}, 256);
     speed(&large, CU_BF16, (shape){2560, 3584, false}, 1024);
 }

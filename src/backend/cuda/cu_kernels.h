@@ -178,6 +178,7 @@ typedef struct cu_grouped_job {
     cu_epilogue epilogue;
     const cu_bf16 *x;
     int64_t ldx;
+    cu_bf16 *by_place; /* with gather: room for x by place, [T*K, ldx] */
     float *y;
     int64_t ldy;
     cu_bf16 *h;

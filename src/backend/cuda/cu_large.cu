@@ -1,62 +1,67 @@
 /* Linears of many rows (prefill): every number of cu_skinny.cu, bit for bit, with tiles of 128 outputs and 128 rows
- * that make the tensor cores the limit. Codes and x come a segment (128 inputs) at a time through a ring in shared
- * memory. Per segment the products start from zero and are added to the totals at its end, which is what makes the sums
- * the same for every kernel (cu_kernels.h). */
-#include "backend/cuda/cu_large_kernel.cuh"
+ * that make the tensor cores the limit. Codes and x come a group (64 inputs) at a time through a ring in shared memory.
+ * Per segment (two groups) the products start from zero and are added to the totals at its end, which is what makes the
+ * sums the same for every kernel (cu_kernels.h). */
+#include <cudaTypedefs.h>
+#include <type_traits>
 
-/* A slot of the ring: codes of the tile's bands, 2 groups each, as packed; then x [2 groups][128 rows][128 bytes]. */
-enum { LARGE_BANDS = 8 };
-static __host__ __device__ constexpr int codes_bytes(cu_format f) { return LARGE_BANDS * 2 * large_group_bytes(f); }
-static __host__ __device__ constexpr int slot_bytes(cu_format f, int rows) {
-    return codes_bytes(f) + rows * CU_SEGMENT * 2;
-}
+#include "backend/cuda/cu_large_kernel.cuh"
+#include "backend/cuda/cu_launch.cuh"
 
 /* ---- products by warpgroups ----------------------------------------------------------------------------------------
  *
  * wgmma reads x from shared memory once for four bands where mma.sync reads it for two, and is not held to two thirds
- * of the tensor cores. Its product m64n128k16 is, number for number, the m16n8k16 of cu_mma: 16 exact products and the
+ * of the tensor cores. Its product m64n64k16 is, number for number, the m16n8k16 of cu_mma: 16 exact products and the
  * sum so far are aligned and added at once; check_large.c holds it to that, bit for bit.
  *
- * A block stays on its multiprocessor and takes every gridDim.x-th tile. Warpgroups 0 and 1 multiply: all 128 rows, WG
- * w bands w, w + 2, w + 4, w + 6 of the tile (of pairs: gate, up), warp i band 2 i + w as the A operand in registers.
- * Warpgroup 2 fills the ring, ahead of them and into the next tile: codes by bulk copies, x through registers. A piece
- * of 16 bytes sits at piece ^ (row & 7): the 128-byte swizzle of the descriptor. */
+ * Two blocks are a cluster: the same rows, neighbouring outputs. Each brings half of the rows of x, for both. A cluster
+ * stays on its multiprocessors and takes every n-th pair of tiles. In a block warpgroups 0 and 1 multiply: all 128
+ * rows, WG w bands w, w + 2, w + 4, w + 6 of the tile (of pairs: gate, up), warp i band 2 i + w as the A operand in
+ * registers; each warp asks for its band's codes itself. Warp 8 asks for x. Both run ahead of the products and into the
+ * next tile. Warps 9 to 11 take a tile's totals from shared memory to y or h, while the next tile is multiplied. */
 
 enum {
+    LARGE_BANDS = 8, /* of a tile */
     WIDE_ROWS = 128,
+    WIDE_RANKS = 2,
     WIDE_THREADS = 384,
-    WIDE_SWAP = 32 * 256 * 4, /* gate and up change hands: [2][32][128] f32 */
+    WIDE_STORERS = 3,                /* warps */
+    WIDE_SUMS = WIDE_ROWS * 128 * 4, /* bytes: [row][output] f32, see wide_sum_at */
+    WIDE_SLOTS_MAX = 8,
+    WIDE_X = WIDE_ROWS * 128 /* bytes of x in a slot */
 };
-static __host__ __device__ constexpr int wide_slots(cu_format f) { return f == CU_BF16 ? 3 : 4; }
+/* A slot of the ring: codes of the tile's bands, one group each, as packed; then x [128 rows][128 bytes]. A piece of 16
+ * bytes of x sits at piece ^ (row & 7): the 128-byte swizzle of copies and products. */
+static __host__ __device__ constexpr int codes_bytes(cu_format f) { return LARGE_BANDS * large_group_bytes(f); }
+static __host__ __device__ constexpr int slot_bytes(cu_format f) { return codes_bytes(f) + WIDE_X; }
+static __host__ __device__ constexpr int wide_slots(cu_format f) { return f == CU_BF16 ? 5 : f == CU_I4 ? 8 : 6; }
 static __host__ __device__ constexpr int wide_bytes(cu_format f) {
-    return wide_slots(f) * slot_bytes(f, WIDE_ROWS) + WIDE_SWAP + 1024; /* the ring starts at a multiple of 1024 */
+    return wide_slots(f) * slot_bytes(f) + WIDE_SUMS + 1024; /* the ring starts at a multiple of 1024 */
 }
 
-/* d = A B + (add ? d : 0): 64 outputs, 128 rows, 16 inputs. d: as eight times two cu_mma accs side by side. */
-static __device__ __forceinline__ void wide_product(float d[64], const uint32_t a[4], uint64_t b, int add) {
-    asm volatile("{.reg .pred p; setp.ne.b32 p, %69, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" CU_D64_NAMES
-                 "{%64, %65, %66, %67}, %68, p, 1, 1, 0;}\n"
-                 : CU_D64(d)
+/* Barriers, by their addresses. */
+typedef struct wide_bars {
+    uint32_t full, empty; /* [slots] x of a slot is there; the slot is free, for all blocks that write to it */
+    uint32_t sums_full, sums_empty; /* totals of a tile */
+    uint32_t codes;                 /* [8][WIDE_SLOTS_MAX] the codes of a warp are there */
+} wide_bars;
+
+/* d = A B + (add ? d : 0): 64 outputs, 64 rows, 16 inputs. d: as eight cu_mma accs. */
+static __device__ __forceinline__ void wide_product(float d[32], const uint32_t a[4], uint64_t b, int add) {
+    asm volatile("{.reg .pred p; setp.ne.b32 p, %37, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" CU_D32_NAMES
+                 "{%32, %33, %34, %35}, %36, p, 1, 1, 0;}\n"
+                 : CU_D32(d)
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
 }
 /* Keeps the compiler from moving what reads or writes these registers past this point. */
-static __device__ __forceinline__ void wide_hold(float d[64]) {
+static __device__ __forceinline__ void wide_hold(float d[32]) {
 #pragma unroll
-    for (int i = 0; i < 64; i++) asm volatile("" : "+f"(d[i])::"memory");
+    for (int i = 0; i < 32; i++) asm volatile("" : "+f"(d[i])::"memory");
 }
 static __device__ __forceinline__ void wide_hold_codes(uint32_t a[4][4]) {
 #pragma unroll
     for (int i = 0; i < 16; i++) asm volatile("" : "+r"(a[i / 4][i % 4])::"memory");
-}
-
-/* The warpgroups issue the products of a segment in turns, 0 first: while one adds to its totals and reads its next
- * codes, the other keeps the tensor cores busy. Left alone they would do both at the same time. */
-static __device__ __forceinline__ void wide_my_turn(int group) {
-    asm volatile("bar.sync %0, 256;" ::"r"(2 + group) : "memory");
-}
-static __device__ __forceinline__ void wide_your_turn(int group) {
-    asm volatile("bar.arrive %0, 256;" ::"r"(3 - group) : "memory");
 }
 
 template <cu_format F>
@@ -64,173 +69,360 @@ static __device__ __forceinline__ void wide_codes(uint32_t a[4][4], const unsign
     large_codes<F>(a, group, 0, lane);
     large_codes<F>(a + 2, group, 1, lane);
 }
-/* The four products of a group. x: its 128 rows in shared memory; a row of B is 128 bytes, eight rows 1024. */
-static __device__ __forceinline__ void wide_group(float d[64], const uint32_t a[4][4], uint32_t x, bool first) {
+/* The four products of a group. x: its 64 rows in shared memory; a row of B is 128 bytes, eight rows 1024. */
+static __device__ __forceinline__ void wide_group(float d[32], const uint32_t a[4][4], uint32_t x, bool first) {
     const uint64_t b = (uint64_t)((x & 0x3ffffu) >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62;
 #pragma unroll
     for (int s = 0; s < 4; s++) wide_product(d, a[s], b + 2 * s, !(first && s == 0));
+    wide_commit();
 }
 
-/* Fill the ring for all tiles of the block. thread: 0..127. */
+/* ---- the cluster ------------------------------------------------------------------------------------------------- */
+
+static __device__ __forceinline__ uint32_t wide_rank(void) {
+    uint32_t r;
+    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));
+    return r;
+}
+/* A slot is free, says this warp to all blocks that write to it. */
+static __device__ __forceinline__ void wide_leave(uint32_t bar, int lane) {
+    __syncwarp();
+    if (lane < WIDE_RANKS)
+        asm volatile("{.reg .b32 at; mapa.shared::cluster.u32 at, %0, %1;"
+                     "mbarrier.arrive.shared::cluster.b64 _, [at];}" ::"r"(bar),
+                     "r"(lane)
+                     : "memory");
+}
+
+/* The block's tile of pair `index`; false: there is none. */
+static __device__ __forceinline__ bool wide_find(const large_args *a, uint32_t index, uint32_t rank, large_tile *t) {
+    if (!large_find(a, index, WIDE_ROWS, t)) return false;
+    t->band0 += (int32_t)rank * LARGE_BANDS;
+    return true;
+}
+
+/* Rows of x from `row` on, 64 inputs from `in` on, to the same place in all blocks. */
+static __device__ __forceinline__ void wide_copy_x(const CUtensorMap *x, int32_t in, int32_t row, uint32_t to,
+                                                   uint32_t bar) {
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+                 "[%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to),
+                 "l"(x), "r"(in), "r"(row), "r"(bar), "h"((uint16_t)((1 << WIDE_RANKS) - 1))
+                 : "memory");
+}
+
+/* ---- the thread that brings x -------------------------------------------------------------------------------------
+ */
+
 template <cu_format F>
-static __device__ __forceinline__ void wide_fill(const large_args *a, uint32_t n_tile, uint32_t ring, uint32_t full,
-                                                 uint32_t empty, int thread) {
-    constexpr int N = wide_slots(F), SLOT = slot_bytes(F, WIDE_ROWS), BAND_BYTES = 2 * large_group_bytes(F);
-    const int row0 = thread / 8, piece = thread % 8;
-    const int32_t n_seg = a->w.n_seg;
-    const uint32_t at = codes_bytes(F) + row0 * 128 + ((piece ^ (row0 & 7)) << 4); /* of a piece in a slot */
+static __device__ __forceinline__ void wide_fill(const large_args *a, const CUtensorMap *x, uint32_t n_tile,
+                                                 uint32_t ring, const wide_bars *bars) {
+    constexpr int N = wide_slots(F), OWN = WIDE_ROWS / WIDE_RANKS;
+    const uint32_t rank = wide_rank(), own0 = rank * OWN, to = ring + codes_bytes(F) + own0 * 128;
+    const int32_t n_group = a->w.n_seg * 2;
     int slot = 0;
     uint32_t parity = 1; /* the first time round nobody has to leave a slot */
-    for (uint32_t index = blockIdx.x; index < n_tile; index += gridDim.x) {
+    for (uint32_t index = blockIdx.x / WIDE_RANKS; index < n_tile; index += gridDim.x / WIDE_RANKS) {
         large_tile t;
-        if (!large_find(a, index, WIDE_ROWS, &t)) continue;
-        int32_t row[8]; /* of x, for rows row0 + 16 i of the tile; < 0: zeros */
-        uint4 v[2][8];
-        const cu_bf16 *x = a->x + piece * 8; /* of the segment to ask for */
-#pragma unroll
-        for (int i = 0; i < 8; i++) row[i] = large_row(a, &t, row0 + 16 * i);
-#pragma unroll
-        for (int k = 0; k < 16; k++) {
-            v[k / 8][k % 8] = make_uint4(0, 0, 0, 0);
-            large_l2(&v[k / 8][k % 8], x + row[k % 8] * a->ldx + k / 8 * 64, row[k % 8] >= 0);
-        }
-        for (int32_t seg = 0; seg < n_seg; seg++) {
-            const uint32_t to = ring + slot * SLOT, bar = full + slot * 8;
-            x += CU_SEGMENT;
-            bar_wait(empty + slot * 8, parity);
-            if (thread == 0) {
-                bar_expect(bar, codes_bytes(F));
-                for (int b = 0; b < LARGE_BANDS; b++) {
-                    const int32_t last = a->w.n_band - 1, band = t.band0 + b < last ? t.band0 + b : last;
-                    copy_bulk(to + b * BAND_BYTES, t.pack + ((int64_t)band * n_seg + seg) * BAND_BYTES, BAND_BYTES,
-                              bar);
-                }
-            }
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-#pragma unroll
-                for (int i = 0; i < 8; i++) {
-                    const uint4 p = v[half][i];
-                    asm volatile(
-                        "st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to + at + half * (WIDE_ROWS * 128) + i * 2048),
-                        "r"(p.x), "r"(p.y), "r"(p.z), "r"(p.w)
-                        : "memory");
-                }
-                if (seg + 1 < n_seg)
-#pragma unroll
-                    for (int i = 0; i < 8; i++) large_l2(&v[half][i], x + row[i] * a->ldx + half * 64, row[i] >= 0);
-            }
-            asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-            bar_arrive(bar);
+        if (!wide_find(a, index, rank, &t)) continue;
+        for (int32_t g = 0; g < n_group; g++) {
+            const uint32_t bar = bars->full + slot * 8;
+            bar_wait(bars->empty + slot * 8, parity);
+            bar_arrive_expect(bar, WIDE_X);
+            wide_copy_x(x, g * 64, t.row + own0, to + slot * slot_bytes(F), bar);
             if (++slot == N) slot = 0, parity ^= 1;
         }
     }
 }
 
+/* ---- the warps that store -----------------------------------------------------------------------------------------
+ */
+
+/* Word of a tile's sums: output ^ 8 (row / 2 % 4), so that the products' squares meet all banks. Rows beyond the tile,
+ * which end a batch, are read as others and not stored. */
+static __device__ __forceinline__ int wide_sum_at(int row, int out) {
+    return row % WIDE_ROWS * 128 + (out ^ (row << 2 & 24));
+}
+
+/* Four numbers at y, of which `left` are there. whole: all four are, at a multiple of 16 bytes. */
+static __device__ __forceinline__ float4 wide_old(const float *y, int32_t left, bool whole) {
+    if (whole) return *(const float4 *)y;
+    float v[4];
+#pragma unroll
+    for (int k = 0; k < 4; k++) v[k] = k < left ? y[k] : 0.0f;
+    return make_float4(v[0], v[1], v[2], v[3]);
+}
+static __device__ __forceinline__ void wide_new(float *y, float4 v, int32_t left, bool whole) {
+    if (whole) {
+        *(float4 *)y = v;
+        return;
+    }
+    const float f[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+    for (int k = 0; k < 4; k++)
+        if (k < left) y[k] = f[k];
+}
+/* y = or += rows first, first + WIDE_STORERS, ... of the tile; four outputs a lane. */
+static __device__ __forceinline__ void wide_put(const large_args *a, const large_tile *t, const float *sums, int first,
+                                                int lane) {
+    enum { BATCH = 4 };
+    const int32_t out = t->band0 * CU_BAND + lane * 4, left = a->w.n_out - out, n = t->row_end - t->row;
+    const bool add = a->epilogue == CU_ADD, whole = left >= 4 && ((uintptr_t)a->y | a->ldy * 4) % 16 == 0;
+    if (left <= 0) return;
+    float *y = a->y + (int64_t)t->row * a->ldy + out;
+    for (int from = first; from < n; from += BATCH * WIDE_STORERS) {
+        float4 old[BATCH], v[BATCH];
+#pragma unroll
+        for (int i = 0; i < BATCH; i++)
+            if (add && from + i * WIDE_STORERS < n)
+                old[i] = wide_old(y + (from + i * WIDE_STORERS) * a->ldy, left, whole);
+#pragma unroll
+        for (int i = 0; i < BATCH; i++) v[i] = *(const float4 *)(sums + wide_sum_at(from + i * WIDE_STORERS, lane * 4));
+#pragma unroll
+        for (int i = 0; i < BATCH; i++) {
+            if (from + i * WIDE_STORERS >= n) break;
+            if (add) {
+                v[i].x = __fadd_rn(old[i].x, v[i].x), v[i].y = __fadd_rn(old[i].y, v[i].y);
+                v[i].z = __fadd_rn(old[i].z, v[i].z), v[i].w = __fadd_rn(old[i].w, v[i].w);
+            }
+            wide_new(y + (from + i * WIDE_STORERS) * a->ldy, v[i], left, whole);
+        }
+    }
+}
+/* h = silu(gate) * up; two outputs a lane. */
+static __device__ __forceinline__ void wide_put_swiglu(const large_args *a, const large_tile *t, const float *sums,
+                                                       int first, int lane) {
+    enum { BATCH = 4 };
+    const int gate_at = lane / 8 * 32 + lane % 8 * 2;
+    const int32_t out = t->band0 / 2 * CU_BAND + lane * 2, n = t->row_end - t->row;
+    if (out >= a->w.n_out) return;
+    const bool two = out + 1 < a->w.n_out;
+    cu_bf16 *h = a->h + (int64_t)t->row * a->ldh + out;
+    for (int from = first; from < n; from += BATCH * WIDE_STORERS) {
+        float2 gate[BATCH], up[BATCH];
+#pragma unroll
+        for (int i = 0; i < BATCH; i++) {
+            gate[i] = *(const float2 *)(sums + wide_sum_at(from + i * WIDE_STORERS, gate_at));
+            up[i] = *(const float2 *)(sums + wide_sum_at(from + i * WIDE_STORERS, gate_at + CU_BAND));
+        }
+#pragma unroll
+        for (int i = 0; i < BATCH; i++) {
+            const int row = from + i * WIDE_STORERS;
+            const uint32_t v = cu_round2(large_swiglu(gate[i].x, up[i].x), large_swiglu(gate[i].y, up[i].y));
+            if (row >= n) break;
+            if (two)
+                *(uint32_t *)(h + row * a->ldh) = v;
+            else
+                h[row * a->ldh] = (cu_bf16)v;
+        }
+    }
+}
+
+static __device__ __forceinline__ void wide_store(const large_args *a, uint32_t n_tile, const float *sums,
+                                                  const wide_bars *bars, int storer, int lane) {
+    const uint32_t rank = wide_rank();
+    uint32_t parity = 0;
+    for (uint32_t index = blockIdx.x / WIDE_RANKS; index < n_tile; index += gridDim.x / WIDE_RANKS) {
+        large_tile t;
+        if (!wide_find(a, index, rank, &t)) continue;
+        bar_wait(bars->sums_full, parity);
+        parity ^= 1;
+        if (a->epilogue == CU_SWIGLU)
+            wide_put_swiglu(a, &t, sums, storer, lane);
+        else
+            wide_put(a, &t, sums, storer, lane);
+        __syncwarp();
+        if (lane == 0) bar_arrive(bars->sums_empty);
+    }
+}
+
+/* ---- the warps that multiply --------------------------------------------------------------------------------------
+ */
+
+/* A warpgroup's products come in four batches a segment: rows 0..63 and 64..127 of its first group, then of its second.
+ * The next batches are always under way while one half's sums are added to the totals and codes are read, so that the
+ * tensor cores do not wait. */
 template <cu_format F>
-__global__ void __launch_bounds__(WIDE_THREADS, 1) large_wide(const __grid_constant__ large_args a) {
+static __device__ __forceinline__ void wide_multiply(const large_args *a, uint32_t n_tile, uint32_t ring_at,
+                                                     const unsigned char *ring, float *sums, const wide_bars *bars,
+                                                     int group, int thread) {
+    constexpr int N = wide_slots(F), SLOT = slot_bytes(F), GROUP = large_group_bytes(F), HALF = WIDE_X / 2;
+    const int warp = thread / 32, lane = thread % 32, in_tile = warp * 2 + group;
+    const uint32_t rank = wide_rank(), x = ring_at + codes_bytes(F);
+    const unsigned char *codes = ring + in_tile * GROUP;
+    const int32_t n_seg = a->w.n_seg;
+    int slot = 0; /* the next to be read */
+    uint32_t parity = 0, sums_parity = 1;
+    /* The warp's codes: what to ask for next, and where to. */
+    const uint32_t came = bars->codes + in_tile * (WIDE_SLOTS_MAX * 8);
+    uint32_t ask_index = blockIdx.x / WIDE_RANKS;
+    const unsigned char *ask_from = NULL;
+    int32_t ask_left = 0; /* groups of the tile */
+    int ask_slot = 0;
+    const auto ask = [&]() {
+        for (; ask_left == 0; ask_index += gridDim.x / WIDE_RANKS) {
+            large_tile t;
+            if (ask_index >= n_tile) return;
+            if (!wide_find(a, ask_index, rank, &t)) continue;
+            ask_left = 2 * n_seg;
+            ask_from = t.pack + (int64_t)min(t.band0 + in_tile, a->w.n_band - 1) * ask_left * GROUP;
+        }
+        if (lane == 0) {
+            bar_arrive_expect(came + ask_slot * 8, GROUP);
+            copy_bulk(ring_at + ask_slot * SLOT + in_tile * GROUP, ask_from, GROUP, came + ask_slot * 8);
+        }
+        ask_from += GROUP;
+        ask_left--;
+        if (++ask_slot == N) ask_slot = 0;
+    };
+    if (a->experts) cu_wait_previous(); /* which tiles there are is for an earlier kernel to say */
+    for (int i = 0; i < N; i++) ask();
+    for (uint32_t index = blockIdx.x / WIDE_RANKS; index < n_tile; index += gridDim.x / WIDE_RANKS) {
+        large_tile t;
+        if (!wide_find(a, index, rank, &t)) continue;
+        const int32_t band = t.band0 + in_tile, band_read = band < a->w.n_band ? band : a->w.n_band - 1;
+        float acc[2][32] = {}, total[2][32] = {};
+        uint32_t code[2][4][4];
+        int at[2]; /* slots of the segment's groups */
+        const auto read = [&](int g) {
+            at[g] = slot;
+            bar_wait(came + slot * 8, parity);
+            bar_wait(bars->full + slot * 8, parity);
+            wide_codes<F>(code[g], codes + slot * SLOT, lane);
+            if (++slot == N) slot = 0, parity ^= 1;
+        };
+        const auto multiply = [&](int half, int g) {
+            wide_fence();
+            wide_group(acc[half], code[g], x + at[g] * SLOT + half * HALF, g == 0);
+        };
+        const auto add = [&](int half, float scale) {
+            wide_hold(acc[half]);
+#pragma unroll
+            for (int i = 0; i < 32; i++)
+                total[half][i] = F == CU_F8 ? __fmaf_rn(scale, acc[half][i], total[half][i])
+                                            : __fadd_rn(total[half][i], acc[half][i]);
+            wide_hold(acc[half]);
+        };
+        const auto leave = [&](int g) {
+            wide_hold_codes(code[g]);
+            wide_leave(bars->empty + at[g] * 8, lane);
+            ask(); /* into the place that was left */
+        };
+        const auto segment = [&](int32_t seg, auto is_last) {
+            constexpr bool last = decltype(is_last)::value;
+            float scale = 0.0f;
+            if (F == CU_F8) scale = __ldg(t.scale + (int64_t)band_read * n_seg + seg);
+            read(1);
+            multiply(0, 1);
+            multiply(1, 1);
+            wide_wait<2>();
+            leave(0);
+            if constexpr (!last) read(0);
+            wide_wait<1>();
+            add(0, scale);
+            if constexpr (last) {
+                wide_wait<0>();
+            } else {
+                multiply(0, 0);
+                wide_wait<1>();
+            }
+            leave(1);
+            add(1, scale);
+            if constexpr (!last) multiply(1, 0);
+        };
+        read(0);
+        wide_hold(acc[0]);
+        wide_hold(acc[1]);
+        multiply(0, 0);
+        multiply(1, 0);
+        for (int32_t seg = 0; seg + 1 < n_seg; seg++) segment(seg, std::false_type());
+        segment(n_seg - 1, std::true_type());
+        if (F == CU_I8 || F == CU_I4) {
+            const float s0 = t.scale[band_read * CU_BAND + lane / 4], s8 = t.scale[band_read * CU_BAND + lane / 4 + 8];
+#pragma unroll
+            for (int i = 0; i < 64; i++) total[i / 32][i % 32] = __fmul_rn(total[i / 32][i % 32], i & 2 ? s8 : s0);
+        }
+        bar_wait(bars->sums_empty, sums_parity);
+        sums_parity ^= 1;
+        float *to[2]; /* of outputs g and g + 8, row 2c */
+#pragma unroll
+        for (int k = 0; k < 2; k++) to[k] = sums + wide_sum_at(2 * (lane & 3), in_tile * CU_BAND + k * 8 + lane / 4);
+#pragma unroll
+        for (int i = 0; i < 64; i++) to[i / 2 & 1][(i / 4 * 8 + (i & 1)) * 128] = total[i / 32][i % 32];
+        bar_arrive(bars->sums_full);
+    }
+}
+
+template <cu_format F>
+__global__ void __launch_bounds__(WIDE_THREADS, 1)
+    large_wide(const __grid_constant__ large_args a, const __grid_constant__ CUtensorMap x) {
     extern __shared__ __align__(1024) unsigned char memory[];
-    __shared__ __align__(8) uint64_t bars[2 * 4];
-    constexpr int N = wide_slots(F), SLOT = slot_bytes(F, WIDE_ROWS), GROUP = large_group_bytes(F);
+    __shared__ __align__(8) uint64_t bar_words[10 * WIDE_SLOTS_MAX + 2];
+    constexpr int N = wide_slots(F), SLOT = slot_bytes(F);
     const int group = threadIdx.x / 128, thread = threadIdx.x % 128;
     const uint32_t n_tile = (uint32_t)a.n_tile_out * (uint32_t)a.n_tile_row;
     const uint32_t memory_at = (uint32_t)__cvta_generic_to_shared(memory), skip = -memory_at & 1023;
-    const uint32_t ring_at = memory_at + skip, full = (uint32_t)__cvta_generic_to_shared(bars), empty = full + 4 * 8;
+    const uint32_t ring_at = memory_at + skip, bars_at = (uint32_t)__cvta_generic_to_shared(bar_words);
+    const wide_bars bars = {bars_at, bars_at + WIDE_SLOTS_MAX * 8, bars_at + 2 * WIDE_SLOTS_MAX * 8,
+                            bars_at + (2 * WIDE_SLOTS_MAX + 1) * 8, bars_at + (2 * WIDE_SLOTS_MAX + 2) * 8};
     unsigned char *ring = memory + skip;
+    float *sums = (float *)(ring + N * SLOT);
 
+    cu_launch_next();
     if (threadIdx.x == 0) {
         for (int i = 0; i < N; i++) {
-            bar_init(full + i * 8, 128); /* the threads of warpgroup 2; and the bytes that come by themselves */
-            bar_init(empty + i * 8, 8);  /* the warps of the others */
+            bar_init(bars.full + i * 8, 1);               /* who asks; and the bytes */
+            bar_init(bars.empty + i * 8, 8 * WIDE_RANKS); /* the warps that multiply, of all blocks */
         }
+        for (int i = 0; i < 8 * WIDE_SLOTS_MAX; i++) bar_init(bars.codes + i * 8, 1);
+        bar_init(bars.sums_full, 256);
+        bar_init(bars.sums_empty, WIDE_STORERS);
         bar_init_end();
     }
-    __syncthreads();
-    asm volatile("griddepcontrol.wait;" ::: "memory");
+    asm volatile("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;" ::: "memory");
 
     if (group == 2) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 104;");
-        wide_fill<F>(&a, n_tile, ring_at, full, empty, thread);
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 72;");
+        const int warp = thread / 32, lane = thread % 32;
+        cu_wait_previous();
+        if (warp > 0)
+            wide_store(&a, n_tile, sums, &bars, warp - 1, lane);
+        else if (lane == 0)
+            wide_fill<F>(&a, &x, n_tile, ring_at, &bars);
     } else {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 200;");
-        const int warp = thread / 32, lane = thread % 32, in_tile = warp * 2 + group;
-        float *swap = (float *)(ring + N * SLOT);
-        const int32_t n_seg = a.w.n_seg;
-        int slot = 0;
-        uint32_t parity = 0;
-        if (group == 1) wide_your_turn(group);
-        for (uint32_t index = blockIdx.x; index < n_tile; index += gridDim.x) {
-            large_tile t;
-            if (!large_find(&a, index, WIDE_ROWS, &t)) continue;
-            const int32_t band = t.band0 + in_tile, band_read = band < a.w.n_band ? band : a.w.n_band - 1;
-            float acc[64] = {}, total[64] = {};
-            uint32_t code[2][4][4];
-            bar_wait(full + slot * 8, parity);
-            wide_codes<F>(code[0], ring + slot * SLOT + in_tile * 2 * GROUP, lane);
-            for (int32_t seg = 0; seg < n_seg; seg++) {
-                const uint32_t x = ring_at + slot * SLOT + codes_bytes(F), left = empty + slot * 8;
-                float scale = 0.0f;
-                if (F == CU_F8) scale = __ldg(t.scale + (int64_t)band_read * n_seg + seg);
-                wide_hold(acc);
-                wide_my_turn(group);
-                wide_fence();
-                wide_group(acc, code[0], x, true);
-                wide_commit();
-                wide_codes<F>(code[1], ring + slot * SLOT + (in_tile * 2 + 1) * GROUP, lane);
-                wide_fence();
-                wide_group(acc, code[1], x + WIDE_ROWS * 128, false);
-                wide_commit();
-                wide_your_turn(group);
-                wide_wait<1>();
-                wide_hold_codes(code[0]);
-                if (++slot == N) slot = 0, parity ^= 1;
-                if (seg + 1 < n_seg) {
-                    bar_wait(full + slot * 8, parity);
-                    wide_codes<F>(code[0], ring + slot * SLOT + in_tile * 2 * GROUP, lane);
-                }
-                wide_wait<0>();
-                wide_hold(acc);
-                wide_hold_codes(code[1]);
-                __syncwarp();
-                if (lane == 0) bar_arrive(left);
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 216;");
+        wide_multiply<F>(&a, n_tile, ring_at, ring, sums, &bars, group, thread);
+    }
+    /* The other block writes to this one's memory and barriers to its own end. */
+    asm volatile("barrier.cluster.arrive.release; barrier.cluster.wait.acquire;" ::: "memory");
+}
+
+/* ---- rows by place ------------------------------------------------------------------------------------------------
+ *
+ * The copy engine takes rows that lie together: x of experts that gather is laid out by place beforehand. A warp a row,
+ * which is read once and written to the places of its entries. n_piece: pieces of 16 bytes of a row. */
+
+enum { SPREAD_WARPS = 8, SPREAD_PIECES = 10 /* of a lane at a time */ };
+
+static __global__ void __launch_bounds__(SPREAD_WARPS * 32)
+    spread_rows(uint4 *to, const uint4 *x, const int32_t *entry_place, int32_t n_row, int32_t n_used, int32_t n_piece) {
+    const int32_t row = (int32_t)(blockIdx.x * SPREAD_WARPS + threadIdx.x / 32), lane = threadIdx.x % 32;
+    cu_launch_next();
+    cu_wait_previous();
+    if (row >= n_row) return;
+    x += (int64_t)row * n_piece;
+    const int32_t place = lane < n_used ? entry_place[row * n_used + lane] : 0;
+    for (int32_t first = 0; first < n_piece; first += SPREAD_PIECES * 32) {
+        const int32_t from = first + lane;
+        uint4 v[SPREAD_PIECES];
 #pragma unroll
-                for (int i = 0; i < 64; i++)
-                    total[i] = F == CU_F8 ? __fmaf_rn(scale, acc[i], total[i]) : __fadd_rn(total[i], acc[i]);
-            }
-            if (F == CU_I8 || F == CU_I4) {
-                const float s0 = t.scale[band_read * CU_BAND + lane / 4],
-                            s8 = t.scale[band_read * CU_BAND + lane / 4 + 8];
+        for (int i = 0; i < SPREAD_PIECES; i++)
+            if (from + i * 32 < n_piece) v[i] = x[from + i * 32];
+        for (int32_t k = 0; k < n_used; k++) {
+            uint4 *out = to + (int64_t)__shfl_sync(0xffffffffu, place, k) * n_piece + from;
 #pragma unroll
-                for (int i = 0; i < 64; i++) total[i] = __fmul_rn(total[i], i & 2 ? s8 : s0);
-            }
-            if (a.epilogue != CU_SWIGLU) {
-#pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    float old[16];
-                    large_old<4>(old, &a, &t, band, t.row + i * 32, lane);
-                    large_put<4>(&a, &t, total + i * 16, old, band, t.row + i * 32, lane);
-                }
-                continue;
-            }
-            /* The same thread of both groups has gate and up of the same outputs: group 0 ends rows 0..63. */
-            float *mine = swap + group * 32 * 128 + thread, *other = swap + (1 - group) * 32 * 128 + thread, got[32];
-#pragma unroll
-            for (int i = 0; i < 32; i++) mine[i * 128] = group ? total[i] : total[32 + i];
-            asm volatile("bar.sync 1, 256;" ::: "memory");
-#pragma unroll
-            for (int i = 0; i < 32; i++) got[i] = other[i * 128];
-            asm volatile("bar.sync 1, 256;" ::: "memory"); /* before the next tile's sums come */
-            if (group == 0) {
-#pragma unroll
-                for (int i = 0; i < 8; i++)
-                    large_put_swiglu(&a, &t, total + i * 4, got + i * 4, band / 2, t.row + i * 8, lane);
-            } else {
-#pragma unroll
-                for (int i = 0; i < 8; i++)
-                    large_put_swiglu(&a, &t, got + i * 4, total + 32 + i * 4, band / 2, t.row + 64 + i * 8, lane);
-            }
+            for (int i = 0; i < SPREAD_PIECES; i++)
+                if (from + i * 32 < n_piece) out[i * 32] = v[i];
         }
-        if (group == 0) wide_my_turn(group); /* the last one that the other gave */
     }
 }
 
@@ -246,15 +438,41 @@ static cudaError_t shared_bytes(uint64_t *ready, const void *kernel, int bytes) 
     return e;
 }
 
-template <cu_format F> static cudaError_t launch_wide(cudaStream_t s, const large_args *a, int n_core) {
+/* x as rows for the copy engine: boxes of 64 inputs and the rows that a block brings. n_row: rows of x; beyond them are
+ * zeros. */
+static cudaError_t map_x(CUtensorMap *map, const large_args *a, int64_t n_row) {
+    static void *encode;
+    if (!encode) {
+        cudaDriverEntryPointQueryResult found;
+        cudaError_t e =
+            cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &encode, 12000, cudaEnableDefault, &found);
+        if (e != cudaSuccess) return e;
+        if (found != cudaDriverEntryPointSuccess) return cudaErrorNotSupported;
+    }
+    const cuuint64_t size[] = {(cuuint64_t)a->w.n_seg * CU_SEGMENT, (cuuint64_t)n_row};
+    const cuuint64_t stride[] = {(cuuint64_t)a->ldx * sizeof(cu_bf16)};
+    const cuuint32_t box[] = {64, WIDE_ROWS / WIDE_RANKS}, step[] = {1, 1};
+    const CUresult r = ((PFN_cuTensorMapEncodeTiled_v12000)encode)(
+        map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, (void *)(uintptr_t)a->x, size, stride, box, step,
+        CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+        CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    return r == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+template <cu_format F>
+static cudaError_t launch_wide(cudaStream_t s, large_args *a, int64_t n_x, bool early, int n_core) {
     static uint64_t ready;
     constexpr int BYTES = wide_bytes(F);
     cudaError_t e = shared_bytes(&ready, (const void *)large_wide<F>, BYTES);
-    if (e != cudaSuccess) return e;
-    const int64_t n_tile = (int64_t)a->n_tile_out * a->n_tile_row;
+    const int64_t n_tile = (int64_t)a->n_tile_out * a->n_tile_row, n_cluster = n_core / WIDE_RANKS;
+    CUtensorMap x;
+    if (e != cudaSuccess || n_tile == 0) return e;
     if (n_tile > INT32_MAX) return cudaErrorInvalidValue;
-    if (n_tile > 0) large_wide<F><<<(unsigned)(n_tile < n_core ? n_tile : n_core), WIDE_THREADS, BYTES, s>>>(*a);
-    return cudaGetLastError();
+    if ((e = map_x(&x, a, n_x)) != cudaSuccess) return e;
+    void *args[] = {a, &x};
+    return cu_launch(s, (const void *)large_wide<F>,
+                     dim3((unsigned)(n_tile < n_cluster ? n_tile : n_cluster) * WIDE_RANKS), WIDE_THREADS, BYTES, early,
+                     WIDE_RANKS, args);
 }
 
 static cudaError_t n_core_get(int *n) {
@@ -269,18 +487,19 @@ static cudaError_t n_core_get(int *n) {
     return e;
 }
 
-static cudaError_t launch_any(cudaStream_t s, large_args *a) {
+/* n_x: rows of x. */
+static cudaError_t launch_any(cudaStream_t s, large_args *a, int64_t n_x, bool early) {
     int n_core;
     cudaError_t e = n_core_get(&n_core);
     if (e != cudaSuccess) return e;
     if (!large_sound(a)) return cudaErrorInvalidValue;
-    a->tile_bands = LARGE_BANDS;
-    a->n_tile_out = (a->w.n_band + LARGE_BANDS - 1) / LARGE_BANDS;
+    a->tile_bands = LARGE_BANDS * WIDE_RANKS;
+    a->n_tile_out = (a->w.n_band + a->tile_bands - 1) / a->tile_bands;
     switch (a->w.format) {
-    case CU_BF16: return launch_wide<CU_BF16>(s, a, n_core);
-    case CU_I8: return launch_wide<CU_I8>(s, a, n_core);
-    case CU_I4: return launch_wide<CU_I4>(s, a, n_core);
-    case CU_F8: return launch_wide<CU_F8>(s, a, n_core);
+    case CU_BF16: return launch_wide<CU_BF16>(s, a, n_x, early, n_core);
+    case CU_I8: return launch_wide<CU_I8>(s, a, n_x, early, n_core);
+    case CU_I4: return launch_wide<CU_I4>(s, a, n_x, early, n_core);
+    case CU_F8: return launch_wide<CU_F8>(s, a, n_x, early, n_core);
     }
     return cudaErrorInvalidValue;
 }
@@ -289,11 +508,21 @@ cudaError_t cu_large_run(cudaStream_t s, const cu_job *j) {
     if (j->x_f32) return cudaErrorInvalidValue;
     large_args a = large_plain(j);
     a.n_tile_row = (a.n_row + WIDE_ROWS - 1) / WIDE_ROWS;
-    return launch_any(s, &a);
+    return launch_any(s, &a, a.n_row, !j->alone);
 }
 
 cudaError_t cu_large_grouped(cudaStream_t s, const cu_grouped_job *j) {
-    if (j->routes->tile_rows != WIDE_ROWS) return cudaErrorInvalidValue;
+    const cu_routes *r = j->routes;
+    if (r->tile_rows != WIDE_ROWS) return cudaErrorInvalidValue;
     large_args a = large_experts(j);
-    return launch_any(s, &a);
+    if (j->gather) {
+        if (!large_sound(&a) || !j->by_place) return cudaErrorInvalidValue;
+        const cudaError_t e = cu_launch_args(
+            s, spread_rows, dim3((unsigned)((j->n_row + SPREAD_WARPS - 1) / SPREAD_WARPS)), SPREAD_WARPS * 32, true,
+            (uint4 *)j->by_place, (const uint4 *)j->x, r->entry_place, j->n_row, r->n_used, (int32_t)(j->ldx / 8));
+        if (e != cudaSuccess) return e;
+        a.x = j->by_place;
+        a.place_entry = NULL;
+    }
+    return launch_any(s, &a, (int64_t)j->n_row * r->n_used, true);
 }

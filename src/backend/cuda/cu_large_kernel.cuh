@@ -42,13 +42,7 @@ static __host__ __device__ constexpr int large_group_bytes(cu_format f) {
     return f == CU_BF16 ? 2048 : f == CU_I4 ? 512 : 1024;
 }
 
-/* From L2: what earlier kernels of the step wrote. Volatile, so that it stays behind the wait for them. v is left as it
- * is unless `there`. */
-static __device__ __forceinline__ void large_l2(uint4 *v, const void *p, bool there) {
-    asm volatile("{.reg .pred p; setp.ne.b32 p, %4, 0; @p ld.global.cg.v4.u32 {%0,%1,%2,%3}, [%5];}"
-                 : "+r"(v->x), "+r"(v->y), "+r"(v->z), "+r"(v->w)
-                 : "r"((int)there), "l"(p));
-}
+/* From L2: what earlier kernels of the step wrote. Volatile, so that it stays behind the wait for them. */
 static __device__ __forceinline__ int32_t large_l2i(const int32_t *p) {
     int32_t v;
     asm volatile("ld.global.cg.s32 %0, [%1];" : "=r"(v) : "l"(p));

@@ -129,7 +129,7 @@ typedef struct cu_backend {
     float *inv_freq;                        /* [C/2] 1 / theta^(2j/C), rounded as docs/model.md 3.3 has it */
     void *attn;                             /* [attn_bytes] */
     cu_bf16 *hid, *shared_hid, *expert_hid; /* [R, CU_PAD(F)], [R, ..], [R*K, ..] */
-    float *expert_y, *shared_y;             /* [R*K, D], [R, D] */
+    float *expert_y, *shared_y;             /* [R*K, CU_PAD(D)] (used as rows of D; before: x by place), [R, D] */
     cu_routes routes;                       /* for R rows */
     float *logits;                          /* [I, V] */
     void *sampler;                          /* cu_sample's */

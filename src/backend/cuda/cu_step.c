@@ -125,6 +125,7 @@ static void run_experts(const run *r, const cu_layer *w, const cu_routes *routes
                                .epilogue = CU_SWIGLU,
                                .x = b->xn,
                                .ldx = CU_PAD(w->shape.up.n_in),
+                               .by_place = (cu_bf16 *)b->expert_y, /* free until down */
                                .h = b->expert_hid,
                                .ldh = CU_PAD(w->shape.up.n_out)};
     CU_DO(b, cu_grouped_run(b->stream, &up));
