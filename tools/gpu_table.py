@@ -113,7 +113,7 @@ def steps(o, model, context, batches, prompts):
             if len(batches) < 2 or "MiB" not in str(why):
                 raise
             batches = batches[:-1]
-    return {("decode" if m[2] else "prefill", int(m[2] or m[3])): (float(m[4]), float(m[5]) * 1e-3, float(m[6]) * 1e6, float(m[7]) * 1e9)
+    return {("decode" if m[2] else "prefill", int(m[2] or m[3])): (float(m[4]), int(m[2] or m[3]) / float(m[4]), float(m[6]) * 1e6, float(m[7]) * 1e9)
             for m in filter(None, map(LINE.match, run.stdout.splitlines()))}
 
 
