@@ -103,19 +103,23 @@ static __device__ __forceinline__ void bar_init(uint64_t *bar, uint32_t count) {
 static __device__ __forceinline__ void bar_arrive(uint64_t *bar) {
     asm volatile("mbarrier.arrive.release.cta.shared::cta.b64 _, [%0];" ::"r"(skinny_shared(bar)) : "memory");
 }
-static __device__ __forceinline__ bool bar_passed(uint64_t *bar, uint32_t parity) {
-    uint32_t done;
-    asm volatile("{\n.reg .pred p;\n"
-                 "mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 p, [%1], %2;\n"
-                 "selp.u32 %0, 1, 0, p;\n}\n"
-                 : "=r"(done)
-                 : "r"(skinny_shared(bar)), "r"(parity)
-                 : "memory");
-    return done != 0;
-}
+/* Whether it has come: at once, and after a while of waiting if it has not. */
+#define BAR_LOOK(name, how)                                                               \
+    static __device__ __forceinline__ bool name(uint64_t *bar, uint32_t parity) {         \
+        uint32_t done;                                                                    \
+        asm volatile("{\n.reg .pred p;\n"                                                 \
+                     "mbarrier." how ".parity.acquire.cta.shared::cta.b64 p, [%1], %2;\n" \
+                     "selp.u32 %0, 1, 0, p;\n}\n"                                         \
+                     : "=r"(done)                                                         \
+                     : "r"(skinny_shared(bar)), "r"(parity)                               \
+                     : "memory");                                                         \
+        return done != 0;                                                                 \
+    }
+BAR_LOOK(bar_passed, "test_wait")
+BAR_LOOK(bar_passed_soon, "try_wait")
 /* Waits end: what has not come after so many looks never comes, and an error is better than a launch without end. */
 static __device__ __forceinline__ void bar_wait(uint64_t *bar, uint32_t parity) {
-    for (int k = 0; !bar_passed(bar, parity); k++)
+    for (int k = 0; !bar_passed_soon(bar, parity); k++)
         if (k > LOOKS_MAX) __trap();
 }
 static __device__ __forceinline__ void few_meet(int id, int threads) {
@@ -542,7 +546,10 @@ static __device__ __forceinline__ void few_work(few_shared *s, const few_args *a
                 bar_wait(&s->summed[entered % PARTS_AHEAD], (entered / PARTS_AHEAD - 1) & 1);
         }
         if (w.stage == STAGES) break;
-        if (w.stage == UP && !known) continue;
+        if (w.stage == UP && !known) { /* nothing else to do */
+            bar_wait(&s->routed, 0);
+            continue;
+        }
         const few_linear *l = &a->stage[w.stage];
         const bool pairs = w.stage == SHARED_UP || w.stage == UP,
                    shared = w.stage == SHARED_UP || w.stage == SHARED_DOWN;
