@@ -115,7 +115,7 @@ static void packed_free(packed *p) {
 static void draw(unsigned char *group, cu_format f, int32_t r, int32_t k, uint32_t code) {
     static const int order[8][2] = {{0, 0}, {0, 1}, {8, 0}, {8, 1}, {0, 2}, {0, 3}, {8, 2}, {8, 3}}; /* (output, j) */
     static const int byte_order[8] = {0, 2, 1, 3, 4, 6, 5, 7}, nibble_order[8] = {0, 2, 4, 6, 1, 3, 5, 7};
-    const int32_t g = r % 8, s = k / 16, c = k % 8 / 2, j = k / 8 % 2 * 2 + k % 2, lane = 4 * g + c;
+    const int32_t g = r % 8, s = k / 16, c = k % 8 / 2, j = k % 16 / 8 * 2 + k % 2, lane = 4 * g + c;
     int e = 0;
     while (order[e][0] != r / 8 * 8 || order[e][1] != j) e++;
     if (f == CU_BF16) {
