@@ -257,7 +257,8 @@ cudaError_t cu_rope_store(cudaStream_t s, float *qkv, bool write_back, cu_bf16 *
 int64_t cu_attn_work_count(const cu_cache *c, int32_t n_row_max, int32_t n_seq_max);
 /* Bytes of partial results for steps of at most n_row_max rows, n_seq_max sequences, n_len_max tokens. Sequences with
  * few rows are cut along their keys and joined; where scratch does not suffice for a step's pieces they are not cut (a
- * sequence walked by one block gives the same bits): at most limit_bytes. */
+ * sequence walked by one block gives the same bits): at most limit_bytes. They are zeros before the first launch, and
+ * every launch leaves them so. */
 int64_t cu_attn_scratch_bytes(const cu_cache *c, int32_t n_row_max, int32_t n_seq_max, int32_t n_len_max,
                               int64_t limit_bytes);
 /* Once a step: the lists, and the angles pos * inv_freq[i] (in f32). Not launched early, and nothing behind it begins
