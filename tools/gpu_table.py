@@ -47,7 +47,7 @@ ROWS = {
     "0.3b": [
         ("bf16", "decode", (1,), 40, 65), ("bf16", "decode", (256,), 50, 75), ("bf16", "prefill", (8192, 32768), 45, 70),
         ("bf16", "idle", (1,), 5, 1), ("bf16", "sampling", (256,), 5, 2),
-        ("bf16", "serving", ((256, 1024, 128),), 35, 60), ("bf16", "waits", ((16, 12, 6000),), 4, 2),
+        ("bf16", "serving", ((256, 1024, 128),), 35, 60), ("bf16", "waits", ((16, 12, 3000),), 4, 2),
         ("wint8", "decode", (1,), 30, 55), ("wint8", "start", (1,), 5, 2), ("int4", "decode", (1,), 19, 40),
     ],
     "21b-a3b": [
@@ -113,7 +113,7 @@ def steps(o, model, context, batches, prompts):
             if len(batches) < 2 or "MiB" not in str(why):
                 raise
             batches = batches[:-1]
-    return {("decode" if m[2] else "prefill", int(m[2] or m[3])): (float(m[4]), float(m[5]) * 1e-3, float(m[6]) * 1e6, float(m[7]) * 1e9)
+    return {("decode" if m[2] else "prefill", int(m[2] or m[3])): (float(m[4]), int(m[2] or m[3]) / float(m[4]), float(m[6]) * 1e6, float(m[7]) * 1e9)
             for m in filter(None, map(LINE.match, run.stdout.splitlines()))}
 
 

@@ -249,7 +249,8 @@ const option option_table[] = {
     {.name = "itl-max-times", .type = OPTION_REAL, .min = 0, .max = 1000, .group = "Scheduling", .tag = 'E',
      .command = CMD_SERVE,
      .help = "A step that bears a piece of a prompt beside running replies takes at most about so many times as long as one "
-             "without: pieces are cut to that, by what steps took lately; 0: no bound. Default: 3 on a GPU, where steps "
+             "without: pieces are cut to that, by what steps took lately, but never below 16 tokens for each request that "
+             "runs or waits; 0: no bound. Default: 3 on a GPU, where steps "
              "are short and --max-num-batched-tokens large, else 0",
      .example = "--itl-max-times 2"},
     {.name = "enable-overlap-schedule", .type = OPTION_FLAG, .group = "Scheduling", .tag = 'T', .command = CMD_SERVE,

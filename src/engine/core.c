@@ -13,9 +13,9 @@ enum {
     EVENT_BATCH = 256, /* events handed out at once */
     CHUNK_LEAST = 16,  /* prompt rows that a step may always have: prompts get on, whatever the target */
     CHUNK_FIRST = 64,  /* before a pace is known */
-    SEAT_ROWS =
-        16, /* of itl_times, for each that runs: as replies end, the prompts that take their seats must get on */
-    BASE_EVERY = 32, /* of steps that bear both, one leaves prompts out, so that what it takes alone stays known */
+    ROWS_EACH = 16,    /* for each that runs or waits, prompt rows that itl_times leaves a step: seats get filled */
+    TILE_ROWS = 128,   /* kernels take so many: itl_times makes a step's rows a multiple where they are many */
+    BASE_EVERY = 32,   /* of steps that bear both, one leaves prompts out, so that what it takes alone stays known */
 };
 
 /* ---- memory ---------------------------------------------------------------------------------------------------- */
@@ -421,9 +421,13 @@ int32_t core_prompt_rows(const core *c) {
     if (p->prompt_us <= 0) return CHUNK_FIRST;
     double rows = INT32_MAX;
     if (e->itl_times > 0)
-        rows = fmax((e->itl_times - 1) * p->base_us / p->prompt_us, (double)SEAT_ROWS * c->sched.n_running);
+        rows = fmax((e->itl_times - 1) * p->base_us / p->prompt_us,
+                    (double)ROWS_EACH * (c->sched.n_running + c->sched.n_waiting));
     if (e->itl_target_us > 0) rows = fmin(rows, (0.9 * (double)e->itl_target_us - p->base_us) / p->prompt_us);
-    return rows < CHUNK_LEAST ? CHUNK_LEAST : rows > INT32_MAX / 2 ? INT32_MAX : (int32_t)rows;
+    if (rows > INT32_MAX / 2) return INT32_MAX;
+    if (rows < CHUNK_LEAST) return CHUNK_LEAST;
+    const int32_t n = (int32_t)rows, all = (n + c->sched.n_running) / TILE_ROWS * TILE_ROWS - c->sched.n_running;
+    return e->itl_times > 0 && all > n / 3 ? all : n;
 }
 
 /* The results of one item; sampled points at its first want. An ended sequence's results are dropped. */

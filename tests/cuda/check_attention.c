@@ -189,6 +189,19 @@ static void device_free(device_step *d) {
     check_free(d->page), check_free(d->inv_freq), check_free(d->seqs.work);
 }
 
+static void *zeros_new(size_t bytes) {
+    void *p = check_new(NULL, bytes);
+    CHECK_CUDA(cudaMemset(p, 0, bytes));
+    return p;
+}
+static bool still_zeros(const void *device, size_t bytes) {
+    unsigned char *host = must(bytes), any = 0;
+    check_get(host, device, bytes);
+    for (size_t i = 0; i < bytes; i++) any |= host[i];
+    free(host);
+    return any == 0;
+}
+
 /* Attention of a step, twice over one plan; out [T, CU_PAD(H*C)]. scratch_limit 0: none. */
 static cu_bf16 *attend(const char *name, const step *w, bool decode, int64_t scratch_limit) {
     device_step d = device_new(w);
@@ -196,7 +209,7 @@ static cu_bf16 *attend(const char *name, const step *w, bool decode, int64_t scr
     int32_t longest = 0;
     for (int32_t i = 0; i < w->n_seq; i++) longest = w->len[i] > longest ? w->len[i] : longest;
     const int64_t scratch_bytes = cu_attn_scratch_bytes(&d.c, w->n_row, w->n_seq, longest, scratch_limit);
-    void *scratch = check_new(NULL, (size_t)scratch_bytes + 8);
+    void *scratch = zeros_new((size_t)scratch_bytes + 8);
     cu_bf16 *q = check_new(w->q, (size_t)w->n_row * (size_t)(w->s.H * w->s.C) * 2);
     cu_bf16 *out = check_new(NULL, bytes), *host = must(bytes), *again = must(bytes);
     CHECK_CUDA(cu_attend(0, out, q, NULL, &d.c, LAYER, &d.seqs, scratch, scratch_bytes, decode));
@@ -210,6 +223,7 @@ static cu_bf16 *attend(const char *name, const step *w, bool decode, int64_t scr
     if (!pad) check_that(name, false, "wrote beyond H*C");
     if (memcmp(host, again, bytes) != 0) check_that(name, false, "a second launch gave other bits");
     free(again);
+    if (!still_zeros(scratch, (size_t)scratch_bytes)) check_that(name, false, "scratch is not as it was");
     check_free(out), check_free(q), check_free(scratch);
     device_free(&d);
     return host;
@@ -393,6 +407,23 @@ static void crowd_case(const shape *s) {
     step_free(w), step_free(alone);
 }
 
+/* A sequence so long that every block has several of its tiles and more blocks than there are rows to join, beside one
+ * that a block finishes and one that two share. */
+static void long_case(const shape *s) {
+    const char *name = case_name("long", s);
+    if (!check_begin(name)) return;
+    const int32_t content[] = {70, 71, 72}, len[] = {300, 60000, 257}, one[] = {1, 1, 1};
+    step *w = step_new(s, 3, content, len, one), *alone = step_new(s, 1, content + 1, len + 1, one);
+    cu_bf16 *out = attend(name, w, true, BIG), *walked = attend(name, w, true, 0), *x = attend(name, alone, true, BIG);
+    check_step(name, w, out, 1);
+    int32_t compared = 0;
+    const size_t bytes = (size_t)w->n_row * (size_t)CU_PAD(s->H * s->C) * 2;
+    check_that(case_name("long without scratch: bits", s), memcmp(out, walked, bytes) == 0, "differ");
+    check_that(case_name("long and alone: bits", s), same_bits(w, out, alone, x, &compared) && compared == 1, "differ");
+    free(out), free(walked), free(x);
+    step_free(w), step_free(alone);
+}
+
 static void prefill_case(const shape *s) {
     const char *name = case_name("prefill", s);
     if (!check_begin(name)) return;
@@ -533,7 +564,7 @@ static void fused_case(const shape *s) {
     for (int k = 0; k < 2; k++) {
         device_step d = device_new(w);
         const int64_t scratch_bytes = cu_attn_scratch_bytes(&d.c, w->n_row, w->n_seq, 3000, BIG);
-        void *scratch = check_new(NULL, (size_t)scratch_bytes);
+        void *scratch = zeros_new((size_t)scratch_bytes);
         cu_bf16 *y = check_new(NULL, out_bytes);
         if (k == 0) CHECK_CUDA(cu_rope_store(0, qkv, false, q, &d.c, LAYER, &d.seqs));
         CHECK_CUDA(cu_attend(0, y, k == 0 ? q : NULL, qkv, &d.c, LAYER, &d.seqs, scratch, scratch_bytes, true));
@@ -593,7 +624,7 @@ static void speed_case(const char *what, int32_t H, int32_t G, ern_kv_dtype dtyp
     frequencies(inv, C);
     float *d_inv = check_new(inv, sizeof inv);
     const int64_t scratch_bytes = cu_attn_scratch_bytes(&c, T, n_seq, len, 256 << 20);
-    void *scratch = check_new(NULL, (size_t)scratch_bytes);
+    void *scratch = zeros_new((size_t)scratch_bytes);
     const bool decode = rows * (H / G) <= 16; /* by one kernel then, from qkv */
     cu_bf16 *q, *out;
     const size_t out_bytes = (size_t)T * (size_t)(H * C) * 2,
@@ -669,6 +700,9 @@ void check_attention(void) {
                 wide = {.C = 128, .H = 20, .G = 4, .P = 64};
     crowd_case(&many);
     crowd_case(&wide);
+    const shape codes = {.C = 128, .H = 16, .G = 2, .P = 64, .dtype = ERN_KV_I8};
+    long_case(&wide);
+    long_case(&codes);
     static const struct {
         const char *what;
         int32_t H, G, n_seq, len;

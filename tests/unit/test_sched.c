@@ -671,11 +671,17 @@ static void test_prompt_rows_by_pace(void **state) {
     core c = {.o.engine = &e, .pace = {.base_us = 500, .prompt_us = 4}};
     assert_int_equal(core_prompt_rows(&c), INT32_MAX);
     e.itl_times = 3;
-    assert_int_equal(core_prompt_rows(&c), 250);
-    c.sched.n_running = 20; /* so many seats must stay filled */
-    assert_int_equal(core_prompt_rows(&c), 320);
+    assert_int_equal(core_prompt_rows(&c), 128); /* 250, in whole tiles */
+    c.sched.n_running = 40;
+    c.sched.n_waiting = 200; /* seats must be filled: 16 for each */
+    assert_int_equal(core_prompt_rows(&c), 30 * 128 - 40);
+    c.sched.n_waiting = 0;
     c.sched.n_running = 5;
-    assert_int_equal(core_prompt_rows(&c), 250);
+    assert_int_equal(core_prompt_rows(&c), 128 - 5);
+    e.itl_times = 1.4; /* less than a tile */
+    assert_int_equal(core_prompt_rows(&c), 80);
+    e.itl_times = 3;
+    c.sched.n_running = 0;
     e.itl_target_us = 1000; /* 0.9 of it */
     assert_int_equal(core_prompt_rows(&c), 100);
     e.itl_target_us = 100;

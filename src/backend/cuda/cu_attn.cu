@@ -124,9 +124,11 @@ enum { PLANNERS = 1024, BINS = 1024 };
 
 typedef struct plan_args {
     int32_t n_row, n_seq, group, n_kv_head, half; /* half: C / 2 */
-    const int32_t *pos, *row0, *kv_len;
+    int32_t n_block;                              /* of the kernel for short sequences */
+    int32_t n_page_cell, n_page_max;
+    const int32_t *pos, *row0, *kv_len, *page;
     const float *inv_freq;
-    int32_t *work, *arrived;
+    int32_t *work;
     float2 *turn;
 } plan_args;
 
@@ -160,10 +162,37 @@ static __device__ __forceinline__ int32_t packed_rows(const plan_args *a, int32_
     return a->kv_len[s] > 0 ? (a->row0[s + 1] - a->row0[s]) * a->group : 0;
 }
 
+/* Where each block begins in the line of n_dec sequences, whose places begin at `begin`, `stride` bytes apart. */
+static __device__ void plan_starts(const plan_args *a, int32_t n_tile, int32_t n_dec, const int32_t *begin,
+                                   int32_t stride) {
+    const attn_line line = attn_line_of(n_tile, a->n_block);
+    static_assert(PLANNERS >= ATTN_BLOCKS_MOST, "a thread a block");
+    if ((int32_t)threadIdx.x < line.n_block) {
+        const int32_t x = attn_line_start(&line, threadIdx.x);
+        int32_t low = 0, high = n_dec; /* the last that does not begin beyond x */
+        while (high - low > 1) {
+            const int32_t mid = (low + high) / 2;
+            if (*(const int32_t *)((const char *)begin + (int64_t)mid * stride) <= x)
+                low = mid;
+            else
+                high = mid;
+        }
+        attn_short one = attn_shorts(a->work)[low];
+        const int32_t tiles = (one.len + CU_KEYS - 1) / CU_KEYS;
+        one.head = (x - one.x0) / tiles;
+        one.x0 += one.head * tiles;
+        attn_start *to = attn_starts(a->turn, a->n_row, 2 * a->half) + threadIdx.x;
+        to->at = one;
+        const int32_t first = (x - one.x0) * CU_KEYS / a->n_page_cell;
+        for (int32_t i = 0; i < ATTN_START_PAGES; i++)
+            to->page[i] = a->page[(int64_t)one.seq * a->n_page_max + min(first + i, a->n_page_max - 1)];
+    }
+}
+
 /* Short sequences; returns how many others there are. */
 static __device__ int32_t plan_short(const plan_args *a, int64_t *warp_sum) {
-    __shared__ int32_t n_wide, row_max, longest;
-    if (threadIdx.x == 0) n_wide = row_max = longest = 0;
+    __shared__ int32_t n_wide, row_max, begin[PLANNERS];
+    if (threadIdx.x == 0) n_wide = row_max = 0;
     __syncthreads();
     int32_t before_dec = 0, before_tile = 0;
     for (int32_t from = 0; from < a->n_seq; from += PLANNERS) {
@@ -180,25 +209,22 @@ static __device__ int32_t plan_short(const plan_args *a, int64_t *warp_sum) {
         if (mine) one.pos0 = a->pos[one.row0];
         const int32_t tiles = mine ? (one.len + CU_KEYS - 1) / CU_KEYS : 0;
         const int32_t most_rows = __reduce_max_sync(0xffffffffu, mine ? one.n_row : 0);
-        const int32_t most_tiles = __reduce_max_sync(0xffffffffu, tiles);
-        if ((threadIdx.x & 31) == 0 && most_rows > 0) {
-            atomicMax(&row_max, most_rows);
-            atomicMax(&longest, most_tiles);
-        }
+        if ((threadIdx.x & 31) == 0 && most_rows > 0) atomicMax(&row_max, most_rows);
         int64_t all; /* two sums at once */
         const int64_t before = sum_before((int64_t)mine << 40 | (int64_t)tiles * a->n_kv_head, &all, warp_sum);
-        const int32_t k = before_dec + (int32_t)(before >> 40);
-        one.before = before_tile + (int32_t)before;
-        if (mine) {
-            attn_shorts(a->work)[k] = one;
-            for (int32_t g = 0; g < a->n_kv_head; g++)
-                ((int4 *)a->arrived)[k * a->n_kv_head + g] = make_int4(0, 0, 0, 0);
-        }
+        one.k = before_dec + (int32_t)(before >> 40);
+        one.x0 = before_tile + (int32_t)before;
+        if (mine) attn_shorts(a->work)[one.k] = one;
+        if (mine && one.k < PLANNERS) begin[one.k] = one.x0;
         before_dec += (int32_t)(all >> 40);
         before_tile += (int32_t)all;
     }
-    if (threadIdx.x == 0)
-        *(int4 *)a->work = make_int4(before_dec, before_tile, row_max, longest); /* ATTN_N_DEC and so on */
+    if (threadIdx.x == 0) *(int4 *)a->work = make_int4(before_dec, before_tile, row_max, 0); /* ATTN_N_DEC and so on */
+    __syncthreads();
+    if (before_dec <= PLANNERS)
+        plan_starts(a, before_tile, before_dec, begin, (int32_t)sizeof *begin);
+    else
+        plan_starts(a, before_tile, before_dec, &attn_shorts(a->work)->x0, (int32_t)sizeof(attn_short));
     return n_wide;
 }
 
@@ -251,8 +277,8 @@ static __global__ void __launch_bounds__(PLANNERS) plan_kernel(const plan_args a
 }
 
 int64_t cu_attn_work_count(const cu_cache *c, int32_t n_row_max, int32_t n_seq_max) {
-    return attn_arrived(NULL, n_row_max, n_seq_max, c->n_head_dim) - (int32_t *)NULL +
-           4 * (int64_t)n_seq_max * c->n_kv_head;
+    const attn_start *starts = attn_starts(attn_turns(NULL, n_row_max, n_seq_max), n_row_max, c->n_head_dim);
+    return (const int32_t *)(starts + ATTN_BLOCKS_MOST) - (const int32_t *)NULL;
 }
 
 int64_t cu_attn_scratch_bytes(const cu_cache *c, int32_t n_row_max, int32_t n_seq_max, int32_t n_len_max,
@@ -260,7 +286,8 @@ int64_t cu_attn_scratch_bytes(const cu_cache *c, int32_t n_row_max, int32_t n_se
     const int64_t tiles = (n_len_max + CU_KEYS - 1) / CU_KEYS, group = c->n_head / c->n_kv_head;
     const int32_t rows = n_row_max * group < ATTN_FEW ? (int32_t)(n_row_max * group) : ATTN_FEW;
     const int64_t bytes =
-        attn_decode_floats(tiles * n_seq_max * c->n_kv_head, tiles, rows, c->n_head_dim) * (int64_t)sizeof(float);
+        attn_decode_floats(tiles * n_seq_max * c->n_kv_head, (int64_t)n_seq_max * c->n_kv_head, rows, c->n_head_dim) *
+        (int64_t)sizeof(float);
     return bytes < limit_bytes ? bytes : limit_bytes;
 }
 
@@ -281,13 +308,16 @@ cudaError_t cu_attn_plan(cudaStream_t s, const cu_cache *c, const cu_seqs *seqs,
     a.group = c->n_head / c->n_kv_head;
     a.n_kv_head = c->n_kv_head;
     a.half = c->n_head_dim / 2;
+    a.n_block = attn_decode_blocks(c->n_head_dim, c->dtype == ERN_KV_I8);
     a.pos = seqs->pos;
     a.row0 = seqs->row0;
     a.kv_len = seqs->kv_len;
+    a.n_page_cell = c->n_page_cell;
+    a.n_page_max = seqs->n_page_max;
+    a.page = seqs->page;
     a.inv_freq = inv_freq;
     a.work = seqs->work;
     a.turn = attn_turns(seqs->work, seqs->n_row, seqs->n_seq);
-    a.arrived = attn_arrived(seqs->work, seqs->n_row, seqs->n_seq, c->n_head_dim);
     if (c->n_head % c->n_kv_head || a.group > ATTN_FEW) return cudaErrorInvalidValue;
     const int64_t n_angle = (int64_t)seqs->n_row * a.half;
     plan_kernel<<<(uint32_t)(1 + (n_angle + PLANNERS - 1) / PLANNERS), PLANNERS, 0, s>>>(a);
@@ -319,7 +349,6 @@ bool attn_args_of(attn_args *out, const cu_cache *c, int32_t layer, const cu_seq
     a.page = seqs->page;
     a.work = seqs->work;
     a.turn = attn_turns(seqs->work, seqs->n_row, seqs->n_seq);
-    a.arrived = attn_arrived(seqs->work, seqs->n_row, seqs->n_seq, c->n_head_dim);
     a.scale = (float)(1.4426950408889634 / sqrt((double)c->n_head_dim));
     *out = a;
     return true;

@@ -23,16 +23,16 @@
 enum {
     ATTN_FEW = 16,   /* most packed rows of a sequence that is cut along its keys */
     ATTN_ROWS = 128, /* packed rows of a block that walks the keys */
-    ATTN_ALL = 1 << 30
+    ATTN_ALL = 1 << 30,
+    ATTN_BLOCKS_MOST = 640, /* of the kernel for short sequences */
 };
 
 /* seqs->work: a head, then arrays; S and T are the step's. */
 enum {
-    ATTN_N_DEC,   /* sequences with few rows ("short") */
-    ATTN_N_TILE,  /* tiles of keys of all short sequences and heads */
-    ATTN_ROW_MAX, /* most packed rows of a short sequence */
-    ATTN_LONGEST, /* most tiles of a short sequence */
-    ATTN_N_WIDE,  /* (sequence, tile of ATTN_ROWS rows) of the others */
+    ATTN_N_DEC,      /* sequences with few rows ("short") */
+    ATTN_N_TILE,     /* tiles of keys of all short sequences and heads */
+    ATTN_ROW_MAX,    /* most packed rows of a short sequence */
+    ATTN_N_WIDE = 4, /* (sequence, tile of ATTN_ROWS rows) of the others */
     ATTN_WIDE_TAKEN,
     ATTN_HEAD = 16
 };
@@ -49,7 +49,7 @@ typedef struct attn_args {
     int32_t n_row, n_seq, n_page_max;
     const int32_t *pos, *row0, *kv_len, *page;
     int32_t *work;
-    float *scratch;
+    float *scratch;    /* zeros between launches */
     int64_t n_scratch; /* floats */
     float scale;       /* log2(e) / sqrt(C) */
     /* Decode's alone, and last: ptxas serialises the prefill kernel's wgmma (C7511) when what it reads lies elsewhere
@@ -58,7 +58,6 @@ typedef struct attn_args {
     uint32_t per_group, per_page; /* 2^8 / group and 2^31 / P, rounded up */
     const float2 *turn;
     const int32_t *cell;
-    int32_t *arrived;
 } attn_args;
 
 /* ---- lists ------------------------------------------------------------------------------------------------------ */
@@ -66,13 +65,40 @@ typedef struct attn_args {
 static __host__ __device__ __forceinline__ int64_t attn_wide_max(int32_t n_row, int32_t n_seq) {
     return n_row / (ATTN_ROWS / 16) + n_seq; /* group is at most 16 */
 }
-/* A short sequence. */
+/* The tiles of all short sequences and heads in a line, cut into stretches, one a block: the first `more` blocks have
+ * each + 1 tiles, the others each. */
+typedef struct attn_line {
+    int32_t n_tile, n_block, each, more;
+} attn_line;
+static __device__ __forceinline__ attn_line attn_line_of(int32_t n_tile, int32_t n_block_most) {
+    attn_line l;
+    l.n_tile = n_tile;
+    l.n_block = min(n_block_most, n_tile);
+    l.each = n_tile / max(l.n_block, 1);
+    l.more = n_tile - l.each * l.n_block;
+    return l;
+}
+static __device__ __forceinline__ int32_t attn_line_start(const attn_line *l, int32_t block) {
+    return block * l->each + min(block, l->more);
+}
+/* In whose stretch tile x is. */
+static __device__ __forceinline__ int32_t attn_line_block(const attn_line *l, int32_t x) {
+    const int32_t longer = l->more * (l->each + 1);
+    return x < longer ? x / (l->each + 1) : l->more + (x - longer) / l->each;
+}
+/* A short sequence, and where it begins in the line; with a head of it, where a stretch begins. */
 typedef struct attn_short {
     int32_t seq, len, row0, n_row; /* packed rows */
     int32_t pos0;                  /* of its first row */
-    int32_t before;                /* tiles of the sequences before it, times G */
-    int32_t unused[2];
+    int32_t x0;                    /* place in the line of the first tile of the head */
+    int32_t k, head;               /* place among the short sequences; a sequence: head 0 */
 } attn_short;
+/* Where a stretch begins, and the pages of its first tile, as many as find room. */
+enum { ATTN_START_PAGES = 4 };
+typedef struct attn_start {
+    attn_short at;
+    int32_t page[ATTN_START_PAGES];
+} attn_start;
 static __host__ __device__ __forceinline__ attn_short *attn_shorts(int32_t *work) {
     return (attn_short *)(work + ATTN_HEAD); /* [S] */
 }
@@ -83,10 +109,8 @@ static __host__ __device__ __forceinline__ int32_t *attn_wide(int32_t *work, int
 static __host__ __device__ __forceinline__ float2 *attn_turns(int32_t *work, int32_t n_row, int32_t n_seq) {
     return (float2 *)(attn_wide(work, n_seq) + (2 * attn_wide_max(n_row, n_seq) + 3) / 4 * 4);
 }
-/* [S * G][4] of a short sequence and head: blocks that were done with their part, in all launches; rows and dimensions
- * taken by those who join, in even launches and in odd ones. */
-static __host__ __device__ __forceinline__ int32_t *attn_arrived(int32_t *work, int32_t n_row, int32_t n_seq, int C) {
-    return (int32_t *)(attn_turns(work, n_row, n_seq) + (int64_t)n_row * (C / 2));
+static __host__ __device__ __forceinline__ attn_start *attn_starts(const float2 *turns, int32_t n_row, int32_t C) {
+    return (attn_start *)(turns + ((int64_t)n_row * (C / 2) + 1) / 2 * 2); /* [ATTN_BLOCKS_MOST] */
 }
 
 /* ---- small things ------------------------------------------------------------------------------------------------ */
@@ -269,8 +293,11 @@ static __device__ __forceinline__ attn_cell attn_cell_of(const attn_args *a, int
 bool attn_args_of(attn_args *out, const cu_cache *c, int32_t layer, const cu_seqs *seqs);
 /* Multiprocessors of the current device. */
 int32_t attn_sm_count(void);
-/* Floats of partial results of short sequences: tiles of all of them and their heads, most of one, packed rows. */
-int64_t attn_decode_floats(int64_t n_tile, int64_t longest, int32_t n_row, int32_t C);
+/* Floats of partial results of short sequences: tiles of all of them and their heads, sequences and heads, packed rows.
+ */
+int64_t attn_decode_floats(int64_t n_tile, int64_t n_unit, int32_t n_row, int32_t C);
+/* Blocks of the launch. */
+int32_t attn_decode_blocks(int32_t C, bool i8);
 cudaError_t attn_decode(cudaStream_t s, const attn_args *a, int32_t C, bool i8);
 cudaError_t attn_prefill(cudaStream_t s, const attn_args *a, int32_t C, bool i8);
 

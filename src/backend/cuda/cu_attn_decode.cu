@@ -1,8 +1,12 @@
 /* Attention of sequences with few rows (all rows of a KV head's group fit 16), one kernel: the tiles of all sequences
  * and heads lie in a line, and every block of four warps takes its stretch of it, cut where it may be. A stretch has
- * parts, one a sequence and head: a part that holds all of the sequence's tiles goes to the output; the part with the
- * first tiles joins them and leaves that in scratch, and later tiles leave their own results there, each by itself; the
- * block that is done with its part last joins them in order.
+ * parts, one a sequence and head ("unit"): a part that holds all of the unit's tiles goes to the output; the part with
+ * the first tiles joins them and leaves that in scratch, and later tiles leave their own results there, each by itself.
+ * The blocks whose stretch ends in a unit or with it then join all results of it in order, each its share of rows and
+ * dimensions. The words themselves tell that they are there: nobody counts.
+ *
+ *   line   | unit 0        | unit 1        | unit 2        |      joined by
+ *   blocks |0        |1         |2         |3   |4 |5 |6   |      unit 0: 0, unit 1: 1 and 2, unit 2: 3 to 6
  *
  * In a step of such sequences alone the kernel also rotates q and k and stores k and v (a->qkv). It is launched early:
  * keys and values of earlier steps are on their way before the kernel that makes q, k and v is done.
@@ -14,48 +18,46 @@
  * bf16; then dimensions w * C/4 .. of O over all 128 keys in order. */
 #include "backend/cuda/cu_attn_tile.cuh"
 
-enum { THREADS = 128, WARPS = 4, BLOCKS_MOST = 640 };
-enum { JOIN_FEW = 16, HELP_POLLS = 2000 }; /* pieces that one block joins by itself; how often a helper looks */
+enum { THREADS = 128, WARPS = 4 };
+enum { POLLS_MOST = 1 << 20, ONCE = 4 }; /* ONCE: results of a thread on their way when it joins */
+
+/* Blocks that share a multiprocessor. */
+static __host__ __device__ constexpr int blocks_each(int C, bool i8) { return !i8 && C == 128 ? 3 : 4; }
 
 template <int C, bool I8> struct decode_shape : tile_shape<C, I8, WARPS> {
-    static constexpr int blocks = !I8 && C == 128 ? 3 : 4;           /* on a multiprocessor */
-    static constexpr int told_at = tile_shape<C, I8, WARPS>::end_at; /* what one thread tells the others */
-    static constexpr int bytes = told_at + 32;
+    static constexpr int bytes = tile_shape<C, I8, WARPS>::end_at;
     static constexpr int q_turns = (ATTN_FEW * (C / 8) + THREADS - 1) / THREADS; /* chunks of q of a thread */
 };
 
-/* Floats of a slot, which is copied by 16 bytes: [row_max][2] M and L, [row_max][C] Acc. C is a multiple of 4. */
-static __host__ __device__ __forceinline__ int32_t slot_floats(int32_t row_max, int32_t C) {
-    return (2 * row_max + 3) / 4 * 4 + row_max * C;
+/* A slot: M and L of a row, once for each reader, then Acc: [row_max][slices][2], [row_max][C]. A reader takes a slice
+ * of a row: 32 dimensions, or C if that is less. Floats are stored as ~bits: 0 is a word that is not there, since no
+ * sum is a NaN of all ones. */
+static __host__ __device__ constexpr int32_t slices_of(int32_t C) { return C > 32 ? C / 32 : 1; }
+static __host__ __device__ __forceinline__ int32_t slot_acc(int32_t row_max, int32_t C) {
+    return (row_max * 2 * slices_of(C) + 3) / 4 * 4; /* read by 16 bytes */
+}
+static __host__ __device__ __forceinline__ int32_t slot_words(int32_t row_max, int32_t C) {
+    return slot_acc(row_max, C) + row_max * C;
 }
 
-/* The stretches: the first `more` blocks have each + 1 tiles, the others each. */
+/* The line, and what is left in scratch: a slot for the result of each tile, then one for the first tiles of each unit
+ * as the block that has them joined them. */
 typedef struct stretch {
-    int32_t n_tile, n_block, each, more;
-    int32_t cap;           /* slots of a block: the tiles of a part without a first tile, and last the part with one */
-    int32_t row_max, slot; /* floats of a slot */
-    bool cut; /* false: slots do not fit scratch, and a block takes all tiles of those whose first is in its stretch */
+    attn_line line;
+    int32_t row_max, slot; /* words of a slot */
+    int32_t n_unit;
+    bool cut; /* false: slots do not fit scratch, and block b takes units b, b + blocks and so on */
 } stretch;
 
 static __device__ __forceinline__ stretch stretch_of(const attn_args *a, int C) {
-    const int4 head = __ldcg((const int4 *)a->work); /* ATTN_N_DEC, ATTN_N_TILE, ATTN_ROW_MAX, ATTN_LONGEST */
-    stretch s = {};
-    s.n_tile = head.y;
-    s.n_block = min((int32_t)gridDim.x, s.n_tile);
-    s.each = s.n_tile / max(s.n_block, 1);
-    s.more = s.n_tile - s.each * s.n_block;
-    s.cap = min(s.each + (s.more > 0), head.w) + 1;
+    const int4 head = __ldcg((const int4 *)a->work); /* ATTN_N_DEC, ATTN_N_TILE, ATTN_ROW_MAX */
+    stretch s;
+    s.line = attn_line_of(head.y, (int32_t)gridDim.x);
     s.row_max = head.z;
-    s.slot = slot_floats(s.row_max, C);
-    s.cut = (int64_t)s.n_block * s.cap * s.slot <= a->n_scratch;
+    s.slot = slot_words(s.row_max, C);
+    s.n_unit = head.x * a->n_kv_head;
+    s.cut = ((int64_t)head.y + s.n_unit) * s.slot <= a->n_scratch;
     return s;
-}
-static __device__ __forceinline__ int32_t stretch_start(const stretch *s, int32_t block) {
-    return block * s->each + min(block, s->more);
-}
-static __device__ __forceinline__ int32_t stretch_block(const stretch *s, int32_t x) {
-    const int32_t longer = s->more * (s->each + 1);
-    return x < longer ? x / (s->each + 1) : s->more + (x - longer) / s->each;
 }
 /* A sequence and head. */
 typedef struct unit {
@@ -64,36 +66,33 @@ typedef struct unit {
     int32_t n_tile, x0; /* tiles; place of the first in the line */
 } unit;
 
-/* Head 0 of short sequence k. */
-static __device__ __forceinline__ unit unit_of(const attn_args *a, int32_t k) {
-    const int4 *from = (const int4 *)(attn_shorts(a->work) + k), lo = __ldcg(from), hi = __ldcg(from + 1);
-    unit u = {};
-    u.k = k;
+static __device__ __forceinline__ unit unit_of(const attn_short *from) {
+    const int4 lo = __ldcg((const int4 *)from), hi = __ldcg((const int4 *)from + 1);
+    unit u;
     u.seq = lo.x, u.len = lo.y, u.row0 = lo.z, u.n_row = lo.w, u.pos0 = hi.x;
     u.n_tile = (u.len + CU_KEYS - 1) / CU_KEYS;
-    u.x0 = hi.y;
+    u.x0 = hi.y, u.k = hi.z, u.head = hi.w;
     return u;
 }
+static __device__ __forceinline__ int32_t unit_index(const attn_args *a, const unit *u) {
+    return u->k * a->n_kv_head + u->head;
+}
 static __device__ __forceinline__ unit unit_after(const attn_args *a, const unit *u) {
-    if (u->head + 1 == a->n_kv_head) return unit_of(a, u->k + 1);
+    if (u->head + 1 == a->n_kv_head) return unit_of(attn_shorts(a->work) + u->k + 1);
     unit next = *u;
     next.head++;
     next.x0 += u->n_tile;
     return next;
 }
-/* The last short sequence whose first tile is not beyond x; by a whole warp, 32 at a time. */
-static __device__ __forceinline__ int32_t find_short(const attn_args *a, int32_t x, int lane) {
-    int32_t low = 0, count = __ldcg(a->work + ATTN_N_DEC);
-    while (count > 1) {
-        const int32_t step = (count + 31) / 32, at = lane * step;
-        const bool good = at < count && __ldcg(&attn_shorts(a->work)[low + at].before) <= x;
-        const int32_t i = __popc(__ballot_sync(0xffffffffu, good)) - 1;
-        low += i * step;
-        count = min(step, count - i * step);
-    }
-    return low;
-}
 
+/* Unit n of all, in the line's order. */
+static __device__ __forceinline__ unit unit_nth(const attn_args *a, int32_t n) {
+    const int32_t k = n / a->n_kv_head;
+    unit u = unit_of(attn_shorts(a->work) + k);
+    u.head = n - k * a->n_kv_head;
+    u.x0 += u.head * u.n_tile;
+    return u;
+}
 /* Keys and values (kinds 2), keys or values (1, from `kind` on) of this step in a tile: rotated, to their cells and to
  * shared memory; a warp a row. scales [][CU_KEYS]: in shared memory, of the first kind and the next. */
 template <int C, bool I8>
@@ -220,22 +219,49 @@ static __device__ __forceinline__ void load_q(const attn_args *a, unsigned char 
     }
 }
 
-/* Results of a part or tile: to out, or to a slot (>= 0). */
+/* Words of a slot: written for other blocks, looked at until they are there, made 0 again. */
+static __device__ __forceinline__ void publish(uint32_t *to, float x, float y) {
+    asm volatile("st.relaxed.gpu.global.v2.b32 [%0], {%1, %2};" ::"l"(to), "r"(~__float_as_uint(x)),
+                 "r"(~__float_as_uint(y))
+                 : "memory");
+}
+static __device__ __forceinline__ uint2 look2(const uint32_t *from) {
+    uint2 x;
+    asm volatile("ld.relaxed.gpu.global.v2.b32 {%0, %1}, [%2];" : "=r"(x.x), "=r"(x.y) : "l"(from) : "memory");
+    return x;
+}
+static __device__ __forceinline__ uint4 look4(const uint32_t *from) {
+    uint4 x;
+    asm volatile("ld.relaxed.gpu.global.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+                 : "l"(from)
+                 : "memory");
+    return x;
+}
+static __device__ __forceinline__ void clear2(uint32_t *to) {
+    asm volatile("st.relaxed.gpu.global.v2.b32 [%0], {%1, %1};" ::"l"(to), "r"(0) : "memory");
+}
+static __device__ __forceinline__ void clear4(uint32_t *to) {
+    asm volatile("st.relaxed.gpu.global.v4.b32 [%0], {%1, %1, %1, %1};" ::"l"(to), "r"(0) : "memory");
+}
+
+/* Results of a part or tile: to out, or to a slot (>= 0), of the rows of whom there is one. */
 template <int C, bool I8>
 static __device__ __forceinline__ void finish(const attn_args *a, const stretch *s, const unit *p, int32_t slot,
-                                              const float acc[][2][4], const float M[2], const float L[2], int warp,
-                                              int lane) {
+                                              const bool is[2], const float acc[][2][4], const float M[2],
+                                              const float L[2], int warp, int lane) {
     typedef decode_shape<C, I8> sh;
+    constexpr int slices = slices_of(C);
     const int g = lane >> 2, c = lane & 3;
-    float *at = a->scratch + (int64_t)slot * s->slot;
+    uint32_t *at = (uint32_t *)a->scratch + slot;
 #pragma unroll
     for (int i = 0; i < 2; i++) {
         const int r = g + 8 * i;
-        if (r >= p->n_row) continue;
-        if (slot >= 0 && warp == 0 && c == 0) *(float2 *)(at + 2 * r) = make_float2(M[i], L[i]);
+        if (r >= p->n_row || !is[i]) continue;
+        if (slot >= 0 && warp == 0 && c < slices) publish(at + 2 * (r * slices + c), M[i], L[i]);
         const int32_t t = attn_token(a, r), h = p->head * a->group + r - t * a->group;
         cu_bf16 *out = a->out + (int64_t)(p->row0 + t) * a->ldo + (int64_t)h * C;
-        float *part = at + s->slot + (r - s->row_max) * C;
+        uint32_t *part = at + slot_acc(s->row_max, C) + r * C;
 #pragma unroll
         for (int u = 0; u < sh::warp_units; u++) {
             const int unit = warp * sh::warp_units + u;
@@ -245,8 +271,8 @@ static __device__ __forceinline__ void finish(const attn_args *a, const stretch 
                           acc[u][I8 ? 0 : 1][2 * i + (I8 ? 1 : 0)], acc[u][1][2 * i + 1]};
             const int first = unit * 16 + (I8 ? 4 * c : 2 * c), second = first + (I8 ? 2 : 8);
             if (slot >= 0) {
-                *(float2 *)(part + first) = make_float2(x[0], x[1]);
-                *(float2 *)(part + second) = make_float2(x[2], x[3]);
+                publish(part + first, x[0], x[1]);
+                publish(part + second, x[2], x[3]);
             } else {
                 *(uint32_t *)(out + first) = cu_round2(__fdiv_rn(x[0], L[i]), __fdiv_rn(x[1], L[i]));
                 *(uint32_t *)(out + second) = cu_round2(__fdiv_rn(x[2], L[i]), __fdiv_rn(x[3], L[i]));
@@ -255,160 +281,103 @@ static __device__ __forceinline__ void finish(const attn_args *a, const stretch 
     }
 }
 
-/* What one thread tells the others: of the part that the block works on, the first block of its unit and how many
- * blocks have a part of it; then the launch (counts run on from one to the next) and whether the block is the last. */
-enum { TOLD_FIRST, TOLD_PARTS, TOLD_LAUNCH, TOLD_LAST, TOLD_ALL };
-
-static __device__ __forceinline__ void begin_part(const stretch *s, const unit *u, int32_t *told) {
-    if (threadIdx.x > 0) return;
-    told[TOLD_FIRST] = stretch_block(s, u->x0);
-    told[TOLD_PARTS] = stretch_block(s, u->x0 + u->n_tile - 1) - told[TOLD_FIRST] + 1;
-}
-/* This block is done with its part. */
-static __device__ __forceinline__ void arrive(int32_t *count, int32_t *told) {
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        int32_t before, parts = told[TOLD_PARTS];
-        asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], 1;" : "=r"(before) : "l"(count) : "memory");
-        told[TOLD_LAUNCH] = before / parts;
-        told[TOLD_LAST] = before - told[TOLD_LAUNCH] * parts == parts - 1;
-    }
-    __syncthreads();
-}
-/* Wait until all have arrived, but not for long: true if they have. */
-static __device__ __forceinline__ bool all_arrived(const int32_t *count, int32_t n, int32_t *told) {
-    if (threadIdx.x == 0) {
-        int32_t now = 0;
-        for (int i = 0; i < HELP_POLLS; i++) {
-            asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(now) : "l"(count) : "memory");
-            if (now >= n) break;
-            __nanosleep(50);
-        }
-        told[TOLD_ALL] = now >= n;
-    }
-    __syncthreads();
-    return told[TOLD_ALL];
-}
-
-/* Join the results of a unit of many pieces: a warp 32 dimensions of a row, a lane a dimension. Warps of any block that
- * is still there take rows and dimensions by the counter `taken`; the last to arrive would do all alone. */
-template <int C> static __device__ __noinline__ void join_many(const attn_args *a, stretch s, unit u, int32_t *taken) {
-    const int lane = threadIdx.x & 31;
-    constexpr int slices = C > 32 ? C / 32 : 1;
-    const int32_t run = min(u.n_tile, stretch_start(&s, stretch_block(&s, u.x0) + 1) - u.x0);
-    for (;;) {
-        int32_t task = 0;
-        if (lane == 0) task = atomicAdd(taken, 1);
-        task = __shfl_sync(0xffffffffu, task, 0);
-        if (task >= u.n_row * slices) break;
-        const int32_t r = task / slices, t = attn_token(a, r), h = u.head * a->group + r - t * a->group;
-        const int dim = task % slices * 32 + lane;
-        /* piece 0 is the first tiles, piece i > 0 tile run + i - 1; as many as the row sees */
-        const int32_t n_piece = max((u.pos0 + t) / CU_KEYS + 1 - run, 0) + 1;
-        const float *acc_at = a->scratch + s.slot + (r - s.row_max) * C + (dim < C ? dim : 0);
-        float M = -INFINITY, L = 0.0f, acc = 0.0f;
-#pragma unroll 1
-        for (int32_t from = 0; from < n_piece; from += 32) {
-            /* Factors of 32 pieces at once: a largest value has no order. */
-            const int32_t count = min(32, n_piece - from), mine = from + min(lane, count - 1);
-            const int32_t x = mine ? u.x0 + run + mine - 1 : u.x0, block = stretch_block(&s, x);
-            const int32_t slot = block * s.cap + (mine ? x - stretch_start(&s, block) : s.cap - 1);
-            float2 ml = __ldcg((const float2 *)(a->scratch + (int64_t)slot * s.slot + 2 * r));
-            float o[32];
-#pragma unroll
-            for (int j = 0; j < 32; j++) o[j] = __ldcg(acc_at + (int64_t)__shfl_sync(0xffffffffu, slot, j) * s.slot);
-            if (lane >= count) ml = make_float2(-INFINITY, 0.0f);
-            float up_to = fmaxf(M, ml.x);
-            for (int d = 1; d < 32; d <<= 1) {
-                const float other = __shfl_up_sync(0xffffffffu, up_to, d);
-                if (lane >= d) up_to = fmaxf(up_to, other);
-            }
-            float before = __shfl_up_sync(0xffffffffu, up_to, 1), f, b;
-            if (lane == 0) before = M;
-            attn_factors(&before, ml.x, &f, &b);
-            M = __shfl_sync(0xffffffffu, before, count - 1);
-#pragma unroll
-            for (int j = 0; j < 32; j++) {
-                const float fj = __shfl_sync(0xffffffffu, f, j), bj = __shfl_sync(0xffffffffu, b, j);
-                const float lj = __shfl_sync(0xffffffffu, ml.y, j);
-                if (j >= count) continue;
-                L = attn_join(L, lj, fj, bj);
-                acc = attn_join(acc, o[j], fj, bj);
-            }
-        }
-        if (dim < C) a->out[(int64_t)(u.row0 + t) * a->ldo + (int64_t)h * C + dim] = cu_round(__fdiv_rn(acc, L));
-    }
-}
-
-/* Join the results of a unit, as many at a time as `room` bytes of shared memory hold; a thread four dimensions of a
- * row. */
-template <int C>
-static __device__ __forceinline__ void join(const attn_args *a, const stretch *s, const unit *u, int32_t first,
-                                            unsigned char *smem, int32_t room) {
-    constexpr int lanes = C / 4, rows = THREADS / lanes, passes = (ATTN_FEW + rows - 1) / rows;
-    const int row = threadIdx.x / lanes, dim = threadIdx.x % lanes * 4;
+/* Join the block's share of its last unit, which was cut: the blocks whose stretch ends in the unit or with it share
+ * its rows and slices, in turn. All results of a block are out before it waits here, and all blocks are on the chip at
+ * once (the next kernel's come when all of these have begun), so what is waited for comes.
+ *
+ * Words come to shared memory (`room`), where `lanes` threads a row and slice join them. Every word has one reader, who
+ * makes it 0 for the next launch. */
+template <int C, int ROOM_BYTES>
+static __device__ __forceinline__ void join(const attn_args *a, const stretch *s, const unit *u, unsigned char *room) {
+    constexpr int wide = C < 32 ? C : 32, lanes = wide / 4, groups = THREADS / lanes, slices = slices_of(C);
+    constexpr int lines = ROOM_BYTES / (wide * 4 + 8) / 2 * 2, at_once = lines < groups ? groups / 2 : groups;
+    static_assert(lines >= at_once, "room for a line of each");
+    float4 *acc_room = (float4 *)room;
+    float2 *ml_room = (float2 *)(room + lines * wide * 4);
+    const int group = threadIdx.x / lanes, lane = threadIdx.x % lanes;
+    const int32_t tail = u->x0 + u->n_tile, first = attn_line_block(&s->line, u->x0);
+    const int32_t end = attn_line_block(&s->line, tail - 1);
+    const int32_t n_join = end - first + (attn_line_start(&s->line, end + 1) == tail), n_task = u->n_row * slices;
     /* piece 0 is the first tiles, piece i > 0 tile run + i - 1 */
-    const int32_t run = stretch_start(s, first + 1) - u->x0, n_piece = u->n_tile - run + 1, fit = room / (s->slot * 4);
-    float M[passes], L[passes], acc[passes][4];
-    int32_t seen[passes]; /* pieces that the row sees */
-#pragma unroll
-    for (int i = 0; i < passes; i++) {
-        const int r = row + i * rows;
-        M[i] = -INFINITY, L[i] = 0.0f;
-        for (int e = 0; e < 4; e++) acc[i][e] = 0.0f;
-        seen[i] = r < u->n_row ? max((u->pos0 + attn_token(a, r)) / CU_KEYS + 1 - run, 0) + 1 : 0;
-    }
-    int32_t block = first, nth = s->cap - 1; /* slot of the next piece */
+    const int32_t run = attn_line_start(&s->line, first + 1) - u->x0, n_piece = u->n_tile - run + 1;
+    const int32_t slot0 = (s->line.n_tile + unit_index(a, u)) * s->slot, slots = (u->x0 + run - 1) * s->slot;
 #pragma unroll 1
-    for (int32_t from = 0; from < n_piece; from += fit) {
-        const int32_t count = min(fit, n_piece - from);
-        if (from > 0) __syncthreads();
+    for (int32_t task0 = (int32_t)blockIdx.x - first; task0 < n_task; task0 += at_once * n_join) {
+        const int32_t n = min(at_once, (n_task - task0 + n_join - 1) / n_join);
+        const int bits = 32 - __clz(n - 1), nth = group & ((1 << bits) - 1), sub = group >> bits, step = groups >> bits;
+        const int32_t task = task0 + nth * n_join, r = task / slices, t = attn_token(a, r), each = lines >> bits;
+        const int32_t seen = nth < n ? max((u->pos0 + t) / CU_KEYS + 1 - run, 0) + 1 : 0;
+        uint32_t *ml_at = (uint32_t *)a->scratch + 2 * task;
+        uint32_t *acc_at = (uint32_t *)a->scratch + slot_acc(s->row_max, C) + r * C + task % slices * 32 + lane * 4;
+        float M = -INFINITY, L = 0.0f, acc[4] = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll 1
-        for (int32_t p = 0; p < count; p++) {
-            const float *at = a->scratch + (int64_t)(block * s->cap + nth) * s->slot;
-            for (int32_t i = threadIdx.x * 4; i < s->slot; i += THREADS * 4)
-                attn_copy16(attn_smem(smem) + (p * s->slot + i) * 4, at + i, true);
-            nth++;
-            if (block == first || nth == s->each + (block < s->more)) block++, nth = 0;
-        }
-        attn_copy_commit();
-        attn_copy_wait<0>();
-        __syncthreads();
-#pragma unroll 2
-        for (int32_t p = 0; p < count; p++) {
-            const float *at = (const float *)smem + p * s->slot;
+        for (int32_t piece0 = 0; piece0 < n_piece; piece0 += each) {
+            const int32_t count = min(each, seen - piece0);
+#pragma unroll 1
+            for (int32_t p = sub; p < count; p += ONCE * step) {
+                int32_t slot[ONCE];
+                uint4 o[ONCE];
+                uint2 ml[ONCE];
 #pragma unroll
-            for (int i = 0; i < passes; i++) {
-                const int r = row + i * rows;
-                if (from + p >= seen[i]) continue;
-                const float2 ml = *(const float2 *)(at + 2 * r);
-                const float4 o = *(const float4 *)(at + s->slot + (r - s->row_max) * C + dim);
-                float f, b;
-                attn_factors(&M[i], ml.x, &f, &b);
-                L[i] = attn_join(L[i], ml.y, f, b);
-                acc[i][0] = attn_join(acc[i][0], o.x, f, b), acc[i][1] = attn_join(acc[i][1], o.y, f, b);
-                acc[i][2] = attn_join(acc[i][2], o.z, f, b), acc[i][3] = attn_join(acc[i][3], o.w, f, b);
+                for (int k = 0; k < ONCE; k++) {
+                    const int32_t piece = piece0 + p + (p + k * step < count ? k * step : 0); /* nobody else's */
+                    slot[k] = piece ? slots + piece * s->slot : slot0;
+                }
+                uint32_t least = 0;
+                for (int polls = 0; least == 0; polls++) {
+                    least = 0xffffffffu;
+#pragma unroll
+                    for (int k = 0; k < ONCE; k++) {
+                        o[k] = look4(acc_at + slot[k]);
+                        ml[k] = make_uint2(least, least);
+                        if (lane == 0) ml[k] = look2(ml_at + slot[k]);
+                    }
+#pragma unroll
+                    for (int k = 0; k < ONCE; k++) least = min(min(least, min(o[k].x, o[k].y)), min(o[k].z, o[k].w));
+#pragma unroll
+                    for (int k = 0; k < ONCE; k++) least = min(least, min(ml[k].x, ml[k].y));
+                    if (polls == POLLS_MOST) __trap(); /* not a hang, if ever the above is not so */
+                }
+#pragma unroll
+                for (int k = 0; k < ONCE; k++) {
+                    const int32_t line = ((p + k * step) << bits) + nth;
+                    if (p + k * step >= count) continue;
+                    acc_room[line * lanes + lane] = make_float4(__uint_as_float(~o[k].x), __uint_as_float(~o[k].y),
+                                                                __uint_as_float(~o[k].z), __uint_as_float(~o[k].w));
+                    clear4(acc_at + slot[k]);
+                    if (lane > 0) continue;
+                    ml_room[line] = make_float2(__uint_as_float(~ml[k].x), __uint_as_float(~ml[k].y));
+                    clear2(ml_at + slot[k]);
+                }
             }
+            __syncthreads();
+#pragma unroll 2
+            for (int32_t p = 0; p < (sub == 0 ? count : 0); p++) {
+                const float2 ml = ml_room[(p << bits) + nth];
+                const float4 o = acc_room[((p << bits) + nth) * lanes + lane];
+                float f, b;
+                attn_factors(&M, ml.x, &f, &b);
+                L = attn_join(L, ml.y, f, b);
+                acc[0] = attn_join(acc[0], o.x, f, b), acc[1] = attn_join(acc[1], o.y, f, b);
+                acc[2] = attn_join(acc[2], o.z, f, b), acc[3] = attn_join(acc[3], o.w, f, b);
+            }
+            __syncthreads();
         }
-    }
-#pragma unroll
-    for (int i = 0; i < passes; i++) {
-        const int32_t r = row + i * rows, t = attn_token(a, r), h = u->head * a->group + r - t * a->group;
-        if (r >= u->n_row) continue;
-        cu_bf16 *out = a->out + (int64_t)(u->row0 + t) * a->ldo + (int64_t)h * C + dim;
-        *(uint2 *)out = make_uint2(cu_round2(__fdiv_rn(acc[i][0], L[i]), __fdiv_rn(acc[i][1], L[i])),
-                                   cu_round2(__fdiv_rn(acc[i][2], L[i]), __fdiv_rn(acc[i][3], L[i])));
+        if (sub > 0 || nth >= n) continue;
+        const int32_t h = u->head * a->group + r - t * a->group;
+        cu_bf16 *out = a->out + (int64_t)(u->row0 + t) * a->ldo + (int64_t)h * C + task % slices * 32 + lane * 4;
+        *(uint2 *)out = make_uint2(cu_round2(__fdiv_rn(acc[0], L), __fdiv_rn(acc[1], L)),
+                                   cu_round2(__fdiv_rn(acc[2], L), __fdiv_rn(acc[3], L)));
     }
 }
 
 template <int C, bool I8>
-static __global__ void __launch_bounds__(THREADS, (decode_shape<C, I8>::blocks))
+static __global__ void __launch_bounds__(THREADS, (blocks_each(C, I8)))
     decode_kernel(const __grid_constant__ attn_args a) {
     typedef decode_shape<C, I8> sh;
     extern __shared__ __align__(128) unsigned char smem[];
     int64_t *cells = (int64_t *)(smem + sh::cell_at);
     float *top = (float *)(smem + sh::top_at), *key_scale = (float *)(smem + sh::scale_at);
-    int32_t *told = (int32_t *)(smem + sh::told_at);
     const int tid = threadIdx.x, warp = tid >> 5, lane = tid & 31, g = lane >> 2, c = lane & 3;
     const bool makes = a.qkv != NULL;
 
@@ -417,21 +386,17 @@ static __global__ void __launch_bounds__(THREADS, (decode_shape<C, I8>::blocks))
         cu_wait_previous();
         if (blockIdx.x == 0 && tid == 0) a.work[ATTN_WIDE_TAKEN] = 0;
     }
+    const attn_start *starts = attn_starts(a.turn, a.n_row, C);
+    unit cur = unit_of(&starts[blockIdx.x].at);
+    const int4 pages = __ldcg((const int4 *)starts[blockIdx.x].page);
     const stretch s = stretch_of(&a, C);
-    if ((int32_t)blockIdx.x >= s.n_block) {
+    if ((int32_t)blockIdx.x >= (s.cut ? s.line.n_block : s.n_unit)) {
         if (blockIdx.x == 0) cu_wait_previous(); /* who waits for this kernel waits for those before */
         return;
     }
-    const int32_t start = stretch_start(&s, blockIdx.x), stop = stretch_start(&s, blockIdx.x + 1);
-    unit cur = unit_of(&a, find_short(&a, start, lane));
-    cur.head = (start - cur.x0) / cur.n_tile;
-    cur.x0 += cur.head * cur.n_tile;
-    int32_t tile = start - cur.x0;
-    if (!s.cut && tile > 0) {
-        if (cur.x0 + cur.n_tile >= stop) return; /* block 0 stays */
-        cur = unit_after(&a, &cur);
-        tile = 0;
-    }
+    if (!s.cut) cur = unit_nth(&a, blockIdx.x);
+    int32_t tile = s.cut ? attn_line_start(&s.line, blockIdx.x) - cur.x0 : 0;
+    const int32_t stop = attn_line_start(&s.line, blockIdx.x + 1);
     int32_t end = s.cut ? min(cur.n_tile, stop - cur.x0) : cur.n_tile;
     bool alone = tile > 0; /* each tile by itself */
 
@@ -439,8 +404,10 @@ static __global__ void __launch_bounds__(THREADS, (decode_shape<C, I8>::blocks))
     {
         const int32_t at = tile * CU_KEYS + tid, count = cur.len - tile * CU_KEYS;
         const int32_t own = makes ? cur.pos0 - tile * CU_KEYS : CU_KEYS;
-        const attn_cell cell =
-            attn_cell_of<C, I8, true>(&a, attn_page_of<true>(&a, cur.seq, at, cur.len), cur.head, at);
+        const int32_t nth = attn_nth_page<true>(&a, at) - attn_nth_page<true>(&a, tile * CU_KEYS);
+        int32_t page = nth == 0 ? pages.x : nth == 1 ? pages.y : nth == 2 ? pages.z : pages.w;
+        if (!s.cut || nth >= ATTN_START_PAGES || tid >= count) page = attn_page_of<true>(&a, cur.seq, at, cur.len);
+        const attn_cell cell = attn_cell_of<C, I8, true>(&a, page, cur.head, at);
         cells[tid] = max(cell.key, (int64_t)0);
         __syncthreads();
         tile_load<C, I8, WARPS>(&a, a.kv, smem, 0, count, own);
@@ -449,7 +416,6 @@ static __global__ void __launch_bounds__(THREADS, (decode_shape<C, I8>::blocks))
         attn_copy_commit();
         tile_load<C, I8, WARPS>(&a, a.kv, smem, 1, count, own);
         attn_copy_commit();
-        begin_part(&s, &cur, told);
         if (makes) {
             float4 angle[sh::q_turns][2], x[sh::q_turns][2];
             q_turns<C, I8>(&a, &cur, angle);
@@ -472,9 +438,10 @@ static __global__ void __launch_bounds__(THREADS, (decode_shape<C, I8>::blocks))
         int32_t next_tile = tile + 1;
         bool more = true;
         if (last) {
-            more = cur.x0 + cur.n_tile < stop;
+            const int32_t n = unit_index(&a, &cur) + (int32_t)gridDim.x;
+            more = s.cut ? cur.x0 + cur.n_tile < stop : n < s.n_unit;
             next_tile = 0;
-            if (more) next = unit_after(&a, &cur);
+            if (more) next = s.cut ? unit_after(&a, &cur) : unit_nth(&a, n);
         }
         /* asked for early, used after the scores */
         const int32_t next_at = next_tile * CU_KEYS + tid;
@@ -581,23 +548,9 @@ static __global__ void __launch_bounds__(THREADS, (decode_shape<C, I8>::blocks))
         }
         if (last || alone) {
             const bool whole = !alone && end == cur.n_tile;
-            const int32_t nth = alone ? cur.x0 + tile - start : s.cap - 1;
-            if (warp * sh::warp_units < sh::units)
-                finish<C, I8>(&a, &s, &cur, whole ? -1 : (int32_t)blockIdx.x * s.cap + nth, acc, M, L, warp, lane);
-            if (last && !whole) {
-                int32_t *count = a.arrived + 4 * (cur.k * a.n_kv_head + cur.head);
-                arrive(count, told);
-                const int32_t launch = told[TOLD_LAUNCH], first = told[TOLD_FIRST];
-                if (cur.x0 + cur.n_tile - stretch_start(&s, first + 1) < JOIN_FEW) {
-                    if (told[TOLD_LAST])
-                        join<C>(&a, &s, &cur, first, smem + (more ? sh::v_at : sh::k_at),
-                                CU_KEYS * sh::row_bytes * (more ? 1 : 2)); /* where nothing is on its way */
-                } else {
-                    if (told[TOLD_LAST] && tid == 0) count[1 + (launch + 1) % 2] = 0; /* the next launch's */
-                    if (told[TOLD_LAST] || (!more && all_arrived(count, (launch + 1) * told[TOLD_PARTS], told)))
-                        join_many<C>(&a, s, cur, count + 1 + launch % 2);
-                }
-            }
+            const bool is[2] = {!alone || seen[0], !alone || seen[1]};
+            const int32_t slot = whole ? -1 : (alone ? cur.x0 + tile : s.line.n_tile + unit_index(&a, &cur)) * s.slot;
+            if (warp * sh::warp_units < sh::units) finish<C, I8>(&a, &s, &cur, slot, is, acc, M, L, warp, lane);
 #pragma unroll
             for (int i = 0; i < 2; i++) {
                 M[i] = -INFINITY, L[i] = 0.0f;
@@ -615,12 +568,14 @@ static __global__ void __launch_bounds__(THREADS, (decode_shape<C, I8>::blocks))
         if (last) {
             alone = false;
             end = s.cut ? min(next.n_tile, stop - next.x0) : next.n_tile;
-            if (end < next.n_tile) begin_part(&s, &next, told);
         }
         cur = next;
         tile = next_tile;
     }
     attn_copy_wait<0>();
+    if (!alone && end == cur.n_tile) return;
+    __syncthreads(); /* nobody reads values any more */
+    join<C, sh::q_at - sh::v_at>(&a, &s, &cur, smem + sh::v_at);
 }
 
 /* ---- launches ---------------------------------------------------------------------------------------------------- */
@@ -642,15 +597,17 @@ template <int C, bool I8> static cudaError_t run(cudaStream_t s, const attn_args
     }
     attn_args args = *a;
     void *list[] = {&args};
-    const int32_t n = attn_sm_count() * sh::blocks;
-    return cu_launch(s, (const void *)decode_kernel<C, I8>, dim3((unsigned)(n < BLOCKS_MOST ? n : BLOCKS_MOST)),
-                     THREADS, sh::bytes, true, 1, list);
+    return cu_launch(s, (const void *)decode_kernel<C, I8>, dim3((unsigned)attn_decode_blocks(C, I8)), THREADS,
+                     sh::bytes, true, 1, list);
 }
 
-/* The slots of stretches: n * (min(ceil(n_tile / n), longest) + 1), n blocks. */
-int64_t attn_decode_floats(int64_t n_tile, int64_t longest, int32_t n_row, int32_t C) {
-    const int64_t most = BLOCKS_MOST * longest;
-    return ((n_tile < most ? n_tile : most) + 2 * BLOCKS_MOST) * slot_floats(n_row, C);
+int32_t attn_decode_blocks(int32_t C, bool i8) {
+    const int32_t n = attn_sm_count() * blocks_each(C, i8);
+    return n < ATTN_BLOCKS_MOST ? n : ATTN_BLOCKS_MOST;
+}
+
+int64_t attn_decode_floats(int64_t n_tile, int64_t n_unit, int32_t n_row, int32_t C) {
+    return (n_tile + n_unit) * slot_words(n_row, C);
 }
 
 cudaError_t attn_decode(cudaStream_t s, const attn_args *a, int32_t C, bool i8) {

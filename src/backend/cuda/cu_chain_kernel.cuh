@@ -442,8 +442,7 @@ static __device__ __forceinline__ void chain_linear(const chain_args *a, chain_b
             chain_multiply<F>(acc, &units, first, x);
 #pragma unroll
             for (int k = 0; k < 2; k++)
-                if (v + first + k < n)
-                    skinny_put<1>(part + units.at[first + k] * unit, &acc[k], n_row, lane / 4, lane % 4);
+                if (v + first + k < n) skinny_put(part + units.at[first + k] * unit, acc[k], n_row, lane / 4, lane % 4);
         }
         v += MOST;
         if (v >= n) break;

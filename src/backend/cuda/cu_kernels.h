@@ -194,6 +194,25 @@ cudaError_t cu_large_grouped(cudaStream_t s, const cu_grouped_job *j);  /* tile_
 cudaError_t cu_combine(cudaStream_t s, float *x, float *out, const float *expert_y, const float *shared,
                        const cu_routes *r, int32_t n_row, int32_t n_hidden);
 
+/* All of a layer's experts for few rows at once: cu_norm, cu_route, the linears of the shared experts and of the chosen
+ * ones, cu_combine; x = x + experts + shared, with the same bits. One launch, of as many blocks as multiprocessors,
+ * which wait for one another: nothing else may hold a multiprocessor until they have all begun. */
+typedef struct cu_few_job {
+    cu_route_job route;
+    int32_t n_expert, n_used;
+    float *x;                                   /* = route.x */
+    cu_linear shared_up, shared_down;           /* n_out 0: none */
+    cu_linear up, down;                         /* of any expert */
+    const cu_linear *experts_up, *experts_down; /* device arrays [E] */
+    cu_bf16 *shared_hid, *expert_hid;           /* [T, CU_PAD(F')], [T*K, CU_PAD(F)] */
+    float *shared_y, *expert_y;                 /* [T, D], [T*K, D] */
+    int32_t *count;                             /* [CU_FEW_COUNTS], zero at first; the kernel leaves zeros */
+} cu_few_job;
+enum { CU_FEW_COUNTS = 320 };
+/* Whether shapes, rows and this device allow it. */
+bool cu_moe_few_fits(const cu_few_job *j);
+cudaError_t cu_moe_few(cudaStream_t s, const cu_few_job *j);
+
 /* ---- rows (cu_rows.cu) ---------------------------------------------------------------------------------------------
  */
 
@@ -238,7 +257,8 @@ cudaError_t cu_rope_store(cudaStream_t s, float *qkv, bool write_back, cu_bf16 *
 int64_t cu_attn_work_count(const cu_cache *c, int32_t n_row_max, int32_t n_seq_max);
 /* Bytes of partial results for steps of at most n_row_max rows, n_seq_max sequences, n_len_max tokens. Sequences with
  * few rows are cut along their keys and joined; where scratch does not suffice for a step's pieces they are not cut (a
- * sequence walked by one block gives the same bits): at most limit_bytes. */
+ * sequence walked by one block gives the same bits): at most limit_bytes. They are zeros before the first launch, and
+ * every launch leaves them so. */
 int64_t cu_attn_scratch_bytes(const cu_cache *c, int32_t n_row_max, int32_t n_seq_max, int32_t n_len_max,
                               int64_t limit_bytes);
 /* Once a step: the lists, and the angles pos * inv_freq[i] (in f32). Not launched early, and nothing behind it begins

@@ -77,19 +77,15 @@ static __device__ __forceinline__ void skinny_codes_half(uint32_t a[2][4], const
 }
 
 /* A unit's results to its place among the partial sums. */
-template <int NT>
-static __device__ __forceinline__ void skinny_put(float *p, const float acc[NT][4], int32_t n_row, int g, int c) {
-#pragma unroll
-    for (int nt = 0; nt < NT; nt++) {
-        const int32_t r = 8 * nt + 2 * c;
-        if (r < n_row) {
-            p[skinny_part_at(r, g)] = acc[nt][0];
-            p[skinny_part_at(r, g + 8)] = acc[nt][2];
-        }
-        if (r + 1 < n_row) {
-            p[skinny_part_at(r + 1, g)] = acc[nt][1];
-            p[skinny_part_at(r + 1, g + 8)] = acc[nt][3];
-        }
+static __device__ __forceinline__ void skinny_put(float *p, const float acc[4], int32_t n_row, int g, int c) {
+    const int32_t r = 2 * c;
+    if (r < n_row) {
+        p[skinny_part_at(r, g)] = acc[0];
+        p[skinny_part_at(r, g + 8)] = acc[2];
+    }
+    if (r + 1 < n_row) {
+        p[skinny_part_at(r + 1, g)] = acc[1];
+        p[skinny_part_at(r + 1, g + 8)] = acc[3];
     }
 }
 

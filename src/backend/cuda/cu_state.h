@@ -133,6 +133,7 @@ typedef struct cu_backend {
     float *expert_y, *shared_y;             /* [R*K, CU_PAD(D)] (used as rows of D; before: x by place), [R, D] */
     cu_routes routes;                       /* for R rows */
     cu_chain chain;                         /* all layers of a step of few rows; n_row_max 0: not of this model */
+    int32_t *few_count;                     /* cu_few_job's, zero between steps */
     float *logits;                          /* [I, V] */
     void *sampler;                          /* cu_sample's */
     int32_t *ids;                           /* [W] sampled last: ERN_PREV of the next step */
