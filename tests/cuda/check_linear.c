@@ -115,7 +115,7 @@ static void packed_free(packed *p) {
 static void draw(unsigned char *group, cu_format f, int32_t r, int32_t k, uint32_t code) {
     static const int order[8][2] = {{0, 0}, {0, 1}, {8, 0}, {8, 1}, {0, 2}, {0, 3}, {8, 2}, {8, 3}}; /* (output, j) */
     static const int byte_order[8] = {0, 2, 1, 3, 4, 6, 5, 7}, nibble_order[8] = {0, 2, 4, 6, 1, 3, 5, 7};
-    const int32_t g = r % 8, c = k / 16, s = k % 16 / 4, j = k % 4, lane = 4 * g + c;
+    const int32_t g = r % 8, s = k / 16, c = k % 8 / 2, j = k / 8 % 2 * 2 + k % 2, lane = 4 * g + c;
     int e = 0;
     while (order[e][0] != r / 8 * 8 || order[e][1] != j) e++;
     if (f == CU_BF16) {
@@ -577,6 +577,160 @@ static void check_chain(cu_format f, int32_t n_hidden, int32_t n_ffn, int32_t n_
     stored_free(&down);
 }
 
+/* ---- a layer of experts in one kernel ------------------------------------------------------------------------------ */
+
+enum { FEW_E = 64, FEW_K = 6, FEW_PACKS = 5, FEW_LAYERS = 6 };
+
+/* What both ways of computing a layer need. */
+typedef struct few {
+    cu_few_job j;
+    cu_routes r;
+    cu_bf16 *xn;
+} few;
+
+static void few_apart(const few *f, int32_t n_row) {
+    const cu_few_job *j = &f->j;
+    const int32_t D = j->route.n_hidden;
+    CHECK_CUDA(cu_norm(0, f->xn, j->x, NULL, j->route.norm_w, n_row, D, j->route.eps));
+    if (j->shared_up.n_out > 0) {
+        const cu_job up = {.w = j->shared_up, .epilogue = CU_SWIGLU, .x = f->xn, .ldx = CU_PAD(D), .n_row = n_row,
+                           .h = j->shared_hid, .ldh = CU_PAD(j->shared_up.n_out)};
+        CHECK_CUDA(cu_linear_run(0, &up));
+        const cu_job down = {.w = j->shared_down, .epilogue = CU_STORE, .x = j->shared_hid, .ldx = up.ldh,
+                             .n_row = n_row, .y = j->shared_y, .ldy = D};
+        CHECK_CUDA(cu_linear_run(0, &down));
+    }
+    CHECK_CUDA(cu_route(0, &j->route, &f->r));
+    const cu_grouped_job up = {.shape = j->up, .experts = j->experts_up, .routes = &f->r, .n_row = n_row,
+                               .gather = true, .epilogue = CU_SWIGLU, .x = f->xn, .ldx = CU_PAD(D),
+                               .h = j->expert_hid, .ldh = CU_PAD(j->up.n_out)};
+    CHECK_CUDA(cu_grouped_run(0, &up));
+    const cu_grouped_job down = {.shape = j->down, .experts = j->experts_down, .routes = &f->r, .n_row = n_row,
+                                 .epilogue = CU_STORE, .x = j->expert_hid, .ldx = up.ldh, .y = j->expert_y,
+                                 .ldy = D};
+    CHECK_CUDA(cu_grouped_run(0, &down));
+    CHECK_CUDA(cu_combine(0, j->x, NULL, j->expert_y, j->shared_up.n_out > 0 ? j->shared_y : NULL, &f->r, n_row, D));
+}
+
+static void *few_zeros(size_t bytes) {
+    void *p = check_new(NULL, bytes);
+    CHECK_CUDA(cudaMemset(p, 0, bytes));
+    return p;
+}
+
+/* Layers upon one residual stream, in one kernel each, as they come and as a graph: the bits of the kernels apart. */
+static void check_few(cu_format shared, cu_format f, int32_t D, int32_t F, int32_t F_shared, int32_t n_row) {
+    char name[NAME], what[NAME] = "";
+    snprintf(name, sizeof name, "few %s %d x %d, shared %s %d, %d rows", format_name[f], D, F, format_name[shared],
+             F_shared, n_row);
+    if (!check_begin(name)) return;
+    packed up[FEW_PACKS], down[FEW_PACKS], shared_up = {0}, shared_down = {0};
+    for (int i = 0; i <= FEW_PACKS; i++) {
+        const int32_t n = i < FEW_PACKS ? F : F_shared;
+        const cu_format format = i < FEW_PACKS ? f : shared;
+        if (n == 0) continue;
+        stored s[3] = {stored_new(format, ERN_ORDER_OUT_IN, n, D), stored_new(format, ERN_ORDER_OUT_IN, n, D),
+                       stored_new(format, ERN_ORDER_OUT_IN, D, n)};
+        *(i < FEW_PACKS ? &up[i] : &shared_up) = packed_new(&s[0], &s[1]);
+        *(i < FEW_PACKS ? &down[i] : &shared_down) = packed_new(&s[2], NULL);
+        for (int k = 0; k < 3; k++) stored_free(&s[k]);
+    }
+    cu_linear linears[2][FEW_E];
+    for (int e = 0; e < FEW_E; e++) linears[0][e] = up[e % FEW_PACKS].w, linears[1][e] = down[e % FEW_PACKS].w;
+    const size_t n = (size_t)(n_row * D), entries = (size_t)(n_row * FEW_K);
+    float *x = take(n * sizeof *x), *router = take((size_t)(FEW_E * D) * sizeof *router), bias[FEW_E], *got[3];
+    cu_bf16 *w = take((size_t)D * sizeof *w);
+    for (size_t i = 0; i < n; i++) x[i] = check_random();
+    for (int32_t i = 0; i < FEW_E * D; i++) router[i] = check_random() * 3.0f / sqrtf((float)D);
+    for (int32_t i = 0; i < FEW_E; i++) bias[i] = check_random() * 0.01f;
+    for (int32_t i = 0; i < D; i++) w[i] = ern_bf16_from_f32(1.0f + 0.5f * check_random());
+    few a = {.xn = few_zeros((size_t)(n_row * CU_PAD(D)) * sizeof(cu_bf16))};
+    a.r = (cu_routes){.n_expert = FEW_E,
+                      .n_used = FEW_K,
+                      .chosen = check_new(NULL, entries * 4),
+                      .share = check_new(NULL, entries * 4),
+                      .first = check_new(NULL, (FEW_E + 1) * 4),
+                      .place_entry = check_new(NULL, entries * 4),
+                      .entry_place = check_new(NULL, entries * 4),
+                      .tile_expert = check_new(NULL, entries * 4),
+                      .tile_place = check_new(NULL, entries * 4),
+                      .n_tile = check_new(NULL, 4),
+                      .tile_rows = cu_tile_rows(n_row, FEW_K, FEW_E),
+                      .logit = check_new(NULL, (size_t)(n_row * FEW_E) * 4),
+                      .scratch = check_new(NULL, (FEW_E * 2 + 2) * 4)};
+    a.j = (cu_few_job){.n_expert = FEW_E,
+                       .n_used = FEW_K,
+                       .x = check_new(x, n * sizeof *x),
+                       .shared_up = shared_up.w,
+                       .shared_down = shared_down.w,
+                       .up = up[0].w,
+                       .down = down[0].w,
+                       .experts_up = check_new(linears[0], sizeof linears[0]),
+                       .experts_down = check_new(linears[1], sizeof linears[1]),
+                       .logit = check_new(NULL, (size_t)(n_row * FEW_E) * 4),
+                       .shared_hid = few_zeros((size_t)(n_row * CU_PAD(F_shared)) * 2 + 2),
+                       .expert_hid = few_zeros(entries * (size_t)CU_PAD(F) * 2),
+                       .shared_y = check_new(NULL, n * sizeof(float)),
+                       .expert_y = check_new(NULL, entries * (size_t)D * sizeof(float)),
+                       .count = few_zeros((size_t)cu_few_counts(D) * sizeof(int32_t))};
+    a.j.route = (cu_route_job){.x = a.j.x,
+                               .norm_w = check_new(w, (size_t)D * sizeof *w),
+                               .eps = 1e-5f,
+                               .norm_min = 1e-12f,
+                               .router = check_new(router, (size_t)(FEW_E * D) * sizeof *router),
+                               .bias = check_new(bias, sizeof bias),
+                               .n_row = n_row,
+                               .n_hidden = D};
+    if (!cu_moe_few_fits(&a.j)) snprintf(what, sizeof what, "does not fit");
+    cudaStream_t s;
+    CHECK_CUDA(cudaStreamCreate(&s));
+    for (int way = 0; way < 3 && !*what; way++) { /* 0: apart; 1 waits for nothing, 2 is a graph */
+        cudaGraph_t graph;
+        cudaGraphExec_t exec;
+        CHECK_CUDA(cudaMemcpy(a.j.x, x, n * sizeof *x, cudaMemcpyHostToDevice));
+        CHECK_CUDA(cudaDeviceSynchronize());
+        if (way == 2) CHECK_CUDA(cudaStreamBeginCapture(s, cudaStreamCaptureModeThreadLocal));
+        for (int k = 0; k < FEW_LAYERS; k++) {
+            if (way > 0)
+                CHECK_CUDA(cu_moe_few(s, &a.j));
+            else
+                few_apart(&a, n_row);
+        }
+        if (way == 2) {
+            CHECK_CUDA(cudaStreamEndCapture(s, &graph));
+            CHECK_CUDA(cudaGraphInstantiate(&exec, graph, 0));
+            CHECK_CUDA(cudaGraphLaunch(exec, s));
+            CHECK_CUDA(cudaStreamSynchronize(s));
+            CHECK_CUDA(cudaGraphExecDestroy(exec));
+            CHECK_CUDA(cudaGraphDestroy(graph));
+        }
+        CHECK_CUDA(cudaDeviceSynchronize());
+        got[way] = take(n * sizeof **got);
+        check_get(got[way], a.j.x, n * sizeof **got);
+        for (size_t i = 0; i < n && !*what; i++)
+            if (memcmp(&got[way][i], &got[0][i], sizeof **got) != 0 || !isfinite(got[0][i]))
+                snprintf(what, sizeof what, "%s: number %zu: %g, not %g", way == 2 ? "graph" : "stream", i,
+                         (double)got[way][i], (double)got[0][i]);
+        if (*what)
+            for (int k = way; k >= 0; k--) free(got[k]);
+    }
+    if (!*what)
+        for (int k = 0; k < 3; k++) free(got[k]);
+    check_that(name, !*what, what);
+    CHECK_CUDA(cudaStreamDestroy(s));
+    int32_t *ids[] = {a.r.chosen,      a.r.first,      a.r.place_entry, a.r.entry_place,
+                        a.r.tile_expert, a.r.tile_place, a.r.n_tile,      a.r.scratch, a.j.count};
+    for (size_t k = 0; k < sizeof ids / sizeof *ids; k++) check_free(ids[k]);
+    check_free(a.r.share), check_free(a.r.logit), check_free(a.xn), check_free(a.j.x), check_free(a.j.logit);
+    check_free((void *)(uintptr_t)a.j.experts_up), check_free((void *)(uintptr_t)a.j.experts_down);
+    check_free(a.j.shared_hid), check_free(a.j.expert_hid), check_free(a.j.shared_y), check_free(a.j.expert_y);
+    check_free((void *)(uintptr_t)a.j.route.norm_w), check_free((void *)(uintptr_t)a.j.route.router);
+    check_free((void *)(uintptr_t)a.j.route.bias);
+    for (int i = 0; i < FEW_PACKS; i++) packed_free(&up[i]), packed_free(&down[i]);
+    packed_free(&shared_up), packed_free(&shared_down);
+    free(x), free(router), free(w);
+}
+
 void check_linears(void) {
     static const int32_t ugly[][2] = {{44, 80}, {168, 64}, {200, 176}, {16, 128}, {130, 300}};
     for (int f = 0; f < CU_FORMATS; f++) {
@@ -611,5 +765,11 @@ void check_linears(void) {
         check_experts((cu_format)f, true, 96, 2560, 1);
         check_experts((cu_format)f, true, 96, 2560, 180);
         check_experts((cu_format)f, false, 320, 1536, 1);
+        check_few((cu_format)f, (cu_format)f, 2560, 192, 384, 1);
+        check_few((cu_format)f, (cu_format)f, 384, 320, 0, 1);
+        check_few((cu_format)f, (cu_format)f, 2560, 192, 384, 2);
+        check_few((cu_format)f, (cu_format)f, 384, 320, 640, 3);
     }
+    check_few(CU_I8, CU_I4, 2560, 192, 384, 1);
+    check_few(CU_I8, CU_I4, 384, 300, 500, 3);
 }

@@ -193,6 +193,26 @@ cudaError_t cu_large_grouped(cudaStream_t s, const cu_grouped_job *j);  /* tile_
 cudaError_t cu_combine(cudaStream_t s, float *x, float *out, const float *expert_y, const float *shared,
                        const cu_routes *r, int32_t n_row, int32_t n_hidden);
 
+/* All of a layer's experts for few rows at once: cu_norm, cu_route, the linears of the shared experts and of the chosen
+ * ones, cu_combine; x = x + experts + shared, with the same bits. One launch, of as many blocks as multiprocessors, which
+ * wait for one another: nothing else may hold a multiprocessor until they have all begun. */
+typedef struct cu_few_job {
+    cu_route_job route;
+    int32_t n_expert, n_used;
+    float *x;                                   /* = route.x */
+    cu_linear shared_up, shared_down;           /* n_out 0: none */
+    cu_linear up, down;                         /* of any expert */
+    const cu_linear *experts_up, *experts_down; /* device arrays [E] */
+    float *logit;                               /* [T, E] */
+    cu_bf16 *shared_hid, *expert_hid;           /* [T, CU_PAD(F')], [T*K, CU_PAD(F)] */
+    float *shared_y, *expert_y;                 /* [T, D], [T*K, D] */
+    int32_t *count; /* [cu_few_counts(D)], zero at first; the kernel leaves zeros */
+} cu_few_job;
+static inline int32_t cu_few_counts(int32_t n_hidden) { return 64 + CU_BANDS(n_hidden); }
+/* Whether shapes, rows and this device allow it. */
+bool cu_moe_few_fits(const cu_few_job *j);
+cudaError_t cu_moe_few(cudaStream_t s, const cu_few_job *j);
+
 /* ---- rows (cu_rows.cu) ---------------------------------------------------------------------------------------------
  */
 

@@ -123,6 +123,7 @@ typedef struct cu_backend {
     cu_bf16 *hid, *shared_hid, *expert_hid; /* [R, CU_PAD(F)], [R, ..], [R*K, ..] */
     float *expert_y, *shared_y;             /* [R*K, D], [R, D] */
     cu_routes routes;                       /* for R rows */
+    int32_t *few_count;                     /* cu_few_job's, zero between steps */
     float *logits;                          /* [I, V] */
     void *sampler;                          /* cu_sample's */
     ern_sampled *sampled;                   /* [W] */

@@ -165,6 +165,30 @@ static void shared_join(const run *r, int32_t n) {
     if (n <= CU_SKINNY_MAX) CU_DO(r->b, cudaStreamWaitEvent(r->b->stream, r->b->join, 0));
 }
 
+/* The layer as one kernel, where that can be. */
+static cu_few_job few_of(const run *r, const cu_layer *w, const cu_route_job *route, float *x) {
+    const cu_backend *b = r->b;
+    cu_few_job j = {.route = *route,
+                    .n_expert = b->routes.n_expert,
+                    .n_used = b->routes.n_used,
+                    .x = x,
+                    .up = w->shape.up,
+                    .down = w->shape.down,
+                    .experts_up = w->expert_up,
+                    .experts_down = w->expert_down,
+                    .logit = b->routes.logit,
+                    .shared_hid = b->shared_hid,
+                    .expert_hid = b->expert_hid,
+                    .shared_y = b->shared_y,
+                    .expert_y = b->expert_y,
+                    .count = b->few_count};
+    if (w->has_shared) {
+        j.shared_up = w->ffn.up;
+        j.shared_down = w->ffn.down;
+    }
+    return j;
+}
+
 /* x += experts + shared, rows row0..row0+n-1. */
 static void moe_ffn(const run *r, const cu_layer *w, int32_t layer, int32_t row0, int32_t n) {
     cu_backend *b = r->b;
@@ -181,6 +205,11 @@ static void moe_ffn(const run *r, const cu_layer *w, int32_t layer, int32_t row0
                                 .bias = w->router_bias,
                                 .n_row = n,
                                 .n_hidden = D};
+    const cu_few_job few = few_of(r, w, &route, x);
+    if (!b->probe && cu_moe_few_fits(&few)) {
+        CU_DO(b, cu_moe_few(b->stream, &few));
+        return;
+    }
     norm_into(r, NULL, x, NULL, w->ffn_norm, n);
     show_bf16(r, "ffn_norm", layer, row0, b->xn, n, D);
     if (w->has_shared) run_shared(r, w, n);

@@ -1,0 +1,147 @@
+/* The router of one row, as all kernels that route compute it: the order of these sums is part of the promise of
+ * cu_moe.cu. Device code only; included by *.cu. */
+#ifndef ERN_BACKEND_CUDA_CU_ROUTE_CUH
+#define ERN_BACKEND_CUDA_CU_ROUTE_CUH
+
+#include "backend/cuda/cu_device.cuh"
+
+enum { PARTS = 4, SLICES = 8 };
+
+static __host__ __device__ __forceinline__ int32_t part_columns(int32_t n_hidden) {
+    return (n_hidden + 32 * PARTS - 1) / (32 * PARTS) * 32;
+}
+
+static __device__ __forceinline__ float4 zero4(void) { return make_float4(0.0f, 0.0f, 0.0f, 0.0f); }
+static __device__ __forceinline__ float4 times(float4 x, uint2 w) { /* w: four bf16, the first in the lowest bits */
+    return make_float4(__fmul_rn(x.x, __uint_as_float(w.x << 16)), __fmul_rn(x.y, __uint_as_float(w.x & 0xffff0000u)),
+                       __fmul_rn(x.z, __uint_as_float(w.y << 16)), __fmul_rn(x.w, __uint_as_float(w.y & 0xffff0000u)));
+}
+static __device__ __forceinline__ float add_products(float4 a, float4 b, float sum) {
+    sum = __fmaf_rn(a.x, b.x, sum);
+    sum = __fmaf_rn(a.y, b.y, sum);
+    sum = __fmaf_rn(a.z, b.z, sum);
+    return __fmaf_rn(a.w, b.w, sum);
+}
+/* The tree over slices, lanes 8 i .. 8 i + 7. */
+static __device__ __forceinline__ float slices_sum(float v) {
+    for (int d = SLICES / 2; d > 0; d >>= 1) v = __fadd_rn(v, __shfl_xor_sync(0xffffffffu, v, d));
+    return v;
+}
+/* Lane 8 part + slice holds its share: the whole sum, in every lane. */
+static __device__ __forceinline__ float parts_sum(float v) {
+    v = slices_sum(v);
+    float sum = 0.0f;
+#pragma unroll
+    for (int p = 0; p < PARTS; p++) sum = __fadd_rn(sum, __shfl_sync(0xffffffffu, v, p * SLICES));
+    return sum;
+}
+
+/* The router's rows do not depend on the step, and their way from memory is longer than all the work here. */
+static __device__ __forceinline__ void route_prefetch(const float *w, int32_t n, int lane) {
+    for (int32_t i = lane * 32; i < n; i += 1024) asm volatile("prefetch.global.L2 [%0];" ::"l"(w + i));
+}
+
+/* A warp: the logits of one expert for ROWS rows, in every lane; BATCH loads of 16 bytes of each in flight. */
+template <int ROWS, int BATCH>
+static __device__ __forceinline__ void route_logits(float out[ROWS], const float *const x_row[ROWS], const float *w,
+                                                    const cu_bf16 *norm_w, int32_t D, float eps) {
+    const int lane = threadIdx.x & 31;
+    const int32_t part = part_columns(D), first = lane / SLICES * part;
+    const int32_t end = first + part < D ? first + part : D;
+    const uint32_t zero = cu_hidden_zero(D);
+    float sum[ROWS], square[ROWS];
+#pragma unroll
+    for (int r = 0; r < ROWS; r++) sum[r] = square[r] = 0.0f;
+    for (int32_t from = 0; from < part; from += 32 * BATCH) { /* all lanes take all steps */
+        float4 a[BATCH], x[ROWS][BATCH];
+        uint2 norm[BATCH];
+#pragma unroll
+        for (int k = 0; k < BATCH; k++) {
+            const int32_t i = first + from + k * 32 + lane % SLICES * 4;
+            norm[k] = *(const uint2 *)(norm_w + (i < end ? i : 0)); /* beyond the end x is zero */
+            a[k] = cu_load4(w, i, end);
+#pragma unroll
+            for (int r = 0; r < ROWS; r++) x[r][k] = cu_load4(x_row[r], i, end);
+        }
+#pragma unroll
+        for (int r = 0; r < ROWS; r++) {
+            square[r] = cu_after(square[r], x[r], BATCH, zero);
+            sum[r] = cu_after(sum[r], a, BATCH, zero);
+        }
+#pragma unroll
+        for (int k = 0; k < BATCH; k++) {
+#pragma unroll
+            for (int r = 0; r < ROWS; r++) {
+                square[r] = cu_add_squares(x[r][k], square[r]);
+                sum[r] = add_products(times(x[r][k], norm[k]), a[k], sum[r]);
+            }
+        }
+    }
+#pragma unroll
+    for (int r = 0; r < ROWS; r++) {
+        const float scale = cu_norm_scale(parts_sum(square[r]), D, eps);
+        out[r] = __fmul_rn(parts_sum(sum[r]), scale);
+    }
+}
+
+/* Numbers in the order of floats, NaN somewhere, never 0. */
+static __device__ __forceinline__ uint32_t rank_key(float f) {
+    const uint32_t bits = __float_as_uint(f), key = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+    return key > 0u ? key : 1u;
+}
+
+/* One row by one warp, from its logits [E]: softmax, the K best of prob + bias, shares. Lane l has experts l + 32 q,
+ * q < Q. Lane r < K returns the expert of rank r, and its share. */
+template <int Q>
+static __device__ __forceinline__ int32_t choose_row(float *share, const float *logit, const float *bias,
+                                                     float norm_min, int32_t E, int32_t K) {
+    const int lane = threadIdx.x & 31;
+    float prob[Q], top = -INFINITY, sum = 0.0f;
+    uint32_t key[Q];
+#pragma unroll
+    for (int q = 0; q < Q; q++) {
+        prob[q] = lane + 32 * q < E ? __ldcg(logit + lane + 32 * q) : -INFINITY;
+        top = fmaxf(top, prob[q]);
+    }
+    for (int d = 16; d > 0; d >>= 1) top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, d));
+#pragma unroll
+    for (int q = 0; q < Q; q++) {
+        prob[q] = lane + 32 * q < E ? expf(__fsub_rn(prob[q], top)) : 0.0f;
+        sum = __fadd_rn(sum, prob[q]);
+    }
+    sum = cu_warp_sum(sum);
+#pragma unroll
+    for (int q = 0; q < Q; q++) {
+        const int32_t e = lane + 32 * q;
+        prob[q] = __fdiv_rn(prob[q], sum);
+        key[q] = e < E ? rank_key(bias ? __fadd_rn(prob[q], bias[e]) : prob[q]) : 0u; /* 0: not to be chosen */
+    }
+    int32_t mine = 0;
+    float mine_prob = 0.0f, chosen_sum = 0.0f;
+    for (int32_t rank = 0; rank < K; rank++) {
+        uint32_t best = 0u, best_id = 0xffffffffu;
+#pragma unroll
+        for (int q = 0; q < Q; q++) best = key[q] > best ? key[q] : best;
+        best = __reduce_max_sync(0xffffffffu, best);
+#pragma unroll
+        for (int q = Q - 1; q >= 0; q--)
+            if (key[q] == best) best_id = (uint32_t)(lane + 32 * q);
+        best_id = __reduce_min_sync(0xffffffffu, best_id);
+        float p = 0.0f;
+#pragma unroll
+        for (int q = 0; q < Q; q++) {
+            p = best_id / 32u == (uint32_t)q ? prob[q] : p;
+            key[q] = best_id == (uint32_t)(lane + 32 * q) ? 0u : key[q];
+        }
+        p = __shfl_sync(0xffffffffu, p, (int)(best_id % 32u));
+        chosen_sum = __fadd_rn(chosen_sum, p);
+        if (lane == rank) {
+            mine = (int32_t)best_id;
+            mine_prob = p;
+        }
+    }
+    *share = __fdiv_rn(mine_prob, chosen_sum < norm_min ? norm_min : chosen_sum);
+    return mine;
+}
+
+#endif
