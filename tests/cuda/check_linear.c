@@ -667,12 +667,11 @@ static void check_few(cu_format shared, cu_format f, int32_t D, int32_t F, int32
                        .down = down[0].w,
                        .experts_up = check_new(linears[0], sizeof linears[0]),
                        .experts_down = check_new(linears[1], sizeof linears[1]),
-                       .logit = check_new(NULL, (size_t)(n_row * FEW_E) * 4),
                        .shared_hid = few_zeros((size_t)(n_row * CU_PAD(F_shared)) * 2 + 2),
                        .expert_hid = few_zeros(entries * (size_t)CU_PAD(F) * 2),
                        .shared_y = check_new(NULL, n * sizeof(float)),
                        .expert_y = check_new(NULL, entries * (size_t)D * sizeof(float)),
-                       .count = few_zeros((size_t)cu_few_counts(D) * sizeof(int32_t))};
+                       .count = few_zeros((size_t)CU_FEW_COUNTS * sizeof(int32_t))};
     a.j.route = (cu_route_job){.x = a.j.x,
                                .norm_w = check_new(w, (size_t)D * sizeof *w),
                                .eps = 1e-5f,
@@ -721,7 +720,7 @@ static void check_few(cu_format shared, cu_format f, int32_t D, int32_t F, int32
     int32_t *ids[] = {a.r.chosen,      a.r.first,      a.r.place_entry, a.r.entry_place,
                         a.r.tile_expert, a.r.tile_place, a.r.n_tile,      a.r.scratch, a.j.count};
     for (size_t k = 0; k < sizeof ids / sizeof *ids; k++) check_free(ids[k]);
-    check_free(a.r.share), check_free(a.r.logit), check_free(a.xn), check_free(a.j.x), check_free(a.j.logit);
+    check_free(a.r.share), check_free(a.r.logit), check_free(a.xn), check_free(a.j.x);
     check_free((void *)(uintptr_t)a.j.experts_up), check_free((void *)(uintptr_t)a.j.experts_down);
     check_free(a.j.shared_hid), check_free(a.j.expert_hid), check_free(a.j.shared_y), check_free(a.j.expert_y);
     check_free((void *)(uintptr_t)a.j.route.norm_w), check_free((void *)(uintptr_t)a.j.route.router);

@@ -203,12 +203,11 @@ typedef struct cu_few_job {
     cu_linear shared_up, shared_down;           /* n_out 0: none */
     cu_linear up, down;                         /* of any expert */
     const cu_linear *experts_up, *experts_down; /* device arrays [E] */
-    float *logit;                               /* [T, E] */
     cu_bf16 *shared_hid, *expert_hid;           /* [T, CU_PAD(F')], [T*K, CU_PAD(F)] */
     float *shared_y, *expert_y;                 /* [T, D], [T*K, D] */
-    int32_t *count; /* [cu_few_counts(D)], zero at first; the kernel leaves zeros */
+    int32_t *count; /* [CU_FEW_COUNTS], zero at first; the kernel leaves zeros */
 } cu_few_job;
-static inline int32_t cu_few_counts(int32_t n_hidden) { return 64 + CU_BANDS(n_hidden); }
+enum { CU_FEW_COUNTS = 320 };
 /* Whether shapes, rows and this device allow it. */
 bool cu_moe_few_fits(const cu_few_job *j);
 cudaError_t cu_moe_few(cudaStream_t s, const cu_few_job *j);

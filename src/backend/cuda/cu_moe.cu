@@ -187,8 +187,11 @@ template <int Q>
 static __device__ __forceinline__ int32_t choose_into(const cu_routes &r, const float *bias, float norm_min,
                                                       int32_t row) {
     const int32_t K = r.n_used, lane = (int32_t)(threadIdx.x & 31);
-    float share;
-    const int32_t mine = choose_row<Q>(&share, r.logit + (int64_t)row * r.n_expert, bias, norm_min, r.n_expert, K);
+    float share, logit[Q];
+#pragma unroll
+    for (int q = 0; q < Q; q++)
+        logit[q] = lane + 32 * q < r.n_expert ? r.logit[(int64_t)row * r.n_expert + lane + 32 * q] : 0.0f;
+    const int32_t mine = choose_row<Q>(&share, logit, bias, norm_min, r.n_expert, K);
     if (lane < K) {
         r.chosen[(int64_t)row * K + lane] = mine;
         r.share[(int64_t)row * K + lane] = share;

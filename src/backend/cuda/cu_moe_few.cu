@@ -38,15 +38,17 @@ enum {
     ENTRIES_MAX = 32,  /* rows times experts of a row: tiles, too */
     EXPERTS_MAX = 64,  /* a lane has two */
     SEGMENTS_MAX = 32, /* of a linear: a lane has one's scale */
-    PARTS_AHEAD = SERVANTS - 1,
+    FINISHERS = SERVANTS - 1,
+    PARTS_AHEAD = FINISHERS, /* jobs whose parts find room, one a finisher */
     DEPTH_MAX = 6,
     SHARED_LIMIT = 227 * 1024, /* of a block */
     DEVICES_MAX = 16,
 };
 enum { SHARED_UP, UP, SHARED_DOWN, DOWN, STAGES };
-/* Numbers in global memory, all zero between two launches; blocks that have read x; that are done; then jobs of shared
- * up, of each tile's up, and of each band's downs, that are done. */
-enum { COUNT_LOGIT, COUNT_READ, COUNT_LEFT, COUNT_UP, COUNT_BAND = COUNT_UP + 1 + ENTRIES_MAX };
+/* Words in global memory, all zero between two launches: blocks that are done; finishers that are done with all downs;
+ * jobs of shared up and of each tile's up that are done; logits, as mail_of has them. */
+enum { COUNT_LEFT, COUNT_DONE, COUNT_UP, MAIL = 64, COUNTS = MAIL + ROWS_MAX * EXPERTS_MAX };
+static_assert(COUNT_UP + 1 + ENTRIES_MAX <= MAIL && (int)COUNTS == (int)CU_FEW_COUNTS, "");
 
 /* Segments of a chunk, bytes of a slot. */
 static __host__ __device__ constexpr int few_chunk(cu_format f) { return f == CU_BF16 ? 1 : 2; }
@@ -80,7 +82,7 @@ typedef struct few_shared {
     uint64_t summed[PARTS_AHEAD];       /* the parts of a job are read */
     uint64_t whole[PARTS_AHEAD];        /* ... are written */
     uint64_t routed;
-    uint64_t h_here[3]; /* of the shared experts, of the first tile, of the second */
+    uint64_t h_here[PARTS_AHEAD]; /* of the shared experts, of the first tile, of the second */
     few_run run[STAGES];
     int32_t n_tile;
     uint8_t chosen[ENTRIES_MAX], entry_place[ENTRIES_MAX], place_row[ENTRIES_MAX];
@@ -118,15 +120,10 @@ static __device__ __forceinline__ void few_meet(int id, int threads) {
 
 /* ---- counts in global memory ------------------------------------------------------------------------------------- */
 
-/* By a warp: what its lanes have written is seen by who sees the count. Returns the count before. */
-static __device__ __forceinline__ int32_t count_up(int32_t *count, int lane) {
-    int32_t before = 0;
+/* By a warp: who sees the count sees what its lanes have written. */
+static __device__ __forceinline__ void count_up(int32_t *count, int32_t n, int lane) {
     __syncwarp();
-    if (lane == 0) {
-        __threadfence();
-        before = atomicAdd(count, 1);
-    }
-    return __shfl_sync(0xffffffffu, before, 0);
+    if (lane == 0) asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(count), "r"(n) : "memory");
 }
 static __device__ __forceinline__ void count_wait(const int32_t *count, int32_t n) {
     int32_t now;
@@ -135,6 +132,21 @@ static __device__ __forceinline__ void count_wait(const int32_t *count, int32_t 
         asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(now) : "l"(count) : "memory");
         if (++k > 1 << 18) __trap();
     } while (now < n);
+}
+/* A logit is its own message: its bits turned round, so that 0 is none (a NaN that no sum gives). */
+static __device__ __forceinline__ void mail_send(int32_t *mail, float f) {
+    const uint32_t bits = __float_as_uint(f);
+    asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(mail), "r"(~(bits == 0xffffffffu ? 0x7fffffffu : bits))
+                 : "memory");
+}
+static __device__ __forceinline__ float mail_wait(const int32_t *mail) {
+    uint32_t now;
+    int k = 0;
+    do {
+        asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(mail) : "memory");
+        if (++k > 1 << 18) __trap();
+    } while (now == 0);
+    return __uint_as_float(~now);
 }
 
 /* ---- shares ------------------------------------------------------------------------------------------------------ */
@@ -192,8 +204,20 @@ static __device__ __forceinline__ void walk_known(few_walk *w, const few_shared 
 
 /* ---- servants ---------------------------------------------------------------------------------------------------- */
 
-/* Servant 0, from chosen: tiles, places, where the weights lie. */
-static __device__ void list_experts(few_shared *s, const few_args *a, int lane) {
+/* Where the weights of an expert lie. */
+typedef struct few_expert {
+    const unsigned char *pack[2]; /* up, down */
+    const float *scale[2];
+} few_expert;
+static __device__ __forceinline__ few_expert expert_at(const cu_few_job *j, int32_t e) {
+    if (e >= j->n_expert) return {};
+    const cu_linear *up = &j->experts_up[e], *down = &j->experts_down[e];
+    return {{(const unsigned char *)up->pack, (const unsigned char *)down->pack}, {up->scale, down->scale}};
+}
+
+/* Servant 0, from chosen: tiles, places, where the weights lie. own: experts 2 lane and 2 lane + 1. */
+static __device__ __forceinline__ void list_experts(few_shared *s, const few_args *a, const few_expert own[2],
+                                                    int lane) {
     const int32_t K = a->j.n_used, n = a->j.route.n_row * K;
     int32_t count[2] = {0, 0};
     for (int32_t i = 0; i < n; i++) {
@@ -212,14 +236,15 @@ static __device__ void list_experts(few_shared *s, const few_args *a, int lane) 
     }
     place -= own_place;
     tile -= own_tile;
+#pragma unroll
     for (int k = 0; k < 2; k++) {
         const int32_t e = 2 * lane + k;
         if (count[k] == 0) continue;
-        const cu_linear *up = &a->j.experts_up[e], *down = &a->j.experts_down[e];
-        s->pack[0][tile] = (const unsigned char *)up->pack;
-        s->scale[0][tile] = up->scale;
-        s->pack[1][tile] = (const unsigned char *)down->pack;
-        s->scale[1][tile] = down->scale;
+#pragma unroll
+        for (int d = 0; d < 2; d++) {
+            s->pack[d][tile] = own[k].pack[d];
+            s->scale[d][tile] = own[k].scale[d];
+        }
         s->tile_place[tile++] = place;
         for (int32_t i = 0; i < n; i++) {
             if (s->chosen[i] != e) continue;
@@ -233,22 +258,23 @@ static __device__ void list_experts(few_shared *s, const few_args *a, int lane) 
 }
 
 /* Logits, choice, lists. x: f32 rows in shared memory; w: the router's row of this block's expert there. */
-static __device__ void few_route(few_shared *s, const few_args *a, const float *x, const float *w, int servant,
-                                 int lane) {
+static __device__ __forceinline__ void few_route(few_shared *s, const few_args *a, const float *x, const float *w,
+                                                 const few_expert own[2], int servant, int lane) {
     const cu_route_job *j = &a->j.route;
     const int32_t E = a->j.n_expert, K = a->j.n_used, D = j->n_hidden, expert = (int32_t)blockIdx.x;
-    int32_t *const count = a->j.count;
+    int32_t *const mail = a->j.count + MAIL + servant * EXPERTS_MAX;
     if (servant < j->n_row && expert < E) {
         const float *row = x + servant * D;
         float logit;
         route_logits<1, 5>(&logit, &row, w, j->norm_w, D, j->eps);
-        if (lane == 0) a->j.logit[servant * E + expert] = logit;
-        count_up(count + COUNT_LOGIT, lane);
+        if (lane == 0) mail_send(mail + expert, logit);
     }
     if (servant < j->n_row) {
-        count_wait(count + COUNT_LOGIT, j->n_row * E);
-        float share;
-        const int32_t e = choose_row<2>(&share, a->j.logit + servant * E, j->bias, j->norm_min, E, K);
+        float logit[2], share;
+#pragma unroll
+        for (int q = 0; q < 2; q++) logit[q] = lane + 32 * q < E ? mail_wait(mail + lane + 32 * q) : 0.0f;
+        __syncwarp();
+        const int32_t e = choose_row<2>(&share, logit, j->bias, j->norm_min, E, K);
         if (lane < K) {
             s->chosen[servant * K + lane] = (uint8_t)e;
             s->share[servant * K + lane] = share;
@@ -256,7 +282,7 @@ static __device__ void few_route(few_shared *s, const few_args *a, const float *
     }
     few_meet(2, SERVANT_THREADS); /* nobody needs x or w any more */
     if (servant == 0) {
-        list_experts(s, a, lane);
+        list_experts(s, a, own, lane);
         if (lane == 0) bar_arrive(&s->routed);
     }
     bar_wait(&s->routed, 0);
@@ -307,24 +333,23 @@ static __device__ void few_bring(few_shared *s, const few_args *a, uint4 *shared
     }
 }
 
-/* x += experts + shared of 16 outputs, when all of their downs are done. */
-static __device__ __forceinline__ void few_combine(const few_shared *s, const few_args *a, int32_t band, int lane) {
-    const int32_t T = a->j.route.n_row, K = a->j.n_used, D = a->j.route.n_hidden, out = band * CU_BAND + lane % CU_BAND;
-    count_wait(a->j.count + COUNT_READ, (int32_t)gridDim.x);
-    if (lane == 0) __threadfence();
-    __syncwarp();
-    for (int32_t r = lane / CU_BAND; r < T; r += 2) {
-        if (out >= D) continue;
+/* x += experts + shared, this block's part of all numbers, when all blocks are done. */
+static __device__ __forceinline__ void few_combine(const few_shared *s, const few_args *a, int lane) {
+    const int32_t T = a->j.route.n_row, K = a->j.n_used, D = a->j.route.n_hidden;
+    const few_run part = run_even((int32_t)blockIdx.x, (int32_t)gridDim.x, T * D);
+    count_wait(a->j.count + COUNT_DONE, (int32_t)gridDim.x * FINISHERS);
+    for (int32_t i = part.from + lane; i < part.to; i += 32) {
+        const int32_t r = i / D, out = i - r * D;
+        const float old = skinny_l2f(a->j.x + i);
         float y = 0.0f, v[8];
-        const float old = skinny_l2f(a->j.x + r * D + out);
-        const float sh = a->stage[SHARED_DOWN].n_job > 0 ? skinny_l2f(a->j.shared_y + r * D + out) : 0.0f;
+        const float sh = a->stage[SHARED_DOWN].n_job > 0 ? skinny_l2f(a->j.shared_y + i) : 0.0f;
 #pragma unroll
         for (int k = 0; k < 8; k++)
             v[k] = k < K ? skinny_l2f(a->j.expert_y + (int64_t)s->entry_place[r * K + k] * D + out) : 0.0f;
 #pragma unroll
         for (int k = 0; k < 8; k++)
             if (k < K) y = __fmaf_rn(s->share[r * K + k], v[k], y);
-        a->j.x[r * D + out] = __fadd_rn(old, __fadd_rn(y, sh));
+        a->j.x[i] = __fadd_rn(old, __fadd_rn(y, sh));
     }
 }
 
@@ -382,33 +407,36 @@ static __device__ __forceinline__ void few_outputs(few_shared *s, const few_args
             if (r < n_row && out < l->n_out) y[(int64_t)(place + r) * l->n_out + out] = total[k];
         }
     }
-    int32_t *const count = a->j.count;
-    if (pairs) {
-        count_up(count + COUNT_UP + (shared ? 0 : 1 + tile), lane);
-        return;
-    }
-    const int32_t n = s->n_tile + (a->stage[SHARED_DOWN].n_job > 0);
-    if (count_up(count + COUNT_BAND + band_job, lane) < n - 1) return;
-    few_combine(s, a, band_job, lane);
-    if (lane == 0) count[COUNT_BAND + band_job] = 0;
 }
 
-/* Servants 1..3: every third job of the block. */
+/* Servants 1..3: every third job of the block, then the sum. A count costs a way to memory and back: one a tile. */
 template <cu_format FS, cu_format FE>
-static __device__ void few_finish(few_shared *s, const few_args *a, const float *part, int finisher, int lane) {
+static __device__ __forceinline__ void few_finish(few_shared *s, const few_args *a, const float *part, int finisher,
+                                                  int lane) {
     const float *own = part + finisher * a->n_part * a->j.route.n_row * CU_BAND;
     int32_t seq = 0, nth = 0;
     for (int stage = 0; stage < STAGES; stage++) {
         const few_run run = s->run[stage];
+        int32_t tile = 0, n = 0; /* done of this tile, not counted yet */
         for (int32_t job = run.from; job < run.to; job++, seq++) {
-            if (seq % PARTS_AHEAD != finisher) continue;
+            if (seq % FINISHERS != finisher) continue;
+            if (stage == UP && job / a->stage[UP].n_job != tile) {
+                if (n > 0) count_up(a->j.count + COUNT_UP + 1 + tile, n, lane);
+                tile = job / a->stage[UP].n_job;
+                n = 0;
+            }
             if (FS == FE || stage == UP || stage == DOWN)
                 few_outputs<FE>(s, a, own, stage, job, nth, finisher, lane);
             else
                 few_outputs<FS>(s, a, own, stage, job, nth, finisher, lane);
             nth++;
+            n++;
         }
+        if (n > 0 && stage == SHARED_UP) count_up(a->j.count + COUNT_UP, n, lane);
+        if (n > 0 && stage == UP) count_up(a->j.count + COUNT_UP + 1 + tile, n, lane);
     }
+    count_up(a->j.count + COUNT_DONE, 1, lane);
+    if (finisher == 0) few_combine(s, a, lane);
 }
 
 /* ---- workers ----------------------------------------------------------------------------------------------------- */
@@ -565,17 +593,15 @@ static __global__ void __launch_bounds__(THREADS, 1) moe_few(const __grid_consta
     float *const part = (float *)((unsigned char *)few_memory + a.part_at);
 
     cu_launch_next();
-    if (thread == 0) {
-        for (int k = 0; k < WORKERS * DEPTH_MAX; k++) bar_init(&s.full[k], 1);
-        for (int k = 0; k < PARTS_AHEAD; k++) {
-            bar_init(&s.whole[k], WORKERS);
-            bar_init(&s.summed[k], 1);
-        }
-        bar_init(&s.routed, 1);
-        for (int k = 0; k < 3; k++) bar_init(&s.h_here[k], 1);
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    for (int k = thread; k < WORKERS * DEPTH_MAX; k += THREADS) bar_init(&s.full[k], 1);
+    if (thread < PARTS_AHEAD) {
+        bar_init(&s.whole[thread], WORKERS);
+        bar_init(&s.summed[thread], 1);
+        bar_init(&s.h_here[thread], 1);
     }
+    if (thread == PARTS_AHEAD) bar_init(&s.routed, 1);
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
     if (thread == 32)
         for (int k = 0; k < STAGES; k += 2) s.run[k] = run_even((int32_t)blockIdx.x, n_block, a.stage[k].n_job);
     __syncwarp();
@@ -585,6 +611,7 @@ static __global__ void __launch_bounds__(THREADS, 1) moe_few(const __grid_consta
     }
     __syncthreads();
     few_walk ask = {SHARED_UP, s.run[SHARED_UP].from, warp, 0};
+    few_expert own[2] = {};
     int32_t asked = 0;
     if (warp < WORKERS) {
         walk_settle(&ask, &s, false);
@@ -600,10 +627,8 @@ static __global__ void __launch_bounds__(THREADS, 1) moe_few(const __grid_consta
         if (expert < a.j.n_expert)
             for (int32_t i = t * 4; i < D; i += SERVANT_THREADS * 4)
                 skinny_copy16(skinny_shared(router + i), j->router + (int64_t)expert * D + i);
-        for (int32_t i = t * 128; i < a.j.n_expert * (int32_t)sizeof(cu_linear); i += SERVANT_THREADS * 128) {
-            asm volatile("prefetch.global.L2 [%0];" ::"l"((const char *)a.j.experts_up + i));
-            asm volatile("prefetch.global.L2 [%0];" ::"l"((const char *)a.j.experts_down + i));
-        }
+        if (t < 32)
+            for (int k = 0; k < 2; k++) own[k] = expert_at(&a.j, 2 * lane + k);
     }
     for (int32_t i = thread * 4; i < D; i += THREADS * 4) { /* norm_w to L1 */
         uint2 w;
@@ -621,8 +646,7 @@ static __global__ void __launch_bounds__(THREADS, 1) moe_few(const __grid_consta
         few_work<FS, FE>(&s, &a, ring, ask, asked, xs, shared_h, tile_h, part, warp, lane);
     } else {
         const int servant = warp - WORKERS;
-        if (thread == WORKER_THREADS) atomicAdd(a.j.count + COUNT_READ, 1);
-        few_route(&s, &a, raw, router, servant, lane);
+        few_route(&s, &a, raw, router, own, servant, lane);
         few_meet(3, THREADS);
         if (servant == 0)
             few_bring(&s, &a, shared_h, tile_h, lane);
@@ -630,8 +654,11 @@ static __global__ void __launch_bounds__(THREADS, 1) moe_few(const __grid_consta
             few_finish<FS, FE>(&s, &a, part, servant - 1, lane);
     }
     __syncthreads();
-    if (thread == 0 && atomicAdd(a.j.count + COUNT_LEFT, 1) == n_block - 1)
-        for (int k = 0; k < COUNT_BAND; k++) a.j.count[k] = 0;
+    if (warp > 0) return;
+    int32_t left = 0;
+    if (lane == 0) left = atomicAdd(a.j.count + COUNT_LEFT, 1);
+    if (__shfl_sync(0xffffffffu, left, 0) == n_block - 1)
+        for (int k = lane; k < COUNTS; k += 32) a.j.count[k] = 0;
 }
 
 /* ---- host -------------------------------------------------------------------------------------------------------- */

@@ -90,17 +90,17 @@ static __device__ __forceinline__ uint32_t rank_key(float f) {
     return key > 0u ? key : 1u;
 }
 
-/* One row by one warp, from its logits [E]: softmax, the K best of prob + bias, shares. Lane l has experts l + 32 q,
+/* One row by one warp, from its logits: softmax, the K best of prob + bias, shares. Lane l has experts l + 32 q,
  * q < Q. Lane r < K returns the expert of rank r, and its share. */
 template <int Q>
-static __device__ __forceinline__ int32_t choose_row(float *share, const float *logit, const float *bias,
+static __device__ __forceinline__ int32_t choose_row(float *share, const float logit[Q], const float *bias,
                                                      float norm_min, int32_t E, int32_t K) {
     const int lane = threadIdx.x & 31;
     float prob[Q], top = -INFINITY, sum = 0.0f;
     uint32_t key[Q];
 #pragma unroll
     for (int q = 0; q < Q; q++) {
-        prob[q] = lane + 32 * q < E ? __ldcg(logit + lane + 32 * q) : -INFINITY;
+        prob[q] = lane + 32 * q < E ? logit[q] : -INFINITY;
         top = fmaxf(top, prob[q]);
     }
     for (int d = 16; d > 0; d >>= 1) top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, d));

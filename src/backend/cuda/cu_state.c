@@ -237,7 +237,7 @@ static void routes_layout(cu_backend *b, cu_cut *c) {
     b->expert_y = cu_cut_take(c, R * K * D, sizeof(float));
     b->shared_hid = cu_cut_take(c, R * CU_PAD(shared_f), sizeof(cu_bf16));
     b->shared_y = cu_cut_take(c, R * D, sizeof(float));
-    b->few_count = cu_cut_take(c, (size_t)cu_few_counts(m->n_hidden), id);
+    b->few_count = cu_cut_take(c, CU_FEW_COUNTS, id);
 }
 
 static void scratch_layout(cu_backend *b) {

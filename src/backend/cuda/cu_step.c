@@ -176,7 +176,6 @@ static cu_few_job few_of(const run *r, const cu_layer *w, const cu_route_job *ro
                     .down = w->shape.down,
                     .experts_up = w->expert_up,
                     .experts_down = w->expert_down,
-                    .logit = b->routes.logit,
                     .shared_hid = b->shared_hid,
                     .expert_hid = b->expert_hid,
                     .shared_y = b->shared_y,
