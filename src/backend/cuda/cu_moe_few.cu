@@ -367,9 +367,9 @@ static __device__ __forceinline__ void few_outputs(few_shared *s, const few_args
         shared ? (pairs ? a->j.shared_up.scale : a->j.shared_down.scale) : s->scale[pairs ? 0 : 1][tile];
     float by = 1.0f, by_segment[2] = {0.0f, 0.0f}, total[ROWS_MAX];
     if (F == CU_I8 || F == CU_I4) by = scale[(band_job * bands + (pairs ? half : 0)) * CU_BAND + o];
-    if (F == CU_F8) {
-        for (int b = 0; b < bands; b++)
-            if (lane < l->n_seg) by_segment[b] = scale[(band_job * bands + b) * l->n_seg + lane];
+    if (F == CU_F8 && lane < l->n_seg) {
+        by_segment[0] = scale[band_job * bands * l->n_seg + lane];
+        if (pairs) by_segment[1] = scale[(band_job * 2 + 1) * l->n_seg + lane];
     }
     bar_wait(&s->whole[slot], nth & 1);
 #pragma unroll
@@ -489,17 +489,16 @@ static __device__ __forceinline__ void few_products(float *to, const unsigned ch
                                                     int32_t n_row, bool two, int g, int c) {
     const int32_t xl = 4 * T;
     if constexpr (F == CU_BF16) {
-        float acc[1][4];
-        const skinny_x of = {x, NULL, 0, NULL, n_row, xl, g};
-        skinny_segment<F, 1>(acc, slot, &of);
-        skinny_put<1>(to, acc, n_row, g, c);
+        float acc[4];
+        skinny_segment<F>(acc, slot, x, xl, g < n_row);
+        skinny_put(to, acc, n_row, g, c);
     } else {
         float acc[2][4];
         const unsigned char *slots[2] = {slot, slot + (two ? few_unit(F) : 0)};
         const uint4 *xk[2] = {x, x + (two ? 4 * xl : 0)};
         skinny_two<F>(acc, slots, xk, xl, g < n_row);
-        skinny_put<1>(to, &acc[0], n_row, g, c);
-        if (two) skinny_put<1>(to + T * CU_BAND, &acc[1], n_row, g, c);
+        skinny_put(to, acc[0], n_row, g, c);
+        if (two) skinny_put(to + T * CU_BAND, acc[1], n_row, g, c);
     }
 }
 

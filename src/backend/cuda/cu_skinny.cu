@@ -30,10 +30,10 @@ static const format_sizes format_size[CU_FORMATS] = {
 };
 
 static const void *const kernels[CU_FORMATS] = {
-    (const void *)skinny_kernel<CU_BF16, 1>,
-    (const void *)skinny_kernel<CU_I8, 1>,
-    (const void *)skinny_kernel<CU_I4, 1>,
-    (const void *)skinny_kernel<CU_F8, 1>,
+    (const void *)skinny_kernel<CU_BF16>,
+    (const void *)skinny_kernel<CU_I8>,
+    (const void *)skinny_kernel<CU_I4>,
+    (const void *)skinny_kernel<CU_F8>,
 };
 
 /* What the chip and the compiler say, asked for once a device, before the first launch on it. */
@@ -64,44 +64,38 @@ static cudaError_t device_ready(const skinny_device **out) {
     return e;
 }
 
-/* Fill in how many blocks share a job, its rounds and passes. True when x fits into shared memory. */
+/* Fill in how many blocks share a job, its rounds and passes. False: x does not fit into shared memory. */
 static bool plan_for(skinny_args *a, skinny_plan *p, cu_format f, int32_t n_rank) {
-    const int32_t each = ceil_div(a->n_seg, n_rank), n_tile = ceil_div(a->n_row, 8);
+    const int32_t each = ceil_div(a->n_seg, n_rank);
     p->n_warp = most(ceil_div(each, ceil_div(each, SKINNY_WARPS_MAX)), SKINNY_WARPS_MIN);
     const int32_t n_cw = p->n_warp * n_rank;
     a->n_rank = n_rank;
     a->n_round = ceil_div(a->n_seg, n_cw);
     const int32_t n_unit = a->n_round << a->pairs;
     const size_t ring = (size_t)p->n_warp * format_size[f].depth * format_size[f].slot;
-    const size_t x = (size_t)a->n_round * p->n_warp * (a->n_row <= 8 ? a->n_row * 256 : n_tile * 2048);
+    const size_t x = (size_t)a->n_round * p->n_warp * a->n_row * 256;
     const size_t part = (size_t)n_cw * (a->n_row * CU_BAND + (f == CU_F8)) * sizeof(float); /* one unit a warp */
     a->n_pass = least(most((int32_t)(PART_BYTES / (2 * part)), 1), n_unit);
     a->n_turn = 2;
     p->bytes = ring + x + 2 * (size_t)a->n_pass * part;
-    a->x_shared = true;
     if (p->bytes <= SHARED_MAX) return true;
     a->n_pass = a->n_turn = 1;
     p->bytes = ring + x + part;
-    if (p->bytes <= SHARED_MAX) return true;
-    a->x_shared = false;
-    a->n_turn = ring + 2 * part <= SHARED_MAX / 2 ? 2 : 1;
-    p->bytes = ring + a->n_turn * part;
-    return false;
+    return p->bytes <= SHARED_MAX;
 }
 
 /* The fewest blocks a job that give every multiprocessor something and have room for x; n_tile: jobs are as many times
- * there. */
-static void plan(skinny_args *a, skinny_plan *p, cu_format f, int32_t n_tile, int32_t n_sm) {
+ * there. False: no number has room. */
+static bool plan(skinny_args *a, skinny_plan *p, cu_format f, int32_t n_tile, int32_t n_sm) {
     const int64_t enough = (int64_t)n_sm * 9 / 10;
-    int32_t fits = 0, fills = 0;
+    int32_t fits = 0;
     for (int32_t n_rank = 1; n_rank <= 4; n_rank *= 2) {
         if (n_rank > 1 && a->n_seg < n_rank * 4) break;
         const bool x = plan_for(a, p, f, n_rank), full = (int64_t)a->n_job * n_tile * n_rank >= enough;
-        if (x && full) return;
+        if (x && full) return true;
         if (x) fits = n_rank;
-        if (full && !fills) fills = n_rank;
     }
-    plan_for(a, p, f, fits ? fits : fills ? fills : 1);
+    return fits && plan_for(a, p, f, fits);
 }
 
 /* Blocks that run at the same time. */
@@ -132,8 +126,7 @@ static cudaError_t launch(cudaStream_t s, skinny_args *a, const cu_linear *w, in
     a->n_seg = w->n_seg;
     a->pairs = w->pairs;
     a->n_job = w->n_band >> a->pairs;
-    plan(a, &p, f, n_tile, d->n_sm);
-    if (!a->x_shared) return cudaErrorInvalidValue; /* n_in beyond 40,000 */
+    if (!plan(a, &p, f, n_tile, d->n_sm)) return cudaErrorInvalidValue; /* n_in beyond 40,000 */
     const int32_t slots = slots_of(d, &p, f);
     const dim3 grid((unsigned)(jobs_at_once(a, n_tile, slots, d->n_sm) * a->n_rank), (unsigned)n_tile);
     void *args[] = {a};

@@ -1,4 +1,4 @@
-/* Streaming packed weights once past a few rows (8 a tile; the host launches one tile): the kernel of cu_skinny.cu.
+/* Streaming packed weights once past at most 8 rows: the kernel of cu_skinny.cu.
  *
  * A job is a band of 16 outputs, or a pair of bands (gate, up). A unit is one segment of a band: 4096, 2048 or 1024
  * bytes that lie together, products with all rows, one partial sum of 16 outputs by n_row rows. Warps share the
@@ -15,10 +15,9 @@
  * small matrix, and there each instruction runs once: the fewer, the better (no division, no loop unrolled for cases
  * that are rare).
  *
- * x lies in shared memory as the lanes read it, each lane's own 32 bytes of a group: no barrier, no bank conflict. If
- * it does not fit it is read from L2 again and again.
+ * x lies in shared memory as the lanes read it, each lane's own 32 bytes of a group: no barrier, no bank conflict.
  *
- *   shared: ring [warp][DEPTH][SLOT] | x [round][warp][tile of 8 rows][4][xl] uint4 | part [turn][slots][n_row][16] f32
+ *   shared: ring [warp][DEPTH][SLOT] | x [round][warp][4][xl] uint4 | part [turn][slots][n_row][16] f32
  *           | scale [turn][slots] f32 (fp8);   slots = units a pass * n_cw
  * Two turns if there is room: then the next pass writes elsewhere, and one barrier a pass is enough. */
 #ifndef ERN_BACKEND_CUDA_CU_SKINNY_KERNEL_CUH
@@ -28,7 +27,7 @@
 #include "backend/cuda/cu_launch.cuh"
 
 enum {
-    SKINNY_WARPS_MIN = 4, /* so that a thread finishes at most NT outputs of a band */
+    SKINNY_WARPS_MIN = 4, /* so that a thread finishes at most one output of a band */
     SKINNY_WARPS_MAX = 8,
     SUM_ONCE = 8, /* partial sums read at once */
 };
@@ -50,7 +49,6 @@ typedef struct skinny_args {
     int32_t n_pass;  /* units of a warp between two sums */
     int32_t n_turn;  /* places for partials: 1 or 2 */
     int32_t n_row;   /* rows, or most places of a tile */
-    bool x_shared;   /* x fits */
     bool grouped, gather, norm_wide;
     cu_epilogue epilogue;
     const cu_bf16 *x;
@@ -192,52 +190,23 @@ static __device__ __forceinline__ void skinny_codes(uint32_t a[4][4], const unsi
     }
 }
 
-/* Where a lane finds its numbers of x. */
-typedef struct skinny_x {
-    const uint4 *shared; /* of the segment, with the lane added; NULL: from L2 */
-    const cu_bf16 *x;    /* L2: with the segment's inputs and the lane's 16 c added */
-    int64_t ldx;
-    const int32_t *row; /* of x, by row of the tile */
-    int32_t n_row, xl, g;
-} skinny_x;
-
-/* 32 bytes of row 8 nt + g in group `group`. */
-template <int NT> static __device__ __forceinline__ void skinny_b(uint32_t b[8], const skinny_x *x, int nt, int group) {
-    uint4 lo = make_uint4(0, 0, 0, 0), hi = lo;
-    if (8 * nt + x->g < x->n_row) {
-        if (NT == 1 || x->shared) { /* 8 rows always fit: the host sees to it */
-            lo = x->shared[(nt * 4 + group * 2) * x->xl];
-            hi = x->shared[(nt * 4 + group * 2 + 1) * x->xl];
-        } else {
-            const cu_bf16 *p = x->x + x->row[8 * nt + x->g] * x->ldx + group * 64;
-            lo = skinny_l2(p);
-            hi = skinny_l2(p + 8);
-        }
-    }
-    b[0] = lo.x, b[1] = lo.y, b[2] = lo.z, b[3] = lo.w;
-    b[4] = hi.x, b[5] = hi.y, b[6] = hi.z, b[7] = hi.w;
-}
-
-/* One segment: a chain of eight products for each eight rows, from zero. Two chains side by side hide each other. */
-template <cu_format F, int NT>
-static __device__ __forceinline__ void skinny_segment(float acc[NT][4], const unsigned char *slot, const skinny_x *x) {
-    const int SIDE = NT < 2 ? 1 : NT < 8 ? 2 : 4;
-#pragma unroll
-    for (int nt = 0; nt < NT; nt++) acc[nt][0] = acc[nt][1] = acc[nt][2] = acc[nt][3] = 0.0f;
+/* One segment of up to eight rows: a chain of eight products, from zero. x: of the segment, with the lane added; row:
+ * the lane's is one of them. */
+template <cu_format F>
+static __device__ __forceinline__ void skinny_segment(float acc[4], const unsigned char *slot, const uint4 *x, int xl,
+                                                      bool row) {
+    acc[0] = acc[1] = acc[2] = acc[3] = 0.0f;
 #pragma unroll
     for (int group = 0; group < 2; group++) {
         uint32_t a[4][4];
+        uint4 b[2];
         skinny_codes<F>(a, slot, group);
 #pragma unroll
-        for (int nt = 0; nt < NT; nt += SIDE) {
-            if (8 * nt >= x->n_row) continue;
-            uint32_t b[SIDE][8];
+        for (int k = 0; k < 2; k++) b[k] = row ? x[(group * 2 + k) * xl] : make_uint4(0, 0, 0, 0);
 #pragma unroll
-            for (int k = 0; k < SIDE; k++) skinny_b<NT>(b[k], x, nt + k, group);
-#pragma unroll
-            for (int s = 0; s < 4; s++)
-#pragma unroll
-                for (int k = 0; k < SIDE; k++) cu_mma(acc[nt + k], a[s], b[k][2 * s], b[k][2 * s + 1]);
+        for (int k = 0; k < 2; k++) {
+            cu_mma(acc, a[2 * k], b[k].x, b[k].y);
+            cu_mma(acc, a[2 * k + 1], b[k].z, b[k].w);
         }
     }
 }
@@ -286,59 +255,26 @@ static __device__ __forceinline__ void skinny_two(float acc[2][4], const unsigne
 }
 
 /* A unit's results to its place among the partial sums. */
-template <int NT>
-static __device__ __forceinline__ void skinny_put(float *p, const float acc[NT][4], int32_t n_row, int g, int c) {
-#pragma unroll
-    for (int nt = 0; nt < NT; nt++) {
-        const int32_t r = 8 * nt + 2 * c;
-        if (r < n_row) {
-            p[skinny_part_at(r, g)] = acc[nt][0];
-            p[skinny_part_at(r, g + 8)] = acc[nt][2];
-        }
-        if (r + 1 < n_row) {
-            p[skinny_part_at(r + 1, g)] = acc[nt][1];
-            p[skinny_part_at(r + 1, g + 8)] = acc[nt][3];
-        }
+static __device__ __forceinline__ void skinny_put(float *p, const float acc[4], int32_t n_row, int g, int c) {
+    const int32_t r = 2 * c;
+    if (r < n_row) {
+        p[skinny_part_at(r, g)] = acc[0];
+        p[skinny_part_at(r, g + 8)] = acc[2];
+    }
+    if (r + 1 < n_row) {
+        p[skinny_part_at(r + 1, g)] = acc[1];
+        p[skinny_part_at(r + 1, g + 8)] = acc[3];
     }
 }
 
 /* ---- x ----------------------------------------------------------------------------------------------------------- */
 
-/* The warp's segments of x to shared memory. xs: with the warp and the lane added. */
-template <int NT>
-static __device__ __forceinline__ void skinny_x_load(uint4 *xs, const skinny_args *a, const int32_t *row, int32_t n_row,
-                                                     int cw, int n_cw, int xl, int lane) {
-    const int ONCE = NT < 4 ? 2 : 4; /* tiles of eight rows in flight */
-    const int32_t n = a->n_round * NT, round = (blockDim.x / 32) * ((n_row + 7) / 8) * 4 * xl;
-    for (int32_t m0 = 0; m0 < n; m0 += ONCE) {
-        uint4 v[ONCE][4];
-#pragma unroll
-        for (int k = 0; k < ONCE; k++) {
-            const int32_t seg = (m0 + k) / NT * n_cw + cw, r = (m0 + k) % NT * 8 + lane / 4;
-            if (m0 + k < n && seg < a->n_seg && r < n_row) {
-                const cu_bf16 *from = a->x + row[r] * a->ldx + (int64_t)seg * CU_SEGMENT + 16 * (lane % 4);
-#pragma unroll
-                for (int q = 0; q < 4; q++) v[k][q] = skinny_l2(from + q / 2 * 64 + q % 2 * 8);
-            }
-        }
-#pragma unroll
-        for (int k = 0; k < ONCE; k++) {
-            const int32_t seg = (m0 + k) / NT * n_cw + cw, r = (m0 + k) % NT * 8 + lane / 4;
-            if (m0 + k < n && seg < a->n_seg && r < n_row) {
-#pragma unroll
-                for (int q = 0; q < 4; q++) xs[(m0 + k) / NT * round + ((m0 + k) % NT * 4 + q) * xl] = v[k][q];
-            }
-        }
-    }
-}
-
-/* The same for at most 8 rows. After cu_wait_previous all is latency, so: few instructions, all loads at once, no
- * division. Chunk lane % 16 (8 numbers) of rows lane / 16, lane / 16 + 2, ... */
+/* The warp's segments of x to shared memory. After cu_wait_previous all is latency, so: few instructions, all loads at
+ * once, no division. Chunk lane % 16 (8 numbers) of rows lane / 16, lane / 16 + 2, ... */
 /* In words of two inputs, from the warp's x on: where word 0 of chunk p of row 0 lies; word w is 4 w further. */
 static __device__ __forceinline__ int32_t skinny_chunk_at(int p, int xl) { return p / 4 * xl * 4 + p % 4; }
-static __device__ __forceinline__ void skinny_x_load_few(uint4 *xs, const skinny_args *a, const int32_t *row,
-                                                         int32_t n_row, int cw, int n_cw, int32_t x_round, int xl,
-                                                         int lane) {
+static __device__ __forceinline__ void skinny_x_load(uint4 *xs, const skinny_args *a, const int32_t *row, int32_t n_row,
+                                                     int cw, int n_cw, int32_t x_round, int xl, int lane) {
     const int ONCE = 3;
     uint32_t *to = (uint32_t *)xs + skinny_chunk_at(lane % 16, xl);
     const cu_bf16 *x = a->x + cw * CU_SEGMENT + lane % 16 * 8;
@@ -384,7 +320,7 @@ static __device__ __forceinline__ float skinny_row_scale(const float *x, int32_t
     return cu_norm_scale(cu_warp_sum(sum), n, eps);
 }
 
-/* Norm of x_f32, at most 8 rows, to the same places as skinny_x_load_few puts it. Of one row each warp finds the scale
+/* Norm of x_f32, at most 8 rows, to the same places as skinny_x_load puts it. Of one row each warp finds the scale
  * itself, which takes no barrier; of more a warp a row. Then a warp norms its segments, a lane four numbers.
  * norm_wide: n_in is a multiple of 4 and all is aligned. xs: of the warp. */
 static __device__ __forceinline__ void skinny_x_norm(uint4 *xs, float row_scale[8], const skinny_args *a,
@@ -462,16 +398,15 @@ static __device__ __forceinline__ float skinny_swiglu(float gate, float up) {
     return __fmul_rn(__fdiv_rn(gate, __fadd_rn(1.0f, expf(-gate))), up);
 }
 
-/* At least 3 blocks a multiprocessor for 8 rows, 2 for up to 32, 1 for 64: the limit of registers. */
-template <cu_format F, int NT>
-__global__ void __launch_bounds__(SKINNY_WARPS_MAX * 32, 1 + (NT < 8) + (NT < 2))
-    skinny_kernel(const __grid_constant__ skinny_args a) {
+/* At least 3 blocks a multiprocessor: the limit of registers. */
+template <cu_format F>
+__global__ void __launch_bounds__(SKINNY_WARPS_MAX * 32, 3) skinny_kernel(const __grid_constant__ skinny_args a) {
     typedef skinny_shape<F> shape;
     /* units that a warp works on at once, if there are so many; bf16's ring is not deep enough */
-    constexpr int SIDE = NT == 1 && F != CU_BF16 ? 2 : 1;
+    constexpr int SIDE = F == CU_BF16 ? 1 : 2;
     extern __shared__ uint4 skinny_memory[];
-    __shared__ int32_t row[8 * NT];
-    __shared__ float row_scale[8];
+    __shared__ int32_t row[CU_SKINNY_MAX];
+    __shared__ float row_scale[CU_SKINNY_MAX];
     const int thread = threadIdx.x, n_thread = blockDim.x, lane = thread & 31, n_warp = n_thread / 32;
     const int warp = __shfl_sync(0xffffffffu, thread / 32, 0), g = lane / 4, c = lane % 4;
     const int32_t rank = a.n_rank > 1 ? (int32_t)skinny_rank() : 0;
@@ -483,7 +418,7 @@ __global__ void __launch_bounds__(SKINNY_WARPS_MAX * 32, 1 + (NT < 8) + (NT < 2)
 
     cu_launch_next();
     if (!a.grouped) {
-        if (NT == 1 && a.x_f32) /* not a step's either */
+        if (a.x_f32) /* not a step's either */
             for (int32_t i = thread * 64; i < a.n_in; i += n_thread * 64)
                 asm volatile("prefetch.global.L2 [%0];" ::"l"(a.norm_w + i));
         if (thread < n_row) row[thread] = thread;
@@ -510,24 +445,21 @@ __global__ void __launch_bounds__(SKINNY_WARPS_MAX * 32, 1 + (NT < 8) + (NT < 2)
             row[thread] = a.gather ? skinny_l2i(a.place_entry + place + thread) / a.n_used : place + thread;
         __syncthreads();
     }
-    const int xl = NT == 1 ? 4 * n_row : 32;
+    const int xl = 4 * n_row;
     uint4 *xs = (uint4 *)((unsigned char *)skinny_memory + n_warp * (shape::DEPTH * shape::SLOT));
-    const int32_t x_warp = (n_row + 7) / 8 * 4 * xl, x_round = n_warp * x_warp;
-    float *part = (float *)(a.x_shared ? xs + a.n_round * x_round : xs);
+    const int32_t x_warp = 4 * xl, x_round = n_warp * x_warp;
+    float *part = (float *)(xs + a.n_round * x_round);
     if (a.n_rank > 1) skinny_meet();
     if (!a.grouped) cu_wait_previous();
-    if (NT == 1 && a.x_f32) {
+    if (a.x_f32) {
         if (a.norm_wide)
             skinny_x_norm(xs + warp * x_warp, row_scale, &a, row, n_row, warp, n_warp, cw, n_cw, x_round, xl, lane);
         else
             skinny_x_norm_narrow(xs, row_scale, &a, {n_cw, n_warp, rank, x_warp, x_round, xl}, row, n_row);
-    } else if (NT == 1) {
-        skinny_x_load_few(xs + warp * x_warp, &a, row, n_row, cw, n_cw, x_round, xl, lane);
-    } else if (a.x_shared) {
-        skinny_x_load<NT>(xs + warp * x_warp + lane, &a, row, n_row, cw, n_cw, xl, lane);
+    } else {
+        skinny_x_load(xs + warp * x_warp, &a, row, n_row, cw, n_cw, x_round, xl, lane);
     }
     xs += warp * x_warp + lane;
-    skinny_x x = {NULL, NULL, a.ldx, row, n_row, xl, g};
 
     const int32_t slots = a.n_pass * n_cw, slot_size = n_row * CU_BAND;
     float *const part_scale = part + a.n_turn * slots * slot_size;
@@ -538,22 +470,17 @@ __global__ void __launch_bounds__(SKINNY_WARPS_MAX * 32, 1 + (NT < 8) + (NT < 2)
     }
     int depth = 0, turn = 0;
     for (int32_t job = first_job; job < a.n_job; job += step) {
-        /* This thread finishes output o of rows r, r + n_thread / 16 ...: what that needs comes while we compute. */
-        const int32_t o = thread % CU_BAND, out = job * CU_BAND + o;
-        float total[2][NT], old[NT], by[2] = {1.0f, 1.0f};
+        /* This thread finishes output o of row r: what that needs comes while we compute. */
+        const int32_t o = thread % CU_BAND, r = thread / CU_BAND, out = job * CU_BAND + o;
+        float total[2] = {0.0f, 0.0f}, old = 0.0f, by[2] = {1.0f, 1.0f};
         if (rank == 0) {
             if (F == CU_I8 || F == CU_I4) {
                 by[0] = scale[(job << pairs) * CU_BAND + o];
                 if (pairs) by[1] = scale[((job << 1) + 1) * CU_BAND + o];
             }
         }
-#pragma unroll
-        for (int k = 0; k < NT; k++) {
-            const int32_t r = (thread + k * n_thread) / CU_BAND;
-            total[0][k] = total[1][k] = old[k] = 0.0f;
-            if (rank == 0 && a.epilogue == CU_ADD && r < n_row && out < a.n_out)
-                old[k] = skinny_l2f(a.y + (place + r) * a.ldy + out);
-        }
+        if (rank == 0 && a.epilogue == CU_ADD && r < n_row && out < a.n_out)
+            old = skinny_l2f(a.y + (place + r) * a.ldy + out);
         for (int32_t v0 = 0; v0 < n_unit; v0 += a.n_pass) {
             const int32_t v1 = min(v0 + a.n_pass, n_unit);
             for (int32_t v = v0; v < v1;) {
@@ -579,7 +506,7 @@ __global__ void __launch_bounds__(SKINNY_WARPS_MAX * 32, 1 + (NT < 8) + (NT < 2)
                         for (int k = 0; k < 2; k++) {
                             if (!in[k]) continue;
                             const int32_t at = (turn * a.n_pass + v + k - v0) * n_cw + cw;
-                            skinny_put<1>(to + at * slot_size, &acc[k], n_row, g, c);
+                            skinny_put(to + at * slot_size, acc[k], n_row, g, c);
                             if (F == CU_F8 && lane == 0) to_scale[at] = *(const float *)(slot[k] + shape::UNIT);
                         }
                     }
@@ -589,13 +516,11 @@ __global__ void __launch_bounds__(SKINNY_WARPS_MAX * 32, 1 + (NT < 8) + (NT < 2)
                     skinny_wait<shape::DEPTH - 1>();
                     __syncwarp();
                     if (seg < a.n_seg) {
-                        float acc[NT][4];
+                        float acc[4];
                         const unsigned char *slot = ring + depth * shape::SLOT;
-                        x.shared = a.x_shared ? xs + round * x_round : NULL;
-                        x.x = a.x + (int64_t)seg * CU_SEGMENT + 16 * c;
-                        skinny_segment<F, NT>(acc, slot + lane * 16, &x);
+                        skinny_segment<F>(acc, slot + lane * 16, xs + round * x_round, xl, g < n_row);
                         const int32_t at = (turn * a.n_pass + v - v0) * n_cw + cw;
-                        skinny_put<NT>(to + at * slot_size, acc, n_row, g, c);
+                        skinny_put(to + at * slot_size, acc, n_row, g, c);
                         if (F == CU_F8 && lane == 0) to_scale[at] = *(const float *)(slot + shape::UNIT);
                     }
                 }
@@ -606,36 +531,31 @@ __global__ void __launch_bounds__(SKINNY_WARPS_MAX * 32, 1 + (NT < 8) + (NT < 2)
                 v += done;
             }
             skinny_barrier(a.n_rank);
-            if (rank == 0) {
+            if (rank == 0 && r < n_row) {
+                for (int32_t v = v0; v < v1; v++) {
+                    const int32_t n = min(n_cw, a.n_seg - (v >> pairs) * n_cw);
+                    const int32_t at = (turn * a.n_pass + v - v0) * n_cw;
+                    const float *p = part + at * slot_size + skinny_part_at(r, o);
+                    float sum = v & pairs ? total[1] : total[0];
+                    for (int32_t i0 = 0; i0 < n; i0 += SUM_ONCE) { /* all loads of a run before its first sum */
+                        float segment[SUM_ONCE], by_segment[SUM_ONCE];
 #pragma unroll
-                for (int k = 0; k < NT; k++) {
-                    const int32_t r = (thread + k * n_thread) / CU_BAND;
-                    if (r >= n_row) continue;
-                    for (int32_t v = v0; v < v1; v++) {
-                        const int32_t n = min(n_cw, a.n_seg - (v >> pairs) * n_cw);
-                        const int32_t at = (turn * a.n_pass + v - v0) * n_cw;
-                        const float *p = part + at * slot_size + skinny_part_at(r, o);
-                        float sum = v & pairs ? total[1][k] : total[0][k];
-                        for (int32_t i0 = 0; i0 < n; i0 += SUM_ONCE) { /* all loads of a run before its first sum */
-                            float segment[SUM_ONCE], by_segment[SUM_ONCE];
-#pragma unroll
-                            for (int i = 0; i < SUM_ONCE; i++) {
-                                const int32_t from = min(i0 + i, n - 1);
-                                segment[i] = p[from * slot_size];
-                                if (F == CU_F8) by_segment[i] = part_scale[at + from];
-                            }
-#pragma unroll
-                            for (int i = 0; i < SUM_ONCE; i++) {
-                                const float next =
-                                    F == CU_F8 ? __fmaf_rn(by_segment[i], segment[i], sum) : __fadd_rn(segment[i], sum);
-                                sum = i0 + i < n ? next : sum;
-                            }
+                        for (int i = 0; i < SUM_ONCE; i++) {
+                            const int32_t from = min(i0 + i, n - 1);
+                            segment[i] = p[from * slot_size];
+                            if (F == CU_F8) by_segment[i] = part_scale[at + from];
                         }
-                        if (v & pairs)
-                            total[1][k] = sum;
-                        else
-                            total[0][k] = sum;
+#pragma unroll
+                        for (int i = 0; i < SUM_ONCE; i++) {
+                            const float next =
+                                F == CU_F8 ? __fmaf_rn(by_segment[i], segment[i], sum) : __fadd_rn(segment[i], sum);
+                            sum = i0 + i < n ? next : sum;
+                        }
                     }
+                    if (v & pairs)
+                        total[1] = sum;
+                    else
+                        total[0] = sum;
                 }
             }
             if (a.n_turn == 2)
@@ -643,21 +563,16 @@ __global__ void __launch_bounds__(SKINNY_WARPS_MAX * 32, 1 + (NT < 8) + (NT < 2)
             else
                 skinny_barrier(a.n_rank);
         }
-        if (rank != 0 || out >= a.n_out) continue;
-#pragma unroll
-        for (int k = 0; k < NT; k++) {
-            const int32_t r = (thread + k * n_thread) / CU_BAND;
-            if (r >= n_row) continue;
-            float z = total[0][k], up = total[1][k];
-            if (F == CU_I8 || F == CU_I4) {
-                z = __fmul_rn(z, by[0]);
-                up = __fmul_rn(up, by[1]);
-            }
-            if (a.epilogue == CU_SWIGLU)
-                a.h[(place + r) * a.ldh + out] = cu_round(skinny_swiglu(z, up));
-            else
-                a.y[(place + r) * a.ldy + out] = a.epilogue == CU_ADD ? __fadd_rn(old[k], z) : z;
+        if (rank != 0 || r >= n_row || out >= a.n_out) continue;
+        float z = total[0], up = total[1];
+        if (F == CU_I8 || F == CU_I4) {
+            z = __fmul_rn(z, by[0]);
+            up = __fmul_rn(up, by[1]);
         }
+        if (a.epilogue == CU_SWIGLU)
+            a.h[(place + r) * a.ldh + out] = cu_round(skinny_swiglu(z, up));
+        else
+            a.y[(place + r) * a.ldy + out] = a.epilogue == CU_ADD ? __fadd_rn(old, z) : z;
     }
 }
 
