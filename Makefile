@@ -18,7 +18,7 @@ help:
 	@echo 'make test-full          the long tests as well (goldens of the full shapes)'
 	@echo 'make bench              limits, kernels, steps and server load on this machine, into bench/results.csv'
 	@echo 'make gpu-test           the checks of the cuda backend, from a built tree on a machine with a GPU'
-	@echo 'make gpu-bench          the table of what it must reach, three runs; GPU_BENCH=--all runs 21b-a3b as well (112 GB of disk)'
+	@echo 'make gpu-bench          the table of what it must reach, three runs; GPU_BENCH=--all runs 21b-a3b as well (45 GB of disk)'
 	@echo 'make fuzz               every fuzz target for FUZZ_SECONDS (60) each'
 	@echo 'make install            ernest, its man page and completion below PREFIX (/usr/local) and DESTDIR'
 	@echo 'make format             clang-format over src and tests'

@@ -18,6 +18,7 @@
     } while (0)
 
 enum { ROUNDS = 8, THREADS = 512, UNROLL = 8, PRODUCTS = 4096, WGMMA_BYTES = 65536 };
+static const double SUSTAINED = 0.4; /* seconds */
 
 static __global__ void fill(uint4 *x, int64_t n) {
     for (int64_t i = blockIdx.x * (int64_t)blockDim.x + threadIdx.x; i < n; i += (int64_t)gridDim.x * blockDim.x) {
@@ -163,15 +164,17 @@ int main(void) {
     }
     printf("bf16 products     %7.1f TFLOP/s, m16n8k16 from registers\n",
            (double)blocks * 8 * PRODUCTS * 4096.0 / best * 1e-12);
-    best = 1e9;
+    /* As long as a prefill: the clock falls within some milliseconds of full work. */
     CHECK(cudaFuncSetAttribute((const void *)multiply_group, cudaFuncAttributeMaxDynamicSharedMemorySize, WGMMA_BYTES));
-    for (int r = 0; r < ROUNDS; r++) {
+    const double each = (double)p.multiProcessorCount * 2 * 2 * PRODUCTS * 64.0 * 128 * 16 * 2;
+    double took[2]; /* half as long, and as long again */
+    for (int r = 0; r < 2; r++) {
+        const int n = 1 + (int)(SUSTAINED / 2 / (each / 900e12));
         CHECK(cudaEventRecord(from, 0));
-        multiply_group<<<p.multiProcessorCount * 2, 256, WGMMA_BYTES>>>((float *)y, x);
-        double s = seconds();
-        best = s < best ? s : best;
+        for (int i = 0; i < n; i++) multiply_group<<<p.multiProcessorCount * 2, 256, WGMMA_BYTES>>>((float *)y, x);
+        took[r] = seconds() / n;
     }
-    printf("bf16 products     %7.1f TFLOP/s, m64n128k16 from shared memory\n",
-           (double)p.multiProcessorCount * 2 * 2 * PRODUCTS * 64.0 * 128 * 16 * 2 / best * 1e-12);
+    printf("bf16 products     %7.1f TFLOP/s, m64n128k16 from shared memory, after %.1f s of it\n",
+           each / took[1] * 1e-12, SUSTAINED / 2);
     return 0;
 }

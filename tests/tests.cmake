@@ -81,6 +81,9 @@ if(TARGET ern_backend_cuda)
   target_sources(gpu_check PRIVATE ${gpu_checks})
   target_link_libraries(gpu_check PRIVATE ern_backend_cuda)
   set_target_properties(gpu_check PROPERTIES LINKER_LANGUAGE CXX)
+  add_test(NAME nvcc_refuses COMMAND sh ${CMAKE_SOURCE_DIR}/src/backend/cuda/nvcc.sh none
+    echo "ptxas info : (C7511) Potential Performance Loss: wgmma.mma_async instructions are serialized")
+  set_tests_properties(nvcc_refuses PROPERTIES LABELS kern WILL_FAIL TRUE)
 endif()
 
 # The loader must refuse a plugin of another build: one that says it is.
@@ -90,6 +93,32 @@ if(TARGET test_backend)
   target_compile_options(other_plugin PRIVATE ${ERN_WARN})
   set_target_properties(other_plugin PROPERTIES PREFIX "")
   add_dependencies(test_backend other_plugin)
+endif()
+
+# --backend auto where a GPU is whose backend does not take the model: cpu computes, and a line says why. The plugin is
+# looked for beside the program, so the program gets a second name beside this one.
+if(TARGET ernest AND NOT ERN_FUZZ)
+  set(refusing ${CMAKE_BINARY_DIR}/refusing)
+  add_library(refusing_plugin MODULE ${CMAKE_SOURCE_DIR}/tests/plugin/refusing_plugin.c)
+  add_library(refusing_driver SHARED ${CMAKE_SOURCE_DIR}/tests/plugin/refusing_driver.c)
+  target_include_directories(refusing_plugin PRIVATE ${CMAKE_SOURCE_DIR}/src)
+  foreach(t refusing_plugin refusing_driver)
+    target_compile_options(${t} PRIVATE ${ERN_WARN})
+    set_target_properties(${t} PROPERTIES LIBRARY_OUTPUT_DIRECTORY ${refusing} PREFIX "")
+  endforeach()
+  set_target_properties(refusing_plugin PROPERTIES OUTPUT_NAME ernest_cuda)
+  set_target_properties(refusing_driver PROPERTIES OUTPUT_NAME libcuda SUFFIX .so.1)
+  add_custom_command(OUTPUT ${refusing}/ernest DEPENDS ernest refusing_plugin refusing_driver VERBATIM
+    COMMAND ${CMAKE_COMMAND} -E copy $<TARGET_FILE:ernest> ${refusing}/ernest)
+  add_custom_target(refusing ALL DEPENDS ${refusing}/ernest)
+  set(dry_run ${refusing}/ernest serve --dry-run --model ${CMAKE_SOURCE_DIR}/models/demo-dense)
+  add_test(NAME backend_auto_refused COMMAND ${dry_run})
+  add_test(NAME backend_cuda_refused COMMAND ${dry_run} --backend cuda)
+  set_tests_properties(backend_auto_refused PROPERTIES PASS_REGULAR_EXPRESSION
+    "found=cpu why=.this GPU takes no model.*this machine has")
+  set_tests_properties(backend_cuda_refused PROPERTIES PASS_REGULAR_EXPRESSION "^ernest: this GPU takes no model")
+  set_tests_properties(backend_auto_refused backend_cuda_refused PROPERTIES LABELS unit TIMEOUT ${ERN_TIMEOUT}
+    ENVIRONMENT LD_LIBRARY_PATH=${refusing})
 endif()
 
 # Every combination on every model and backend, where `make test` has them all on one.

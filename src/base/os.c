@@ -15,6 +15,7 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#include <sys/syscall.h>
 #endif
 
 static int64_t clock_us(clockid_t id) {
@@ -169,7 +170,16 @@ static uint64_t xcr0(void) {
     return (uint64_t)hi << 32 | lo;
 }
 
-ern_cpu_level ern_cpu_level_here(void) {
+/* The tile registers are 8 KB of state that Linux gives to a process that asks; before 5.16 it has no such request. */
+static bool tiles_granted;
+static pthread_once_t tiles_once = PTHREAD_ONCE_INIT;
+static void tiles_ask(void) {
+    enum { REQUEST_PERMISSION = 0x1023, TILE_DATA = 18 }; /* ARCH_REQ_XCOMP_PERM, XFEATURE_XTILE_DATA */
+    tiles_granted = syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
+}
+
+/* As far as processor and operating system have it; whether this process may is another question. */
+static ern_cpu_level level_possible(void) {
     unsigned a, b, c, d;
     if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & bit_OSXSAVE) || !(c & bit_FMA) || !(c & bit_F16C))
         return ERN_CPU_PORTABLE;
@@ -179,6 +189,19 @@ ern_cpu_level ern_cpu_level_here(void) {
     if ((x & 0xe6) != 0xe6 || (b & need) != need) return ERN_CPU_AVX2;
     const unsigned amx = (1u << 22) | (1u << 24) | (1u << 25); /* AMX-BF16, AMX-TILE, AMX-INT8 */
     return (x & 0x60000) == 0x60000 && (d & amx) == amx ? ERN_CPU_AMX : ERN_CPU_AVX512;
+}
+
+ern_cpu_level ern_cpu_level_here(void) {
+    const ern_cpu_level level = level_possible();
+    if (level < ERN_CPU_AMX) return level;
+    pthread_once(&tiles_once, tiles_ask);
+    return tiles_granted ? level : ERN_CPU_AVX512;
+}
+
+const char *ern_cpu_amx_refused(void) {
+    if (level_possible() < ERN_CPU_AMX || ern_cpu_level_here() == ERN_CPU_AMX) return NULL;
+    return "the system does not let this process use the AMX tiles that the processor has (arch_prctl refuses), so the "
+           "cpu backend computes at level avx512";
 }
 
 static char cpu_brand[49];
@@ -196,6 +219,7 @@ const char *ern_cpu_name(void) {
 }
 #else
 ern_cpu_level ern_cpu_level_here(void) { return ERN_CPU_PORTABLE; }
+const char *ern_cpu_amx_refused(void) { return NULL; }
 const char *ern_cpu_name(void) { return "unknown"; }
 #endif
 

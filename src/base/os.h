@@ -44,6 +44,8 @@ uint64_t ern_memory_resident_bytes(void);
 /* What this processor can do; `level` names are those of --cpu-level. */
 typedef enum ern_cpu_level { ERN_CPU_PORTABLE, ERN_CPU_AVX2, ERN_CPU_AVX512, ERN_CPU_AMX } ern_cpu_level;
 ern_cpu_level ern_cpu_level_here(void);
+/* Why it is not AMX though the processor has that: one sentence; else NULL. */
+const char *ern_cpu_amx_refused(void);
 const char *ern_cpu_level_name(ern_cpu_level level);
 /* The processor's brand string, or "unknown". Static memory. */
 const char *ern_cpu_name(void);

@@ -94,6 +94,7 @@ static ern_status open_steps(stepping *s, int32_t n_seq, int32_t n_context, int3
                                                     .n_context_max = n_context,
                                                     .n_prompt_max = n_prompt,
                                                     .n_round = (int32_t)options_int(s->o, "rounds"),
+                                                    .sampled = options_flag(s->o, "sampled"),
                                                     .quick = options_flag(s->o, "quick")},
                              err));
     s->threads = bench_steps_threads(s->steps);

@@ -35,6 +35,7 @@ struct bench_steps {
     int32_t n_page_max; /* pages of a sequence */
     int32_t *token, *pos, *cell, *want, *row0, *kv_len, *page;
     double kv_bytes; /* of one position */
+    int32_t *seen;   /* [longest] tokens that penalties look at */
     ern_sample *sample;
     /* the probed pass */
     double experts;
@@ -42,6 +43,21 @@ struct bench_steps {
 };
 
 /* ---- steps ----------------------------------------------------------------------------------------------------- */
+
+static ern_sample rule(const bench_steps *b, int32_t seq, int32_t pos0, int32_t n_each) {
+    ern_sample one = {.top_p = 1, .repetition = 1, .forced = -1, .n_top = -1, .position = pos0 + n_each};
+    if (!b->o.sampled) return one;
+    one.temperature = 0.8f;
+    one.top_k = 50;
+    one.top_p = 0.9f;
+    one.repetition = 1.1f;
+    one.frequency = one.presence = 0.1f;
+    one.seed = (uint64_t)seq;
+    one.seen = b->seen;
+    one.n_seen = pos0;
+    one.n_prompt = pos0 / 2;
+    return one;
+}
 
 /* Sequences first..first+n_seq-1, n_each rows of each from position pos0; the last row of each is sampled where
  * `wanted`; prev: feed back the step before. Each sequence has tokens of its own, so that experts are chosen as by
@@ -53,7 +69,7 @@ static void submit_from(bench_steps *b, int32_t first, int32_t n_seq, int32_t po
         b->row0[s] = s * n_each;
         b->kv_len[s] = pos0 + n_each;
         b->want[s] = (s + 1) * n_each - 1;
-        b->sample[s] = (ern_sample){.top_p = 1, .repetition = 1, .forced = -1, .n_top = -1, .position = pos0 + n_each};
+        b->sample[s] = rule(b, s, pos0, n_each);
         for (int32_t i = 0; i < n_each; i++) {
             const int32_t r = s * n_each + i, p = pos0 + i;
             b->token[r] =
@@ -324,7 +340,7 @@ static ern_status open_all(bench_steps *b, ern_err *err) {
     ERN_TRY(ops->plan(&plan, b->o.model, &o, err));
     b->kv_bytes = (double)plan.page_bytes / CELLS;
     ERN_TRY(ops->open(&b->backend, b->o.model, &o, err));
-    int32_t *ints = calloc((size_t)(3 * rows + 3 * S + 1 + S * b->n_page_max), sizeof *ints);
+    int32_t *ints = calloc((size_t)(3 * rows + 3 * S + 1 + S * b->n_page_max + n_len), sizeof *ints);
     b->token = ints;
     b->sample = calloc((size_t)S, sizeof *b->sample);
     if (!ints || !b->sample) return ERN_FAIL(err, ERN_ERR_MEMORY, "no memory for a batch");
@@ -334,6 +350,9 @@ static ern_status open_all(bench_steps *b, ern_err *err) {
     b->kv_len = b->want + S;
     b->row0 = b->kv_len + S;
     b->page = b->row0 + S + 1;
+    b->seen = b->page + S * b->n_page_max;
+    for (int32_t i = 0; i < n_len; i++)
+        b->seen[i] = (int32_t)(ern_counter64(5, (uint64_t)i) % (uint64_t)b->o.model->config.n_vocab);
     for (int32_t q = 0; q < S; q++) /* a prompt longer than a context lies in the pages of several sequences */
         for (int32_t i = 0; i < b->n_page_max; i++) b->page[q * b->n_page_max + i] = (q * n_each + i) % n_page;
     ERN_TRY(fill_pages(b, n_page, plan.page_bytes, err));

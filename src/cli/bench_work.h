@@ -22,6 +22,7 @@ typedef struct bench_steps_options {
                               these */
     int32_t n_prompt_max;  /* longest prompt alone */
     int32_t n_round;       /* at most; fewer of what takes seconds */
+    bool sampled;          /* replies are sampled by every rule that is common, penalties over the whole context */
     bool quick;
 } bench_steps_options;
 

@@ -187,7 +187,13 @@ static ern_status listen_at_once(serving *s, ern_err *err) {
  */
 static ern_status plan(serving *s, ern_engine_plan *out, ern_err *err) {
     launch_take_model(&s->l, s->model);
-    ERN_TRY(launch_fit_memory(&s->l, s->model, err));
+    ern_status status = launch_fit_memory(&s->l, s->model, err);
+    if (status == ERN_ERR_UNSUPPORTED && s->l.backend_auto && launch_on_gpu(&s->l)) {
+        ern_log(ERN_LOG_WARN, "serve.backend", "asked=auto found=cpu why=\"%s\"", err->text);
+        ERN_TRY(launch_leave_gpu(&s->l, s->o, s->model, err));
+        status = launch_fit_memory(&s->l, s->model, err);
+    }
+    ERN_TRY(status);
     ERN_TRY(launch_plan(&s->l, out, err));
     report_missing_mtp(s->model);
     return ERN_OK;

@@ -23,6 +23,7 @@ enum {
     STOP_MAX = 16,
     STOP_BYTES = 1024,
     LONG_PROMPT_PART = 25, /* of the context: FastDeploy's 0.04 */
+    ITL_TIMES_GPU = 3,
 };
 #define GIB 1073741824.0
 
@@ -32,11 +33,17 @@ static bool is_name(const char *text, const char *name) { return strcmp(text, na
 
 /* ---- capacity and scheduling ------------------------------------------------------------------------------------- */
 
+static ern_status pick_backend(const launch *l, const options *o, const ern_backend_ops **out, ern_err *err) {
+    if (!l->gpu_left) return command_backend(o, out, err);
+    *out = ern_backend_find("cpu");
+    return ERN_OK;
+}
+
 /* FastDeploy takes 8192 tokens per step; on a CPU such a step would last so long that running replies stall and a
  * cancel waits, so there the default is small. The results do not depend on it. */
-static int64_t default_step(const options *o, int64_t len, int64_t seqs, bool chunks) {
+static int64_t default_step(const launch *l, const options *o, int64_t len, int64_t seqs, bool chunks) {
     const ern_backend_ops *backend;
-    bool gpu = command_backend(o, &backend, NULL) == ERN_OK && is_name(backend->name, "cuda");
+    bool gpu = pick_backend(l, o, &backend, NULL) == ERN_OK && is_name(backend->name, "cuda");
     int64_t most = len * seqs, step = !chunks ? len : gpu ? STEP_TOKENS_GPU : STEP_TOKENS;
     if (step < seqs) step = seqs;
     return step < most ? step : most;
@@ -103,6 +110,18 @@ static ern_status check_rules(launch *l, const options *o, bool chunks, ern_err 
     e->reserve_all = !options_flag(o, "ENABLE_V1_KVCACHE_SCHEDULER");
     if (e->reserve_all) e->prompt_share = options_real(o, "kv-cache-ratio");
     e->itl_target_us = to_us(options_real(o, "itl-target-ms"), 1e3);
+    if (options_given(o, "itl-max-times")) e->itl_times = options_real(o, "itl-max-times");
+    if (e->itl_times > 0 && e->itl_times < 1)
+        return ERN_FAIL(
+            err, ERN_ERR_USAGE,
+            "--itl-max-times is %s, and a step with a piece of a prompt takes longer than one without; give "
+            "1.1 or more, or 0 for no bound",
+            options_text(o, "itl-max-times"));
+    if (e->itl_times > 0 && !chunks)
+        return ERN_FAIL(err, ERN_ERR_USAGE,
+                        "--itl-max-times is %s, and it makes pieces of prompts smaller, which chunked prefill makes; "
+                        "give --enable-chunked-prefill or leave the flag out",
+                        options_text(o, "itl-max-times"));
     if (e->itl_target_us && !chunks)
         return ERN_FAIL(err, ERN_ERR_USAGE,
                         "--itl-target-ms is %s, and it makes pieces of prompts smaller, which chunked prefill makes; "
@@ -120,7 +139,7 @@ static ern_status check_capacity(launch *l, const options *o, ern_err *err) {
     int64_t len = options_int(o, "max-model-len"), seqs = options_int(o, "max-num-seqs");
     bool chunks = options_flag(o, "enable-chunked-prefill");
     bool own_step = options_given(o, "max-num-batched-tokens");
-    int64_t step = own_step ? options_int(o, "max-num-batched-tokens") : default_step(o, len, seqs, chunks);
+    int64_t step = own_step ? options_int(o, "max-num-batched-tokens") : default_step(l, o, len, seqs, chunks);
     ERN_TRY(check_step(step, len, seqs, chunks, err));
     int64_t pages = options_given(o, "num-gpu-blocks-override") ? options_int(o, "num-gpu-blocks-override") : 0;
     uint64_t memory = options_given(o, "memory") ? to_bytes(options_real(o, "memory")) : 0;
@@ -302,8 +321,11 @@ static ern_status check_graphs(launch *l, const options *o, ern_err *err) {
 
 static ern_status check_devices(launch *l, const options *o, ern_err *err) {
     const char *level = options_text(o, "cpu-level");
-    ERN_TRY(command_backend(o, &l->engine.backend, err));
+    ERN_TRY(pick_backend(l, o, &l->engine.backend, err));
+    l->backend_auto = is_name(options_text(o, "backend"), "auto");
     l->backend_name = l->engine.backend->name;
+    if (launch_on_gpu(l) && l->engine.chunked_prefill && !options_given(o, "itl-max-times"))
+        l->engine.itl_times = ITL_TIMES_GPU;
     if (launch_on_gpu(l) && !l->engine.memory_bytes) l->memory_share = options_real(o, "gpu-memory-utilization");
     if (!launch_on_gpu(l) && l->engine.memory_bytes > ern_memory_total_bytes())
         return ERN_FAIL(err, ERN_ERR_USAGE,
@@ -321,8 +343,9 @@ static ern_status check_devices(launch *l, const options *o, ern_err *err) {
         if (strcasecmp(level, ern_cpu_level_name((ern_cpu_level)i)) == 0) l->engine.backend_options.level = i;
     if (l->engine.backend_options.level > (int32_t)ern_cpu_level_here())
         return ERN_FAIL(err, ERN_ERR_USAGE,
-                        "--cpu-level %s is above what this processor has (%s); give that or leave it out", level,
-                        ern_cpu_level_name(ern_cpu_level_here()));
+                        "--cpu-level %s is above what this processor has (%s)%s%s; give that or leave it out", level,
+                        ern_cpu_level_name(ern_cpu_level_here()), ern_cpu_amx_refused() ? ": " : "",
+                        ern_cpu_amx_refused() ? ern_cpu_amx_refused() : "");
     return ERN_OK;
 }
 
@@ -461,12 +484,27 @@ static ern_log_level log_level(const options *o) {
     return strcasecmp(name, "off") == 0 ? ERN_LOG_OFF : ERN_LOG_INFO;
 }
 
-ern_status launch_check(launch *l, const options *o, ern_err *err) {
-    *l = (launch){.ready_fd = -1};
+/* All of l->engine. */
+static ern_status check_engine(launch *l, const options *o, ern_err *err) {
     ERN_TRY(check_capacity(l, o, err));
     ERN_TRY(check_cache(l, o, err));
     ERN_TRY(check_devices(l, o, err));
-    ERN_TRY(check_quantization(l, o, err));
+    return check_quantization(l, o, err);
+}
+
+ern_status launch_leave_gpu(launch *l, const options *o, const ern_model *m, ern_err *err) {
+    ERN_ASSERT(l->backend_auto && launch_on_gpu(l));
+    l->gpu_left = true;
+    l->memory_share = 0;
+    ERN_TRY(check_engine(l, o, err));
+    l->engine.model = m;
+    launch_take_model(l, m);
+    return ERN_OK;
+}
+
+ern_status launch_check(launch *l, const options *o, ern_err *err) {
+    *l = (launch){.ready_fd = -1};
+    ERN_TRY(check_engine(l, o, err));
     ERN_TRY(check_model(l, o, err));
     ERN_TRY(check_http(l, o, err));
     l->log_level = log_level(o);

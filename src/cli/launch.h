@@ -21,6 +21,8 @@ typedef struct launch {
     ern_server_options server;
     ern_engine_options engine; /* model is filled in by serve */
     double memory_share;       /* --gpu-memory-utilization, when it decides; 0: it does not */
+    bool backend_auto;         /* --backend auto */
+    bool gpu_left;             /* and the GPU's backend does not take this model */
     ern_quant_plan quant;      /* what the flags ask for */
     bool quant_asked;          /* a flag was given */
     bool kv_auto;              /* --kv-cache-dtype auto */
@@ -36,6 +38,9 @@ void launch_take_model(launch *l, const ern_model *m);
 /* Turn a share of the machine's or the GPU's memory into the engine's bytes, once the model's size is known. Errors:
  * ERN_ERR_MEMORY naming --gpu-memory-utilization; ERN_ERR_USAGE for a --memory that the GPU has not free. */
 ERN_MUST_CHECK ern_status launch_fit_memory(launch *l, const ern_model *m, ern_err *err);
+/* Compute on the processors instead, all that follows from where we compute decided anew. For --backend auto, when the
+ * GPU's backend refuses the opened model m. */
+ERN_MUST_CHECK ern_status launch_leave_gpu(launch *l, const options *o, const ern_model *m, ern_err *err);
 /* The engine's plan, and what the size of the KV cache adds to the rules. Where memory is short and flags take a part
  * of it, the error names them too. */
 ERN_MUST_CHECK ern_status launch_plan(const launch *l, ern_engine_plan *out, ern_err *err);

@@ -246,6 +246,12 @@ const option option_table[] = {
      .help = "Milliseconds between the tokens of running replies that pieces of prompts should not exceed: they shrink "
              "until steps are that short; 0: pieces are as large as --max-num-batched-tokens lets them",
      .example = "--itl-target-ms 100"},
+    {.name = "itl-max-times", .type = OPTION_REAL, .min = 0, .max = 1000, .group = "Scheduling", .tag = 'E',
+     .command = CMD_SERVE,
+     .help = "A step that bears a piece of a prompt beside running replies takes at most about so many times as long as one "
+             "without: pieces are cut to that, by what steps took lately; 0: no bound. Default: 3 on a GPU, where steps "
+             "are short and --max-num-batched-tokens large, else 0",
+     .example = "--itl-max-times 2"},
     {.name = "enable-overlap-schedule", .type = OPTION_FLAG, .group = "Scheduling", .tag = 'T', .command = CMD_SERVE,
      .help = "Prepare the next step while one runs", .state = OPTION_IGNORED,
      .why = "the next step is always prepared while one runs"},
@@ -307,7 +313,7 @@ const option option_table[] = {
     /* ---- Devices ---- */
     {.name = "backend", .type = OPTION_ENUM, .choices = "auto|cpu|ref|cuda", .fallback = "auto", .group = "Devices",
      .tag = 'E', .command = CMD_SERVE,
-     .help = "What computes: cuda (one NVIDIA GPU), cpu, or ref, the slow reference; auto: cuda where it can, else cpu"},
+     .help = "What computes: cuda (one NVIDIA GPU), cpu, or ref, the slow reference; auto: cuda where it is and can compute the model, else cpu"},
     {.name = "threads", .type = OPTION_INT, .fallback = "0", .min = 0, .max = 512, .group = "Devices", .tag = 'E',
      .command = CMD_SERVE, .help = "Compute threads of the cpu backend; 0: one per allowed processor"},
     {.name = "cpu-level", .type = OPTION_ENUM, .choices = "auto|portable|avx2|avx512|amx", .fallback = "auto",
@@ -459,6 +465,8 @@ const option option_table[] = {
     {.name = "job", .type = OPTION_TEXT, .group = "Benchmarks", .tag = 'E', .command = CMD_BENCH_STEP,
      .help = "Also what a server does for N requests at once of IN + OUT tokens, without the server, to compare with bench "
              "serve --max-concurrency N --num-prompts N", .example = "--job 16,256,128"},
+    {.name = "sampled", .type = OPTION_FLAG, .fallback = "0", .group = "Benchmarks", .tag = 'E', .command = CMD_BENCH_STEP,
+     .help = "Decode with temperature, top-k, top-p and all three penalties instead of the best token"},
     {.name = "max-num-batched-tokens", .type = OPTION_INT, .fallback = "2048", .min = 1, .max = 32768,
      .group = "Benchmarks", .tag = 'E', .command = CMD_BENCH_STEP, .help = "Most tokens of one step of a prefill"},
     {.name = "busy", .type = OPTION_INT, .fallback = "0", .min = 0, .max = 512, .group = "Benchmarks", .tag = 'E',

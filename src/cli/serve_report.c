@@ -324,6 +324,8 @@ void report_ready(const launch *l, const options *o, const ern_model *m, const e
     print_summary(l, m, p, f, url);
     write_api_log(l, o, url);
     ern_log(ERN_LOG_INFO, "serve.backend", "name=%s kernels=\"%s\"", l->backend_name, p->backend.kernels);
+    if (strcmp(l->backend_name, "cpu") == 0 && ern_cpu_amx_refused())
+        ern_log(ERN_LOG_WARN, "serve.amx", "why=\"%s\"", ern_cpu_amx_refused());
     ern_log(ERN_LOG_INFO, "serve.pages", "Reset block num, the total_block_num:%d, prefill_kvcache_block_num:%d",
             p->n_page, launch_prompt_pages(l, p));
     if (launch_is_public(l) && l->server.n_api_key == 0)

@@ -1,6 +1,7 @@
 /* The engine without its threads. See core.h. */
 #include "engine/core.h"
 
+#include <math.h>
 #include <stdio.h>
 #include <string.h>
 
@@ -12,6 +13,7 @@ enum {
     EVENT_BATCH = 256, /* events handed out at once */
     CHUNK_LEAST = 16,  /* prompt rows that a step may always have: prompts get on, whatever the target */
     CHUNK_FIRST = 64,  /* before a pace is known */
+    BASE_EVERY = 32,   /* of steps that bear both, one leaves prompts out, so that what it takes alone stays known */
 };
 
 /* ---- memory ---------------------------------------------------------------------------------------------------- */
@@ -350,6 +352,7 @@ static bool submit(core *c, int32_t event_room, bool *moved) {
         if (c->seq[step->plan.item[k].seq].started_us == 0) start(c, step->plan.item[k].seq);
         batch_add(c, &step->plan.item[k]);
     }
+    if (step->n_decode > 0) c->pace.n_mixed = step->plan.n_row > step->n_decode ? c->pace.n_mixed + 1 : 0;
     batch_pages(c, &step->plan);
 #if defined(ERN_CHECKS)
     const char *why = "";
@@ -395,11 +398,12 @@ static void accept_token(core *c, int32_t i, const ern_sampled *sampled) {
 
 /* Learn the pace from a step that took us microseconds. */
 static void pace_learn(core_pace *p, const core_step *step, int64_t us) {
-    const double share = 0.25; /* of the newest step: follows contexts that grow, forgives one odd step */
+    const double share = 0.25;     /* of the newest step: follows contexts that grow, forgives one odd step */
+    const double base_share = 0.5; /* and seats that fill up */
     int32_t n_prompt = step->plan.n_row - step->n_decode;
     if (us <= 0) return;
     if (n_prompt == 0) {
-        p->base_us = p->base_us > 0 ? p->base_us + share * ((double)us - p->base_us) : (double)us;
+        p->base_us = p->base_us > 0 ? p->base_us + base_share * ((double)us - p->base_us) : (double)us;
     } else if (n_prompt >= CHUNK_LEAST / 2) { /* of fewer rows there is too little to see */
         double each = ((double)us - (step->n_decode > 0 ? p->base_us : 0)) / n_prompt;
         if (each < 0) each = 0;
@@ -408,10 +412,14 @@ static void pace_learn(core_pace *p, const core_step *step, int64_t us) {
 }
 
 int32_t core_prompt_rows(const core *c) {
-    int64_t target = c->o.engine->itl_target_us;
-    if (target <= 0) return INT32_MAX;
-    if (c->pace.prompt_us <= 0) return CHUNK_FIRST;
-    double rows = (0.9 * (double)target - c->pace.base_us) / c->pace.prompt_us;
+    const ern_engine_options *e = c->o.engine;
+    const core_pace *p = &c->pace;
+    if (e->itl_target_us <= 0 && e->itl_times <= 0) return INT32_MAX;
+    if (e->itl_times > 0 && (p->base_us <= 0 || p->n_mixed >= BASE_EVERY)) return 0;
+    if (p->prompt_us <= 0) return CHUNK_FIRST;
+    double most_us = e->itl_target_us > 0 ? 0.9 * (double)e->itl_target_us : INFINITY;
+    if (e->itl_times > 0 && e->itl_times * p->base_us < most_us) most_us = e->itl_times * p->base_us;
+    const double rows = (most_us - p->base_us) / p->prompt_us;
     return rows < CHUNK_LEAST ? CHUNK_LEAST : rows > INT32_MAX / 2 ? INT32_MAX : (int32_t)rows;
 }
 

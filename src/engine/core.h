@@ -56,6 +56,7 @@ typedef struct core_step {
 typedef struct core_pace {
     double base_us;   /* a step that has replies alone; 0: none seen */
     double prompt_us; /* more for each prompt row; 0: none seen */
+    int32_t n_mixed;  /* steps of replies and prompts since one had replies alone */
 } core_pace;
 
 typedef struct core {
@@ -98,7 +99,7 @@ void core_cancel(core *c, int32_t i, uint64_t id);
 bool core_turn(core *c, int32_t event_room);
 /* True while a request is inside. */
 bool core_is_busy(const core *c);
-/* Prompt rows that a step may have while replies run, by the pace and the target; INT32_MAX without one. */
+/* Prompt rows that a step may have while replies run, by the pace and the targets; INT32_MAX without one. */
 int32_t core_prompt_rows(const core *c);
 /* End everything with CANCELLED; the steps in flight are collected by the next turns. */
 void core_cancel_all(core *c);

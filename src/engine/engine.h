@@ -101,6 +101,7 @@ typedef struct ern_engine_options {
     int32_t max_long_partial;   /* of them, long ones; 0: no bound */
     int32_t long_prompt_tokens; /* a prompt that lacks more is long; 0: none is */
     int64_t itl_target_us; /* chunks shrink so that steps with running replies take at most so long; 0: no target */
+    double itl_times;      /* and so many times what a step takes that has the replies alone; 0: no target */
     int64_t queue_wait_us; /* refuse when the wait would be longer; 0: no bound */
     uint64_t queue_bytes;  /* most bytes of waiting prompts and sampling tables; 0: no bound */
 } ern_engine_options;

@@ -13,15 +13,33 @@
  * Integer sums have no order, so a histogram, a tree, one thread or a thousand give the same total, the same nucleus
  * and the same draw. exp is our own (sample_exp), built from single f32 operations, so its bits do not depend on a
  * libm. What the floor drops is below V * 2^-44 < 2^-26 of the distribution for the largest vocabulary. */
-enum { MASS_BITS = 44, RADIX = 2048, UNIFORM_BITS = 24 };
+enum {
+    MASS_BITS = 44,
+    RADIX = 2048,
+    UNIFORM_BITS = 24,
+    STEP = 16,  /* loops over the vocabulary go by so many logits, of which most tell at once that they do not matter */
+    FEW = 64,   /* so many best are found by insertion, more by radix selection */
+    RUN = 1024, /* tokens whose masses the draw adds before it looks at one */
+};
 #define GREEDY_BELOW 1e-5f /* temperature or top_p under this means arg-max */
 #define MIN_P_ON 0x1p-60f  /* a smaller min_p forbids only tokens whose mass is 0 already */
 #define COUNT_DONE 0x80000000u
+#define NEAR 7.0f /* temperatures below the best logit: the nucleus mostly ends there, and few tokens are as good */
+
+/* Compiled for wider registers too, and chosen when the program starts: single operations without contraction, so the
+ * bits are the same. A sanitizer's run-time is not up yet when the choice is made. */
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(__SANITIZE_ADDRESS__) && \
+    !defined(__SANITIZE_THREAD__)
+#define WIDE __attribute__((target_clones("arch=skylake-avx512", "avx2", "default")))
+#else
+#define WIDE
+#endif
 
 typedef struct scratch {
     float *weight;       /* [V] exp((l - max) / T) */
     float *raw;          /* [V] logits before penalties */
     uint32_t *count;     /* [V] penalties: how often an id was generated; later the candidate ids of the radix rounds */
+    int32_t *list;       /* [V] ids that may still be drawn, ascending */
     uint32_t *bin_count; /* [RADIX] */
     uint64_t *bin_mass;  /* [RADIX] */
 } scratch;
@@ -35,7 +53,8 @@ typedef struct cut {
 
 size_t ern_sample_scratch_bytes(int32_t n_vocab) {
     ERN_ASSERT(n_vocab > 0 && n_vocab <= ERN_VOCAB_MAX);
-    return RADIX * (sizeof(uint64_t) + sizeof(uint32_t)) + (size_t)n_vocab * (2 * sizeof(float) + sizeof(uint32_t));
+    return RADIX * (sizeof(uint64_t) + sizeof(uint32_t)) +
+           (size_t)n_vocab * (2 * sizeof(float) + sizeof(uint32_t) + sizeof(int32_t));
 }
 
 static scratch scratch_split(void *memory, int32_t n_vocab) {
@@ -45,6 +64,7 @@ static scratch scratch_split(void *memory, int32_t n_vocab) {
     s.count = s.bin_count + RADIX;
     s.weight = (float *)(s.count + n_vocab);
     s.raw = s.weight + n_vocab;
+    s.list = (int32_t *)(void *)(s.raw + n_vocab);
     return s;
 }
 
@@ -156,13 +176,24 @@ static void apply_bans(float *logits, int32_t n_vocab, const ern_sample *s) {
     }
 }
 
-/* The best id, ties to the lowest; -1 when a logit is NaN or +inf, or when nothing is left. One comparison a logit: the
- * branch is taken for a new best and for NaN only. */
-static int32_t arg_max(const float *logits, int32_t n_vocab) {
+/* Whether any of STEP logits is above `than` or NaN. */
+static inline bool any_above(const float *logits, float than) {
+    int32_t above = 0;
+    for (int i = 0; i < STEP; i++) above |= !(logits[i] <= than);
+    return above;
+}
+
+/* The best id, ties to the lowest; -1 when a logit is NaN or +inf, or when nothing is left. */
+WIDE static int32_t arg_max(const float *logits, int32_t n_vocab) {
     float best = -INFINITY;
     int32_t id = -1;
-    for (int32_t i = 0; i < n_vocab; i++) {
-        if (!(logits[i] <= best)) {
+    for (int32_t i = 0; i < n_vocab;) {
+        if (n_vocab - i >= STEP && !any_above(logits + i, best)) {
+            i += STEP;
+            continue;
+        }
+        for (const int32_t end = n_vocab - i < STEP ? n_vocab : i + STEP; i < end; i++) {
+            if (logits[i] <= best) continue;
             if (isnan(logits[i])) return -1;
             best = logits[i];
             id = i;
@@ -171,60 +202,84 @@ static int32_t arg_max(const float *logits, int32_t n_vocab) {
     return best < INFINITY ? id : -1;
 }
 
+/* The n best ids of the row, best first, ties to the lower id; -inf is never listed. */
+WIDE static int32_t top_ids(const float *logits, int32_t n_vocab, int32_t n, int32_t *out) {
+    int32_t have = 0;
+    for (int32_t i = 0; i < n_vocab && n > 0;) {
+        float worst = have == n ? logits[out[n - 1]] : -INFINITY;
+        if (n_vocab - i >= STEP && !any_above(logits + i, worst)) {
+            i += STEP;
+            continue;
+        }
+        for (const int32_t end = n_vocab - i < STEP ? n_vocab : i + STEP; i < end; i++) {
+            worst = have == n ? logits[out[n - 1]] : -INFINITY;
+            if (!(logits[i] > worst)) continue;
+            int32_t at = have < n ? have++ : n - 1;
+            for (; at > 0 && logits[out[at - 1]] < logits[i]; at--) out[at] = out[at - 1];
+            out[at] = i;
+        }
+    }
+    return have;
+}
+
 /* ---- distribution ----------------------------------------------------------------------------------------------- */
 
-/* weight[i] = exp((l_i - top) / T); the sum of the masses. Subtracting first keeps any T from overflowing. The inner
- * loop of a fixed length is there for the compiler, which makes vector code of it at -O2 already; the bits are the
- * same. */
-static uint64_t weigh(const float *restrict logits, int32_t n_vocab, float top, float temperature,
-                      float *restrict weight) {
-    enum { STEP = 16 };
+WIDE static uint64_t mass_sum(const float *weight, int32_t n) {
     uint64_t sum = 0;
+    for (int32_t i = 0; i < n; i++) sum += mass_of(weight[i]);
+    return sum;
+}
+
+/* weight[i] = exp((l_i - top) / T); the sum of the masses. Subtracting first keeps any T from overflowing. The inner
+ * loop of a fixed length is there for the compiler, which makes vector code of it at -O2 already. */
+WIDE static uint64_t weigh(const float *restrict logits, int32_t n_vocab, float top, float temperature,
+                           float *restrict weight) {
     int32_t i = 0;
     for (; i + STEP <= n_vocab; i += STEP)
         for (int j = 0; j < STEP; j++) weight[i + j] = sample_exp((logits[i + j] - top) / temperature);
     for (; i < n_vocab; i++) weight[i] = sample_exp((logits[i] - top) / temperature);
-    for (i = 0; i < n_vocab; i++) sum += mass_of(weight[i]);
-    return sum;
+    return mass_sum(weight, n_vocab);
 }
 
-/* The shortest run of the order (logit descending, id ascending) that holds at least `need_count` tokens or at least
- * `need_mass`, whichever comes first; all tokens when neither is reached.
+/* Of the tokens in `from` (n ids ascending; NULL: 0..n-1) the shortest run of the order (logit descending, id
+ * ascending) that holds at least `need_count` of them or at least `need_mass`, whichever comes first; all when neither
+ * is reached. weight NULL: masses are not asked for.
  * Radix selection on the ordered bits, 11 + 11 + 10 of them: each round keeps the candidates of the one bin in which
  * the run ends, so the later rounds see few. The last round's candidates have equal logits and stand in id order. */
-static cut find_cut(const float *logits, int32_t n_vocab, uint64_t need_count, uint64_t need_mass, scratch *s) {
+static cut find_cut(const float *logits, const int32_t *from, int32_t n, const float *weight, uint64_t need_count,
+                    uint64_t need_mass, scratch *s) {
     static const int shifts[3] = {21, 10, 0}, bits[3] = {11, 11, 10};
-    cut c = {.key = 0, .id = n_vocab - 1};
+    cut c = {.key = 0, .id = INT32_MAX};
     int32_t *id = (int32_t *)s->count;
-    int32_t n = n_vocab;
     for (int round = 0; round < 3; round++) {
         uint32_t n_bin = 1u << bits[round];
         memset(s->bin_count, 0, n_bin * sizeof *s->bin_count);
         memset(s->bin_mass, 0, n_bin * sizeof *s->bin_mass);
         for (int32_t i = 0; i < n; i++) {
-            int32_t t = round ? id[i] : i;
+            int32_t t = from ? from[i] : i;
             uint32_t bin = (ordered(logits[t]) >> shifts[round]) & (n_bin - 1);
             s->bin_count[bin]++;
-            s->bin_mass[bin] += mass_of(s->weight[t]);
+            if (weight) s->bin_mass[bin] += mass_of(weight[t]);
         }
         uint32_t bin = n_bin - 1;
         while (c.count + s->bin_count[bin] < need_count && c.mass + s->bin_mass[bin] < need_mass) {
             c.count += s->bin_count[bin];
             c.mass += s->bin_mass[bin];
-            if (bin-- == 0) return (cut){.key = 0, .id = n_vocab - 1, .mass = c.mass, .count = c.count};
+            if (bin-- == 0) return (cut){.key = 0, .id = INT32_MAX, .mass = c.mass, .count = c.count};
         }
         int32_t kept = 0;
         for (int32_t i = 0; i < n; i++) {
-            int32_t t = round ? id[i] : i;
+            int32_t t = from ? from[i] : i;
             if (((ordered(logits[t]) >> shifts[round]) & (n_bin - 1)) == bin) id[kept++] = t;
         }
         n = kept;
+        from = id;
         c.key |= bin << shifts[round];
     }
     for (int32_t i = 0; i < n && c.count < need_count && c.mass < need_mass; i++) {
         c.id = id[i];
         c.count++;
-        c.mass += mass_of(s->weight[id[i]]);
+        if (weight) c.mass += mass_of(weight[id[i]]);
     }
     return c;
 }
@@ -250,28 +305,88 @@ static uint64_t count_min_p(const float *logits, int32_t n_vocab, float top, con
     return n;
 }
 
-/* docs/model.md 7, steps 8 to 11: min_p, top_k, top_p, draw. */
-static int32_t draw(const float *logits, int32_t n_vocab, float top, const ern_sample *s, scratch *sc) {
-    uint64_t mass = weigh(logits, n_vocab, top, s->temperature, sc->weight);
-    cut c = {.key = 0, .id = n_vocab - 1, .mass = mass, .count = (uint64_t)n_vocab};
-    bool k_on = s->top_k > 0 && s->top_k < n_vocab;
-    if (s->min_p >= MIN_P_ON || k_on) {
-        uint64_t limit = (uint64_t)n_vocab;
-        if (s->min_p >= MIN_P_ON) limit = count_min_p(logits, n_vocab, top, s);
-        if (k_on && (uint64_t)s->top_k < limit) limit = (uint64_t)s->top_k;
-        c = find_cut(logits, n_vocab, limit, UINT64_MAX, sc);
-        if (k_on) mass = c.mass; /* top_k renormalises, min_p does not */
+/* The n best tokens, ids ascending, into list; their weights. Returns how many: those of -inf, whose mass is 0, may be
+ * missing. */
+static int32_t list_best(const float *logits, int32_t n_vocab, int32_t n, float top, float temperature, scratch *s) {
+    int32_t have = 0, *list = s->list;
+    if (n <= FEW) {
+        int32_t best[FEW];
+        have = top_ids(logits, n_vocab, n, best);
+        for (int32_t i = 0; i < have; i++) {
+            int32_t at = i;
+            for (; at > 0 && list[at - 1] > best[i]; at--) list[at] = list[at - 1];
+            list[at] = best[i];
+        }
+    } else {
+        const cut c = find_cut(logits, NULL, n_vocab, NULL, (uint64_t)n, UINT64_MAX, s);
+        for (int32_t i = 0; i < n_vocab; i++)
+            if (inside(&c, logits[i], i)) list[have++] = i;
     }
-    if (s->top_p < 1.0f) {
+    for (int32_t i = 0; i < have; i++) s->weight[list[i]] = sample_exp((logits[list[i]] - top) / temperature);
+    return have;
+}
+
+/* The tokens whose logits are at least `bound`, ids ascending, into list: a run of the order. */
+WIDE static int32_t list_from(const float *logits, int32_t n_vocab, float bound, int32_t *list) {
+    const float below = nextafterf(bound, -INFINITY);
+    int32_t have = 0;
+    for (int32_t i = 0; i < n_vocab;) {
+        if (n_vocab - i >= STEP && !any_above(logits + i, below)) {
+            i += STEP;
+            continue;
+        }
+        for (const int32_t end = n_vocab - i < STEP ? n_vocab : i + STEP; i < end; i++)
+            if (logits[i] >= bound) list[have++] = i;
+    }
+    return have;
+}
+
+static uint64_t list_mass(const int32_t *list, int32_t n, const float *weight) {
+    uint64_t sum = 0;
+    for (int32_t i = 0; i < n; i++) sum += mass_of(weight[list[i]]);
+    return sum;
+}
+
+/* docs/model.md 7, steps 8 to 11: min_p, top_k, top_p, draw. Exponentials of the whole vocabulary are taken only where
+ * its sum is asked for. */
+static int32_t draw(const float *logits, int32_t n_vocab, float top, const ern_sample *s, scratch *sc) {
+    const bool k_on = s->top_k > 0 && s->top_k < n_vocab, min_on = s->min_p >= MIN_P_ON, p_on = s->top_p < 1.0f;
+    const int32_t *list = NULL; /* of n ids ascending, NULL: all; none outside it is kept */
+    int32_t n = n_vocab;
+    uint64_t mass = 0; /* that top_p is a share of */
+    cut c = {.key = 0, .id = INT32_MAX};
+    if (k_on || min_on) {
+        uint64_t limit = (uint64_t)n_vocab;
+        if (min_on) limit = count_min_p(logits, n_vocab, top, s);
+        if (k_on && (uint64_t)s->top_k < limit) limit = (uint64_t)s->top_k;
+        if (p_on && !k_on) mass = weigh(logits, n_vocab, top, s->temperature, sc->weight);
+        n = list_best(logits, n_vocab, (int32_t)limit, top, s->temperature, sc);
+        list = sc->list;
+        c.mass = list_mass(list, n, sc->weight);
+        if (k_on) mass = c.mass; /* top_k renormalises, min_p does not */
+    } else {
+        c.mass = mass = weigh(logits, n_vocab, top, s->temperature, sc->weight);
+    }
+    if (p_on) {
         uint64_t need = share_of(mass, s->top_p);
-        if (need < c.mass) c = find_cut(logits, n_vocab, c.count, need, sc);
+        if (!list) { /* most often the best few hold it */
+            n = list_from(logits, n_vocab, top - NEAR * s->temperature, sc->list);
+            list = list_mass(sc->list, n, sc->weight) >= need ? sc->list : NULL;
+            if (!list) n = n_vocab;
+        }
+        if (need < c.mass) c = find_cut(logits, list, n, sc->weight, UINT64_MAX, need, sc);
     }
     float u = ern_sample_uniform(s->seed, s->choice, s->position);
     uint64_t target = (uint64_t)(((unsigned __int128)(uint64_t)(u * 0x1p24f) * c.mass) >> UNIFORM_BITS);
-    for (int32_t i = 0; i < n_vocab; i++) {
-        if (!inside(&c, logits[i], i)) continue;
-        uint64_t m = mass_of(sc->weight[i]);
-        if (target < m) return i;
+    int32_t i = 0;
+    if (!p_on && !list) { /* all are inside */
+        for (uint64_t m; i + RUN <= n && target >= (m = mass_sum(sc->weight + i, RUN)); i += RUN) target -= m;
+    }
+    for (; i < n; i++) {
+        const int32_t id = list ? list[i] : i;
+        if (!inside(&c, logits[id], id)) continue;
+        uint64_t m = mass_of(sc->weight[id]);
+        if (target < m) return id;
         target -= m;
     }
     ern_assert_fail("the masses of the kept tokens add up to c.mass", __FILE__, __LINE__);
@@ -279,22 +394,10 @@ static int32_t draw(const float *logits, int32_t n_vocab, float top, const ern_s
 
 /* ---- logprobs --------------------------------------------------------------------------------------------------- */
 
-/* The n best ids of the row, best first, ties to the lower id; -inf is never listed. */
-static int32_t top_ids(const float *logits, int32_t n_vocab, int32_t n, int32_t *out) {
-    int32_t have = 0;
-    for (int32_t i = 0; i < n_vocab && n > 0; i++) {
-        float worst = have == n ? logits[out[n - 1]] : -INFINITY;
-        if (!(logits[i] > worst)) continue;
-        int32_t at = have < n ? have++ : n - 1;
-        for (; at > 0 && logits[out[at - 1]] < logits[i]; at--) out[at] = out[at - 1];
-        out[at] = i;
-    }
-    return have;
-}
-
-static int32_t rank_of(const float *logits, int32_t n_vocab, int32_t id) {
+WIDE static int32_t rank_of(const float *logits, int32_t n_vocab, int32_t id) {
     int32_t rank = 1;
-    for (int32_t i = 0; i < n_vocab; i++) rank += logits[i] > logits[id] || (logits[i] == logits[id] && i < id);
+    for (int32_t i = 0; i < id; i++) rank += logits[i] >= logits[id];
+    for (int32_t i = id + 1; i < n_vocab; i++) rank += logits[i] > logits[id];
     return rank;
 }
 
@@ -315,9 +418,9 @@ static void fill_logprobs(const float *logits, int32_t n_vocab, const ern_sample
     ERN_ASSERT(best >= 0); /* what spoils a raw row spoils the processed one too, and that was looked at */
     float top = logits[best];
     uint64_t mass = weigh(logits, n_vocab, top, temperature, sc->weight);
-    cut c = {.key = 0, .id = n_vocab - 1, .mass = mass, .count = (uint64_t)n_vocab};
+    cut c = {.key = 0, .id = INT32_MAX, .mass = mass};
     if (s->logprob_normalized && s->top_p < 1.0f)
-        c = find_cut(logits, n_vocab, (uint64_t)n_vocab, share_of(mass, s->top_p), sc);
+        c = find_cut(logits, NULL, n_vocab, sc->weight, UINT64_MAX, share_of(mass, s->top_p), sc);
     double log_sum = sample_log((double)c.mass) - MASS_BITS * 0.6931471805599453;
     for (int32_t i = -1; i < out->n_top; i++) {
         int32_t id = i < 0 ? out->token : out->top_id[i];

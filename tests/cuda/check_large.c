@@ -79,7 +79,7 @@ static void weights_free(weights *o) {
 /* Weight of input i of output r (0..15) of a band, its scale in it: cu_kernels.h, word for word. */
 static double weight_at(const weights *o, int32_t band, int32_t r, int32_t i) {
     static const int byte_of[4] = {0, 2, 1, 3}; /* where e0 e1 e2 e3 are in e0 e2 e1 e3 */
-    const int k = i % 64, c = k / 16, s = k % 16 / 4, j = k % 4, g = r % 8, lane = 4 * g + c;
+    const int k = i % 64, s = k / 16, c = k % 8 / 2, j = k % 16 / 8 * 2 + k % 2, g = r % 8, lane = 4 * g + c;
     const int e = j / 2 * 4 + r / 8 * 2 + j % 2;
     const unsigned char *group = o->pack + ((int64_t)band * o->w.n_seg * 2 + i / 64) * cu_group_bytes(o->w.format);
     cu_bf16 bits;

@@ -115,7 +115,7 @@ static void packed_free(packed *p) {
 static void draw(unsigned char *group, cu_format f, int32_t r, int32_t k, uint32_t code) {
     static const int order[8][2] = {{0, 0}, {0, 1}, {8, 0}, {8, 1}, {0, 2}, {0, 3}, {8, 2}, {8, 3}}; /* (output, j) */
     static const int byte_order[8] = {0, 2, 1, 3, 4, 6, 5, 7}, nibble_order[8] = {0, 2, 4, 6, 1, 3, 5, 7};
-    const int32_t g = r % 8, s = k / 16, c = k % 8 / 2, j = k / 8 % 2 * 2 + k % 2, lane = 4 * g + c;
+    const int32_t g = r % 8, s = k / 16, c = k % 8 / 2, j = k % 16 / 8 * 2 + k % 2, lane = 4 * g + c;
     int e = 0;
     while (order[e][0] != r / 8 * 8 || order[e][1] != j) e++;
     if (f == CU_BF16) {
@@ -577,7 +577,8 @@ static void check_chain(cu_format f, int32_t n_hidden, int32_t n_ffn, int32_t n_
     stored_free(&down);
 }
 
-/* ---- a layer of experts in one kernel ------------------------------------------------------------------------------ */
+/* ---- a layer of experts in one kernel ------------------------------------------------------------------------------
+ */
 
 enum { FEW_E = 64, FEW_K = 6, FEW_PACKS = 5, FEW_LAYERS = 6 };
 
@@ -593,20 +594,43 @@ static void few_apart(const few *f, int32_t n_row) {
     const int32_t D = j->route.n_hidden;
     CHECK_CUDA(cu_norm(0, f->xn, j->x, NULL, j->route.norm_w, n_row, D, j->route.eps));
     if (j->shared_up.n_out > 0) {
-        const cu_job up = {.w = j->shared_up, .epilogue = CU_SWIGLU, .x = f->xn, .ldx = CU_PAD(D), .n_row = n_row,
-                           .h = j->shared_hid, .ldh = CU_PAD(j->shared_up.n_out)};
+        const cu_job up = {.w = j->shared_up,
+                           .epilogue = CU_SWIGLU,
+                           .x = f->xn,
+                           .ldx = CU_PAD(D),
+                           .n_row = n_row,
+                           .h = j->shared_hid,
+                           .ldh = CU_PAD(j->shared_up.n_out)};
         CHECK_CUDA(cu_linear_run(0, &up));
-        const cu_job down = {.w = j->shared_down, .epilogue = CU_STORE, .x = j->shared_hid, .ldx = up.ldh,
-                             .n_row = n_row, .y = j->shared_y, .ldy = D};
+        const cu_job down = {.w = j->shared_down,
+                             .epilogue = CU_STORE,
+                             .x = j->shared_hid,
+                             .ldx = up.ldh,
+                             .n_row = n_row,
+                             .y = j->shared_y,
+                             .ldy = D};
         CHECK_CUDA(cu_linear_run(0, &down));
     }
     CHECK_CUDA(cu_route(0, &j->route, &f->r));
-    const cu_grouped_job up = {.shape = j->up, .experts = j->experts_up, .routes = &f->r, .n_row = n_row,
-                               .gather = true, .epilogue = CU_SWIGLU, .x = f->xn, .ldx = CU_PAD(D),
-                               .h = j->expert_hid, .ldh = CU_PAD(j->up.n_out)};
+    const cu_grouped_job up = {.shape = j->up,
+                               .experts = j->experts_up,
+                               .routes = &f->r,
+                               .n_row = n_row,
+                               .gather = true,
+                               .epilogue = CU_SWIGLU,
+                               .x = f->xn,
+                               .ldx = CU_PAD(D),
+                               .h = j->expert_hid,
+                               .ldh = CU_PAD(j->up.n_out)};
     CHECK_CUDA(cu_grouped_run(0, &up));
-    const cu_grouped_job down = {.shape = j->down, .experts = j->experts_down, .routes = &f->r, .n_row = n_row,
-                                 .epilogue = CU_STORE, .x = j->expert_hid, .ldx = up.ldh, .y = j->expert_y,
+    const cu_grouped_job down = {.shape = j->down,
+                                 .experts = j->experts_down,
+                                 .routes = &f->r,
+                                 .n_row = n_row,
+                                 .epilogue = CU_STORE,
+                                 .x = j->expert_hid,
+                                 .ldx = up.ldh,
+                                 .y = j->expert_y,
                                  .ldy = D};
     CHECK_CUDA(cu_grouped_run(0, &down));
     CHECK_CUDA(cu_combine(0, j->x, NULL, j->expert_y, j->shared_up.n_out > 0 ? j->shared_y : NULL, &f->r, n_row, D));
@@ -717,8 +741,8 @@ static void check_few(cu_format shared, cu_format f, int32_t D, int32_t F, int32
         for (int k = 0; k < 3; k++) free(got[k]);
     check_that(name, !*what, what);
     CHECK_CUDA(cudaStreamDestroy(s));
-    int32_t *ids[] = {a.r.chosen,      a.r.first,      a.r.place_entry, a.r.entry_place,
-                        a.r.tile_expert, a.r.tile_place, a.r.n_tile,      a.r.scratch, a.j.count};
+    int32_t *ids[] = {a.r.chosen,     a.r.first,  a.r.place_entry, a.r.entry_place, a.r.tile_expert,
+                      a.r.tile_place, a.r.n_tile, a.r.scratch,     a.j.count};
     for (size_t k = 0; k < sizeof ids / sizeof *ids; k++) check_free(ids[k]);
     check_free(a.r.share), check_free(a.r.logit), check_free(a.xn), check_free(a.j.x);
     check_free((void *)(uintptr_t)a.j.experts_up), check_free((void *)(uintptr_t)a.j.experts_down);
@@ -747,6 +771,9 @@ void check_linears(void) {
             if (k != 5) check_plain((cu_format)f, k % 2 ? CU_ADD : CU_STORE, plain[k][0], plain[k][1]);
             if (k != 4) check_plain((cu_format)f, CU_SWIGLU, plain[k][0], plain[k][1]);
         }
+        check_plain((cu_format)f, CU_STORE, 60001, 170); /* so many bands that warps take them alone (cu_tall.cu) */
+        check_plain((cu_format)f, CU_STORE, 52000, 1024);
+        check_norm_front((cu_format)f, CU_STORE, 55000, 300, false);
         check_norm_front((cu_format)f, CU_STORE, 2000, 1024, false);
         check_norm_front((cu_format)f, CU_SWIGLU, 72, 2560, false);
     }

@@ -133,10 +133,18 @@ static void print_rule(const ern_sample *s, int32_t V, int32_t w, int kind) {
         s->forced, s->n_top, (int)s->mode, s->logprob_scaled, s->logprob_normalized);
 }
 
-/* One launch of n rows of V; twice, as a replayed graph would. greedy: plain rules, on both paths. kind < 0: any. */
-static void check_rows_of(int32_t V, int32_t n, int kind, bool greedy) {
+/* What rules are made: any; without what asks for more than a token; plain arg-max, on both paths. */
+enum { ANY_RULE, TOKENS, GREEDY };
+
+/* One launch of n rows of V; twice, as a replayed graph would. kind < 0: any. */
+static void check_rows_of(int32_t V, int32_t n, int kind, int asked) {
+    const bool greedy = asked == GREEDY;
     char name[96];
-    snprintf(name, sizeof name, "sample V %d rows %d%s%s", V, n, greedy ? " greedy" : "", kind == FLAT ? " flat" : "");
+    snprintf(name, sizeof name, "sample V %d rows %d%s%s", V, n,
+             greedy            ? " greedy"
+             : asked == TOKENS ? " tokens"
+                               : "",
+             kind == FLAT ? " flat" : "");
     if (!check_begin(name)) return;
     const size_t row_bytes = (size_t)V * sizeof(float);
     float *logits = malloc((size_t)n * row_bytes), *one = malloc(row_bytes);
@@ -152,6 +160,7 @@ static void check_rows_of(int32_t V, int32_t n, int kind, bool greedy) {
         kinds[w] = kind >= 0 ? kind : below(4) ? below(HAS_NAN) : below(KINDS);
         random_row(logits + (size_t)w * (size_t)V, V, kinds[w]);
         s[w] = random_rule(&m[w], V);
+        if (asked == TOKENS) s[w].mask = NULL, s[w].n_top = -1;
         if (greedy) s[w] = (ern_sample){.top_p = 1, .repetition = 1, .forced = -1, .n_top = -1};
         words += cu_sample_aux_words(&s[w], V);
         memcpy(token + w * OWN, m[w].own, sizeof m[w].own);
@@ -322,23 +331,41 @@ static void times(void) {
     time_rule("sample time: top_p, penalties on 1000, peaked, 256 rows", 256, &s, 3, true, false);
     time_rule("sample time: top_p, penalties on 1000, 1 row", 1, &s, 3, false, false);
     time_rule("sample time: top_p, penalties on 1000, 256 rows", 256, &s, 3, false, false);
+    static const int32_t rows[] = {4, 16, 32, 64, 128};
+    for (int i = 0; i < (int)(sizeof rows / sizeof *rows); i++) {
+        char name[96];
+        s.top_k = 0;
+        snprintf(name, sizeof name, "sample time: top_p, penalties on 1000, %d rows", rows[i]);
+        time_rule(name, rows[i], &s, 3, false, false);
+        s.top_k = 50;
+        snprintf(name, sizeof name, "sample time: top_k, top_p, penalties on 1000, %d rows", rows[i]);
+        time_rule(name, rows[i], &s, 3, false, false);
+    }
+    s.top_k = 0;
     s.n_top = 5;
-    time_rule("sample time: the same, 5 raw logprobs, 256 rows", 256, &s, 3, false, false);
+    time_rule("sample time: top_p, penalties on 1000, 5 raw logprobs, 256 rows", 256, &s, 3, false, false);
 }
 
 void check_sampling(void) {
     static const int32_t rows[3] = {1, 3, 256}, small[3] = {1000, 1024, 999};
     for (int i = 0; i < 3; i++) {
-        for (int k = 0; k < 3; k++) check_rows_of(small[k], rows[i], -1, true);
-        check_rows_of(4096, rows[i], -1, true);
-        check_rows_of(V_CHECK, rows[i] < 40 ? rows[i] : 40, -1, true);
+        for (int k = 0; k < 3; k++) check_rows_of(small[k], rows[i], -1, GREEDY);
+        check_rows_of(4096, rows[i], -1, GREEDY);
+        check_rows_of(V_CHECK, rows[i] < 40 ? rows[i] : 40, -1, GREEDY);
     }
     for (int k = 0; k < 3; k++)
-        for (int turn = 0; turn < 3; turn++) check_rows_of(small[k], turn == 0 ? 33 : turn == 1 ? 66 : 256, -1, false);
-    for (int32_t V = 1; V < 50; V += 6) check_rows_of(V, 30, -1, false);
-    check_rows_of(4096, 200, -1, false);
-    check_rows_of(30001, 60, -1, false);
-    for (int turn = 0; turn < 3; turn++) check_rows_of(V_CHECK, turn == 0 ? 1 : turn == 1 ? 33 : 70, -1, false);
-    check_rows_of(V_CHECK, 40, FLAT, false);
+        for (int turn = 0; turn < 3; turn++)
+            check_rows_of(small[k], turn == 0 ? 33 : turn == 1 ? 66 : 256, -1, ANY_RULE);
+    for (int32_t V = 1; V < 50; V += 6) check_rows_of(V, 30, -1, ANY_RULE);
+    check_rows_of(4096, 200, -1, ANY_RULE);
+    check_rows_of(30001, 60, -1, ANY_RULE);
+    for (int turn = 0; turn < 3; turn++) check_rows_of(V_CHECK, turn == 0 ? 1 : turn == 1 ? 33 : 70, -1, ANY_RULE);
+    check_rows_of(V_CHECK, 40, FLAT, ANY_RULE);
+    /* rows that stream past */
+    check_rows_of(1000, 256, -1, TOKENS);
+    check_rows_of(4096, 256, -1, TOKENS);
+    check_rows_of(30000, 100, -1, TOKENS);
+    check_rows_of(V_CHECK, 100, -1, TOKENS);
+    check_rows_of(V_CHECK, 64, FLAT, TOKENS);
     times();
 }

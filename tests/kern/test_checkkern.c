@@ -80,6 +80,17 @@ static void near_to(double got, double want, double bound, const char *what, int
     fail_msg("%s[%" PRId64 "] = %.9g, expected %.9g within %.3g (seed %" PRIu64 ")", what, i, got, want, bound, seed);
 }
 
+/* Rows whose groups differ in size by thousands; a group of zeros now and then. */
+static float *draw_rows(int32_t n_row, int32_t n_in) {
+    float *x = floats((int64_t)n_row * n_in, 1.0f);
+    for (int32_t r = 0; r < n_row; r++)
+        for (int32_t g = 0; g < n_in; g += ERN_ACT_GROUP) {
+            const float size = draw() % 8 ? ldexpf(1.0f, draw_int(-12, 12)) : 0.0f;
+            for (int32_t i = g; i < n_in && i < g + ERN_ACT_GROUP; i++) x[(int64_t)r * n_in + i] *= size;
+        }
+    return x;
+}
+
 /* ---- linear layers ----------------------------------------------------------------------------------------------- */
 
 typedef struct linear_case {
@@ -101,10 +112,27 @@ static ern_linear draw_linear(ern_order order, int32_t n_out, int32_t n_in) {
 }
 
 /* OUT_IN: at most one block of K in 16 lanes (K/16 steps), 4 levels of the tree, a step per block of 512 or more, one
- * for the product, one for the scale. IN_OUT: a chain over a block of at most 512, and the same rest. */
-static double linear_chain(const ern_linear *w) {
+ * for the product, one for the scale. IN_OUT: a chain over a block of at most 512, and the same rest. Tiles: of 32
+ * inputs two chains of 16 and their sum, one step for each 32, and the scale's two. */
+static double linear_chain(const cpu_kernels *k, const ern_linear *w) {
+    if (k->linear_rounds) return 16 + 1 + ceil(w->n_in / 32.0) + 2;
     const double blocks = ceil(w->n_in / 512.0) + 2;
     return (w->order == ERN_ORDER_OUT_IN ? ceil(w->n_in / 16.0) + 5 : (w->n_in < 512 ? w->n_in : 512) + 1) + blocks;
+}
+
+/* The rows as linear_bf16 takes them, on a guard page; none where it takes x. */
+static cpu_act round_rows(const cpu_kernels *k, const float *x, int64_t x_stride, int32_t n_row, int32_t n_in) {
+    const int64_t stride = cpu_act_stride(n_in);
+    if (!k->linear_rounds) return (cpu_act){0};
+    ern_bf16 *q = guard((size_t)(n_row * stride) * sizeof *q);
+    memset(q, 0xff, (size_t)(n_row * stride) * sizeof *q); /* NaN */
+    for (int32_t r = 0; r < n_row; r++) k->round_bf16(q + r * stride, x + r * x_stride, n_in);
+    return (cpu_act){.q = q};
+}
+
+/* What is multiplied: x, or x rounded. */
+static float input_at(const cpu_kernels *k, const float *x, int32_t i) {
+    return k->linear_rounds ? ern_bf16_to_f32(ern_bf16_from_f32(x[i])) : x[i];
 }
 
 static void check_linear(const cpu_kernels *k, ern_order order, int32_t n_row, int32_t n_out, int32_t n_in) {
@@ -114,11 +142,13 @@ static void check_linear(const cpu_kernels *k, ern_order order, int32_t n_row, i
     int32_t *x_row = guard((size_t)n_row * sizeof *x_row), *y_row = guard((size_t)n_row * sizeof *y_row);
     float *scale = floats(n_row, 2.0f);
     for (int32_t r = 0; r < n_row; r++) x_row[r] = draw_int(0, n_row - 1), y_row[r] = n_row - 1 - r;
+    const cpu_act act = round_rows(k, x, xs, n_row, n_in);
     for (int mode = 0; mode < 3; mode++) { /* plain; gathered and scaled onto y; added to y */
         float *y = mode ? floats((n_row - 1) * ys + n_out, 1.0f) : poison((n_row - 1) * ys + n_out);
         float *was = guard(((size_t)(n_row - 1) * (size_t)ys + (size_t)n_out) * sizeof *was);
         memcpy(was, y, ((size_t)(n_row - 1) * (size_t)ys + (size_t)n_out) * sizeof *was);
         cpu_linear_job j = {.w = &w, .x = x, .x_stride = xs, .y = y, .y_stride = ys, .add = mode > 0, .n_row = n_row};
+        j.act = act;
         if (mode == 1) j.x_row = x_row, j.y_row = y_row, j.scale = scale;
         const int32_t cut = draw_int(0, n_out); /* two workers' shares */
         j.from = 0, j.to = cut;
@@ -130,12 +160,12 @@ static void check_linear(const cpu_kernels *k, ern_order order, int32_t n_row, i
             for (int32_t o = 0; o < n_out; o++) {
                 double sum = 0, size = 0, s = mode == 1 ? (double)scale[r] : 1.0;
                 for (int32_t i = 0; i < n_in; i++) {
-                    const double p = (double)ern_linear_at(&w, o, i) * (double)xr[i];
+                    const double p = (double)ern_linear_at(&w, o, i) * (double)input_at(k, xr, i);
                     sum += p, size += fabs(p);
                 }
                 const int64_t at = (mode == 1 ? y_row[r] : r) * ys + o;
                 const double before = mode ? (double)was[at] : 0.0;
-                near_to((double)y[at], before + s * sum, linear_chain(&w) * U * (fabs(s) * size + fabs(before)),
+                near_to((double)y[at], before + s * sum, linear_chain(k, &w) * U * (fabs(s) * size + fabs(before)),
                         "linear", at);
             }
         }
@@ -150,11 +180,14 @@ static void check_linear_rows(const cpu_kernels *k, ern_order order, int32_t n_r
     const ern_linear w = draw_linear(order, n_out, n_in);
     const float *x = floats((int64_t)n_row * n_in, 1.0f);
     float *all = poison((int64_t)n_row * n_out), *one = poison(n_out);
+    const cpu_act act = round_rows(k, x, n_in, n_row, n_in);
     cpu_linear_job j = {.w = &w, .x = x, .x_stride = n_in, .y = all, .y_stride = n_out, .n_row = n_row, .to = n_out};
+    j.act = act;
     k->linear_bf16[order](&j);
     for (int32_t r = 0; r < n_row; r++) {
         cpu_linear_job a = {
             .w = &w, .x = x + (int64_t)r * n_in, .x_stride = n_in, .y = one, .y_stride = n_out, .n_row = 1};
+        if (act.q) a.act.q = (ern_bf16 *)act.q + r * cpu_act_stride(n_in);
         const int32_t cut = draw_int(0, n_out);
         a.to = cut;
         k->linear_bf16[order](&a);
@@ -170,14 +203,14 @@ static void check_linear_rows(const cpu_kernels *k, ern_order order, int32_t n_r
 /* Panels have the bits of the rows they were made from, whoever takes which of them. */
 static void check_panels(const cpu_kernels *k, int32_t n_row, int32_t n_out, int32_t n_in) {
     const ern_linear w = draw_linear(ERN_ORDER_OUT_IN, n_out, n_in);
-    const int32_t n_panel = cpu_panels(n_out), half = draw_int(0, n_panel);
-    const size_t bytes = (size_t)n_panel * (size_t)cpu_panel_numbers(n_in) * sizeof(ern_bf16);
+    const int32_t outs = k->panel_out, n_panel = cpu_panels(outs, n_out), half = draw_int(0, n_panel);
+    const size_t bytes = (size_t)n_panel * (size_t)cpu_panel_numbers(outs, n_in) * sizeof(ern_bf16);
     const int64_t n = (int64_t)n_row * n_out;
     ern_linear p = w;
     ern_bf16 *panel = guard(bytes);
     memset(panel, 0xff, bytes); /* NaN */
-    cpu_panels_fill(panel, &w, half, n_panel);
-    cpu_panels_fill(panel, &w, 0, half);
+    cpu_panels_fill(panel, outs, &w, half, n_panel);
+    cpu_panels_fill(panel, outs, &w, 0, half);
     p.data = panel, p.stride = 0;
     const float *x = floats((int64_t)n_row * n_in, 1.0f);
     float *scale = floats(n_row, 2.0f);
@@ -185,10 +218,11 @@ static void check_panels(const cpu_kernels *k, int32_t n_row, int32_t n_out, int
         float *want = add ? floats(n, 1.0f) : poison(n), *got = poison(n);
         if (add) memcpy(got, want, (size_t)n * sizeof *got);
         cpu_linear_job j = {.w = &w, .x = x, .x_stride = n_in, .y = want, .y_stride = n_out, .n_row = n_row};
+        j.act = round_rows(k, x, n_in, n_row, n_in);
         j.to = n_out, j.add = add, j.scale = add ? scale : NULL;
         k->linear_bf16[ERN_ORDER_OUT_IN](&j);
         j.w = &p, j.y = got;
-        for (int32_t cut = draw_int(0, n_panel) * CPU_PANEL_OUT, turn = 0; turn < 2; turn++) {
+        for (int32_t cut = draw_int(0, n_panel) * outs, turn = 0; turn < 2; turn++) {
             j.from = turn ? cut : 0;
             j.to = turn || cut > n_out ? n_out : cut;
             if (j.from < j.to) k->linear_bf16[ERN_ORDER_OUT_IN](&j);
@@ -201,7 +235,7 @@ static void check_panels(const cpu_kernels *k, int32_t n_row, int32_t n_out, int
 
 static void test_panels(void **state) {
     const cpu_kernels *k = *state;
-    if (!k->panels) return;
+    if (k->panel_out == 0) return;
     for (int32_t n_row = 1; n_row <= 40; n_row++) check_panels(k, n_row, draw_int(1, 300), draw_int(1, 300));
     for (int32_t n_in = 1; n_in <= 70; n_in++) check_panels(k, draw_int(1, 8), draw_int(1, 20), n_in);
     check_panels(k, 13, 70, 2100);
@@ -218,6 +252,15 @@ static void test_linear(void **state) {
     }
 }
 
+/* On f32 activations they are those of another level, which its own checks judge. */
+static void test_linear_exact(void **state) {
+    const cpu_kernels *k = *state;
+    for (int order = 0; order < 2; order++)
+        assert_ptr_equal(
+            (void *)(uintptr_t)k->exact_bf16[order],
+            (void *)(uintptr_t)(k->linear_rounds ? cpu_kernels_avx512.linear_bf16[order] : k->linear_bf16[order]));
+}
+
 static void test_linear_rows(void **state) {
     const cpu_kernels *k = *state;
     for (int order = 0; order < 2; order++) {
@@ -225,6 +268,42 @@ static void test_linear_rows(void **state) {
             check_linear_rows(k, (ern_order)order, n_row, draw_int(1, 300), draw_int(1, 200));
         check_linear_rows(k, (ern_order)order, 512, 150, 70);
         check_linear_rows(k, (ern_order)order, 13, 70, 2100);
+    }
+}
+
+/* One output as the processor's manual defines it (linear_amx.c), by the bit. Nothing here comes near a denormal. */
+static float tile_sum(const ern_linear *w, int32_t o, const float *x) {
+    float sum = 0.0f;
+    for (int32_t k = 0; k < w->n_in; k += 32) {
+        float half[2] = {0.0f, 0.0f};
+        for (int32_t i = k; i < k + 32 && i < w->n_in; i++)
+            half[i % 2] = fmaf(ern_bf16_to_f32(ern_bf16_from_f32(x[i])), ern_linear_at(w, o, i), half[i % 2]);
+        sum += half[0] + half[1];
+    }
+    return sum;
+}
+
+static void test_tile_law(void **state) {
+    const cpu_kernels *k = *state;
+    if (!k->linear_rounds) return;
+    for (int round = 0; round < 40; round++) {
+        const int32_t n_row = draw_int(1, 50), n_out = draw_int(1, 70), n_in = draw_int(1, round % 8 ? 200 : 1200);
+        const ern_linear w = draw_linear((ern_order)(round % 2), n_out, n_in);
+        const float *x = draw_rows(n_row, n_in);
+        float *y = poison((int64_t)n_row * n_out);
+        k->linear_bf16[w.order](&(cpu_linear_job){.w = &w,
+                                                  .act = round_rows(k, x, n_in, n_row, n_in),
+                                                  .y = y,
+                                                  .y_stride = n_out,
+                                                  .n_row = n_row,
+                                                  .to = n_out});
+        for (int32_t i = 0; i < n_row * n_out; i++) {
+            const float want = tile_sum(&w, i % n_out, x + (int64_t)(i / n_out) * n_in);
+            if (!(y[i] == want))
+                fail_msg("tiles: %a, by their law %a (row %d of %d, %d x %d, seed %" PRIu64 ")", (double)y[i],
+                         (double)want, i / n_out, n_row, n_out, n_in, seed);
+        }
+        guard_free();
     }
 }
 
@@ -260,17 +339,6 @@ static ern_linear draw_tiles(ern_dtype t, int32_t n_out, int32_t n_in) {
     assert_true(quant_weights(tile, scale, t, &from, 0, n_out));
     return (ern_linear){
         .data = tile, .dtype = t, .order = ERN_ORDER_TILED, .n_out = n_out, .n_in = n_in, .scale = scale};
-}
-
-/* Rows whose groups differ in size by thousands; a group of zeros now and then. */
-static float *draw_rows(int32_t n_row, int32_t n_in) {
-    float *x = floats((int64_t)n_row * n_in, 1.0f);
-    for (int32_t r = 0; r < n_row; r++)
-        for (int32_t g = 0; g < n_in; g += ERN_ACT_GROUP) {
-            const float size = draw() % 8 ? ldexpf(1.0f, draw_int(-12, 12)) : 0.0f;
-            for (int32_t i = g; i < n_in && i < g + ERN_ACT_GROUP; i++) x[(int64_t)r * n_in + i] *= size;
-        }
-    return x;
 }
 
 static cpu_act act_room(int32_t n_row, int32_t n_in, bool fp8) {
@@ -422,7 +490,7 @@ static void check_act(const cpu_kernels *k, const float *x, int32_t n) {
     quant_act_int8(q, scale, x, n);
     assert_memory_equal(a.q, q, (size_t)n);
     assert_memory_equal(a.scale, scale, (size_t)cpu_groups(n) * sizeof *scale);
-    for (int64_t i = n; i < cpu_act_stride(n); i++) assert_int_equal(((const int8_t *)a.q)[i], 0);
+    for (int64_t i = n; i < cpu_act_width(n); i++) assert_int_equal(((const int8_t *)a.q)[i], 0);
     for (int32_t g = 0; g < cpu_groups(n); g++) {
         int32_t sum = 0;
         for (int32_t i = g * ERN_ACT_GROUP; i < n && i < (g + 1) * ERN_ACT_GROUP; i++) sum += q[i];
@@ -431,7 +499,7 @@ static void check_act(const cpu_kernels *k, const float *x, int32_t n) {
     quantize(k, b, x, 1, n, true);
     quant_act_fp8(code, scale, x, n);
     assert_memory_equal(b.scale, scale, (size_t)cpu_groups(n) * sizeof *scale);
-    for (int64_t i = 0; i < cpu_act_stride(n); i++) {
+    for (int64_t i = 0; i < cpu_act_width(n); i++) {
         const float want = i < n ? ern_e4m3_to_f32(code[i]) : 0.0f;
         if (!(((const float *)b.q)[i] == want))
             fail_msg("fp8 activation %d of %d: %g, expected %g (seed %" PRIu64 ")", (int)i, n,
@@ -657,9 +725,9 @@ static void check_attn(const cpu_kernels *k, int32_t n, int32_t n_head, int32_t 
         /* A score off by slip scales its weight by 1 +- slip, in numerator and denominator; the differences to the
          * maxima (below 64 here) are rounded once per block and join; 2^x 4u each; a chain of one block (256) and two
          * steps and one weight per join, and the value's scale; the same for the sum; a quotient. Weights rounded to
-         * bf16 are so in both. */
+         * bf16 are so in both; with tiles 2^x is within 2^-17.9 before that. */
         const double joins = ceil(n / (double)CPU_ATTN_BLOCK);
-        const double rel = expm1(2 * slip) + (rounds ? 2 * 0x1p-9 : 0) +
+        const double rel = expm1(2 * slip) + (rounds ? 2 * 0x1p-9 : 0) + (k->attn_rows && rounds ? 2 * 0x1.1p-18 : 0) +
                            2 * U * (64 + 4 + (n < 256 ? n : 256) + 1 + joins * (64 + 4 + 3)) + 2 * U;
         for (int32_t i = 0; i < C; i++) {
             double dot = 0, size = 0;
@@ -689,6 +757,59 @@ static void check_attn(const cpu_kernels *k, int32_t n, int32_t n_head, int32_t 
     attend(k, other, q, n_head, C, scale, &view, m, n);
     same_part(other, acc, n_head, C);
     guard_free();
+}
+
+/* Rows at once have the bits that each has alone: from position pos0 on, the blocks that the first of them begins in
+ * and the next one. bad: a value that the earlier rows do not see is not a number. */
+static void check_attn_rows(const cpu_kernels *k, int32_t pos0, int32_t n_row, int32_t n_head, int32_t C, bool bad) {
+    const int32_t n = pos0 + n_row, P = draw_int(0, 3) ? 16 * draw_int(1, 5) : draw_int(1, 40);
+    const float scale = (float)(0x1.71547652b82fep+0 / sqrt((double)C));
+    const dense d = draw_dense(n, C, false);
+    if (bad) d.half[1][(int64_t)(n - 1) * C + draw_int(0, C - 1)] = draw() % 2 ? 0x7f80 : 0xffc1;
+    const cpu_kv_view view = draw_cache(&d, P);
+    const size_t part_bytes = (size_t)cpu_part_floats(C) * sizeof(float);
+    const float *q[CPU_ATTN_ROWS];
+    float *part[CPU_ATTN_ROWS], *want = guard(part_bytes);
+    int32_t seen[CPU_ATTN_ROWS];
+    static cpu_kv_block block;
+    cpu_attn_job j = {.n_head = n_head, .head_dim = C, .scale = scale, .room = aligned_alloc(64, cpu_attn_room())};
+    const float *all = floats((int64_t)n_row * n_head * C, 3.0f);
+    memset(j.room, 0xff, cpu_attn_room());
+    for (int32_t r = 0; r < n_row; r++) part[r] = malloc(part_bytes), memset(part[r], 0xff, part_bytes);
+    for (int32_t at = 0, last = -1; at < n; at += CPU_ATTN_BLOCK) {
+        int32_t first = 0;
+        while (pos0 + first < at) first++;
+        for (int32_t r = first; r < n_row; r++) {
+            const int32_t left = pos0 + r + 1 - at;
+            seen[r - first] = left < CPU_ATTN_BLOCK ? left : CPU_ATTN_BLOCK,
+                     q[r - first] = all + (int64_t)r * n_head * C;
+        }
+        cpu_kv_find(&block, &view, C, at, seen[n_row - 1 - first]);
+        j.part = part + first, j.q = q, j.n = seen, j.n_row = n_row - first, j.kv = &block;
+        j.first = first != last, j.join = at > 0;
+        k->attn_rows(&j);
+        last = first;
+    }
+    for (int32_t r = 0; r < n_row; r++) {
+        attend(k, want, all + (int64_t)r * n_head * C, n_head, C, scale, &view, pos0 + r + 1, pos0 + r + 1);
+        same_part(part[r], want, n_head, C);
+        for (int32_t i = 0; bad && r + 1 < n_row && i < n_head * C; i++)
+            assert_true(isfinite(part[r][2 * CPU_HEAD_TILE + i]));
+        free(part[r]);
+    }
+    free(j.room);
+    guard_free();
+}
+
+static void test_attn_rows(void **state) {
+    const cpu_kernels *k = *state;
+    if (!k->attn_rows) return;
+    for (int i = 0; i < 60; i++)
+        check_attn_rows(k, draw_int(0, 300), draw_int(1, CPU_ATTN_ROWS), draw_int(1, CPU_HEAD_TILE),
+                        i % 2 ? 128 : 2 * draw_int(1, CPU_HEAD_DIM_MAX / 2), i % 5 == 0);
+    check_attn_rows(k, 240, 32, 8, 128, false);
+    check_attn_rows(k, 500, 32, 5, 128, true);
+    check_attn_rows(k, 0, 32, 8, 256, false);
 }
 
 static void test_attn(void **state) {
@@ -721,13 +842,14 @@ int main(int argc, char **argv) {
         void *k = (void *)(uintptr_t)table[i];
         printf("level %s, seed %" PRIu64 "\n", table[i]->name, seed);
         const struct CMUnitTest tests[] = {
-            cmocka_unit_test_prestate(test_linear, k),     cmocka_unit_test_prestate(test_linear_rows, k),
-            cmocka_unit_test_prestate(test_panels, k),     cmocka_unit_test_prestate(test_quant, k),
-            cmocka_unit_test_prestate(test_quant_rows, k), cmocka_unit_test_prestate(test_act, k),
-            cmocka_unit_test_prestate(test_act_bad, k),    cmocka_unit_test_prestate(test_linear_f32, k),
-            cmocka_unit_test_prestate(test_norm, k),       cmocka_unit_test_prestate(test_silu_mul, k),
-            cmocka_unit_test_prestate(test_softmax, k),    cmocka_unit_test_prestate(test_attn, k),
-            cmocka_unit_test_prestate(test_table, k),
+            cmocka_unit_test_prestate(test_linear, k),       cmocka_unit_test_prestate(test_linear_rows, k),
+            cmocka_unit_test_prestate(test_panels, k),       cmocka_unit_test_prestate(test_tile_law, k),
+            cmocka_unit_test_prestate(test_linear_exact, k), cmocka_unit_test_prestate(test_quant, k),
+            cmocka_unit_test_prestate(test_quant_rows, k),   cmocka_unit_test_prestate(test_act, k),
+            cmocka_unit_test_prestate(test_act_bad, k),      cmocka_unit_test_prestate(test_linear_f32, k),
+            cmocka_unit_test_prestate(test_norm, k),         cmocka_unit_test_prestate(test_silu_mul, k),
+            cmocka_unit_test_prestate(test_softmax, k),      cmocka_unit_test_prestate(test_attn, k),
+            cmocka_unit_test_prestate(test_attn_rows, k),    cmocka_unit_test_prestate(test_table, k),
         };
         failed += cmocka_run_group_tests(tests, NULL, NULL);
     }

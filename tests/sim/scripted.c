@@ -205,7 +205,7 @@ static ern_status scripted_wait(ern_backend *base, ern_result *out, ern_err *err
     b->n_wait++;
     if (scripted.fail_at > 0 && b->n_wait >= (uint64_t)scripted.fail_at)
         return ERN_FAIL(err, ERN_ERR_DEVICE, "the scripted device is lost");
-    *out = (ern_result){.n_want = k->batch.n_want, .sampled = k->sampled};
+    *out = (ern_result){.n_want = k->batch.n_want, .sampled = k->sampled, .compute_us = 100 + 10 * k->batch.n_row};
     return ERN_OK;
 }
 

@@ -55,11 +55,11 @@ static void say_seed(void) {
     fprintf(
         stderr,
         "  block %d, pages %d, host %llu, disk %d, prefix %d, output %d, len %d, seqs %d, rows %d, chunk %d, chunked "
-        "%d, reserve_all %d, partial %d/%d/%d, itl %lld us, overlap %d\n",
+        "%d, reserve_all %d, partial %d/%d/%d, itl %lld us %g times, overlap %d\n",
         o->backend_options.n_page_cell, o->backend_options.n_page, (unsigned long long)o->swap_bytes,
         o->store_dir != NULL, o->prefix_cache, o->cache_output, o->max_model_len, o->max_num_seqs,
         o->max_batched_tokens, o->chunk_tokens, o->chunked_prefill, o->reserve_all, o->max_partial, o->max_long_partial,
-        o->long_prompt_tokens, (long long)o->itl_target_us, o->overlap);
+        o->long_prompt_tokens, (long long)o->itl_target_us, o->itl_times, o->overlap);
 }
 
 /* An assertion of the engine aborts. */
@@ -163,6 +163,7 @@ static void choose_rules(sim *s) {
         o->long_prompt_tokens = rng_in(g, 1, o->max_model_len / 2);
     }
     if (rng_one(g, 4)) o->itl_target_us = rng_in(g, 10, 2000);
+    if (rng_one(g, 4)) o->itl_times = rng_in(g, 1, 5);
 }
 
 static void sim_open(sim *s, uint64_t seed) {

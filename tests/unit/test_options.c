@@ -675,6 +675,7 @@ static void test_launch_rules(void **state) {
     assert_int_equal(l.engine.queue_prompt_max, 0);
     assert_int_equal(l.engine.queue_bytes, 256 << 20);
     assert_int_equal(l.engine.queue_wait_us + l.engine.itl_target_us, 0);
+    assert_true(l.engine.itl_times == 0); /* no GPU */
     assert_true(l.memory_share == 0 && l.engine.prompt_share == 0);
     launch_line(&l, "/tmp --max-num-partial-prefills 3 --max-long-partial-prefills 2 --max-model-len 4096", NULL, NULL);
     assert_int_equal(l.engine.max_partial, 3);
@@ -692,6 +693,10 @@ static void test_launch_rules(void **state) {
     assert_int_equal(l.engine.queue_prompt_max, 9);
     assert_int_equal(l.engine.queue_bytes, 0);
     launch_line(&l, "/tmp --itl-target-ms 10 --no-enable-chunked-prefill", NULL, "--itl-target-ms is 10");
+    launch_line(&l, "/tmp --itl-max-times 2.5", NULL, NULL);
+    assert_true(l.engine.itl_times == 2.5);
+    launch_line(&l, "/tmp --itl-max-times 2.5 --no-enable-chunked-prefill", NULL, "--itl-max-times is 2.5");
+    launch_line(&l, "/tmp --itl-max-times 0.5", NULL, "--itl-max-times is 0.5");
     char *v0[] = {"ENABLE_V1_KVCACHE_SCHEDULER=0", NULL}, *v1[] = {"ENABLE_V1_KVCACHE_SCHEDULER=1", NULL};
     launch_line(&l, "/tmp --kv-cache-ratio 0.9", v1, NULL);
     assert_false(l.engine.reserve_all);

@@ -191,6 +191,30 @@ static void chi_square(int32_t V, ern_sample s, int axis) {
     assert_true(df >= 1 && sum < df * b * b * b);
 }
 
+/* Where one way of finding the same tokens gives over to another: top_k by insertion or by radix, a nucleus within or
+ * beyond the few temperatures that are looked at first, a draw that passes whole runs of tokens. */
+static void test_seams(void **state) {
+    (void)state;
+    const int32_t V = 5000;
+    double *p = malloc((size_t)V * sizeof *p);
+    int close = 0, n = 0;
+    for (int c = 0; c < 240; c++, n++) {
+        random_row(V, c % 2 ? 2.0f : 30.0f);
+        ern_sample s = plain;
+        s.temperature = 0.3f + unit();
+        s.seed = rnd();
+        if (c % 3 == 0) s.top_k = 61 + below(8);
+        if (c % 3 == 1) s.top_p = 0.5f + 0.49f * unit();
+        if (c % 12 == 1) s.min_p = 0.3f * unit();
+        ern_sampled got = run(V, &s, NULL, 0);
+        verdict want = model_draw(kept_row, V, &s, p);
+        close += want.close;
+        if (!want.close) assert_int_equal(got.token, want.token);
+    }
+    assert_true(close <= n / 10);
+    free(p);
+}
+
 static void test_distributions(void **state) {
     (void)state;
     for (int32_t i = 0; i < 24; i++) kept_row[i] = 0.2f * (float)(i % 13) - (float)(i == 7) * 2.0f;
@@ -447,6 +471,7 @@ int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_small_vocabularies),
         cmocka_unit_test(test_wide_rows),
+        cmocka_unit_test(test_seams),
         cmocka_unit_test(test_distributions),
         cmocka_unit_test(test_uniform),
         cmocka_unit_test(test_greedy),

@@ -6,7 +6,7 @@
 #include <cmocka.h>
 
 #include "base/status.h"
-#include "engine/sched.h"
+#include "engine/core.h"
 
 enum { N_SEQ = 64, ROOM = 1 << 20 };
 
@@ -664,6 +664,30 @@ static void test_who_loads_holds_a_seat_and_does_not_run(void **state) {
     loading(false);
 }
 
+/* Steps of replies alone take 500 us, a prompt row 4 us more. */
+static void test_prompt_rows_by_pace(void **state) {
+    (void)state;
+    ern_engine_options e = {0};
+    core c = {.o.engine = &e, .pace = {.base_us = 500, .prompt_us = 4}};
+    assert_int_equal(core_prompt_rows(&c), INT32_MAX);
+    e.itl_times = 3;
+    assert_int_equal(core_prompt_rows(&c), 250);
+    e.itl_target_us = 1000; /* 0.9 of it */
+    assert_int_equal(core_prompt_rows(&c), 100);
+    e.itl_target_us = 100;
+    assert_int_equal(core_prompt_rows(&c), 16); /* prompts get on */
+    e.itl_target_us = 0;
+    c.pace.prompt_us = 0;
+    assert_int_equal(core_prompt_rows(&c), 64);
+    c.pace.n_mixed = 32; /* time to see again what replies alone take */
+    assert_int_equal(core_prompt_rows(&c), 0);
+    c.pace = (core_pace){.prompt_us = 4};
+    assert_int_equal(core_prompt_rows(&c), 0);
+    e.itl_times = 0;
+    e.itl_target_us = 1000;
+    assert_int_equal(core_prompt_rows(&c), 225);
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_the_last_waits_for_transfers),
@@ -691,6 +715,7 @@ int main(void) {
         cmocka_unit_test(test_the_short_pass_the_long),
         cmocka_unit_test(test_prompt_rows_only_while_replies_run),
         cmocka_unit_test(test_who_loads_holds_a_seat_and_does_not_run),
+        cmocka_unit_test(test_prompt_rows_by_pace),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

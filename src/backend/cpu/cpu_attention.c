@@ -72,6 +72,7 @@ void cpu_store_rows(const cpu_run *c, int32_t layer) {
 
 enum {
     PIECES_EACH = 4, /* pieces per worker that a step with few long rows is cut into */
+    ROWS_FEW = 8,    /* rows of a tile where each attends by itself, or workers want more tiles */
     SPLIT_ROWS = 8,  /* longest rows whose pieces fit at one time; further ones stay whole */
 };
 
@@ -86,6 +87,16 @@ int32_t cpu_attend_slots(const cpu_backend *b) {
     return b->n_worker > 1 ? least(b->o.n_row_max, SPLIT_ROWS) * blocks_to(b->o.n_len_max) : 0;
 }
 
+static bool by_rows(const cpu_backend *b) { return b->kernels->attn_rows && b->o.kv_dtype == ERN_KV_BF16; }
+
+/* Rows of a sequence that share one walk over its keys and values. */
+static int32_t tile_rows(const cpu_backend *b, const cpu_slot *s) {
+    int32_t rows = by_rows(b) ? CPU_ATTN_ROWS : ROWS_FEW;
+    while (rows > ROWS_FEW && s->n_row / rows * cpu_head_tiles(&b->model->config) < b->n_worker * PIECES_EACH)
+        rows /= 2;
+    return rows;
+}
+
 /* Tiles of rows are the tasks. Where they are too few or too unequal to keep all workers busy, the heavy ones are cut
  * along positions. A piece computes its blocks one by one and keeps each result; they are joined afterwards in the
  * order of positions, which is the order in which a whole tile joins its own: cut or not, the bits are the same. */
@@ -94,11 +105,12 @@ void cpu_attend_plan(cpu_backend *b, const cpu_slot *s) {
     for (int32_t t = 0; t < s->n_row; t++) all += blocks_to(s->pos[t]);
     const int64_t heads = cpu_head_tiles(&b->model->config);
     const int64_t most = all * heads / ((int64_t)b->n_worker * PIECES_EACH) + 1; /* (row, block) pairs of a task */
+    const int32_t rows = tile_rows(b, s);
     int32_t slot = 0;
     b->n_tile = b->n_split = 0;
     for (int32_t q = 0; q < s->n_seq; q++) {
-        for (int32_t r = s->row0[q]; r < s->row0[q + 1]; r += CPU_ATTN_ROWS) {
-            const int32_t n = least(s->row0[q + 1] - r, CPU_ATTN_ROWS), n_block = blocks_to(s->pos[r + n - 1]);
+        for (int32_t r = s->row0[q]; r < s->row0[q + 1]; r += rows) {
+            const int32_t n = least(s->row0[q + 1] - r, rows), n_block = blocks_to(s->pos[r + n - 1]);
             const cpu_tile whole = {.row = r, .n = n, .seq = q, .n_block = n_block, .slot = -1, .stride = n_block};
             if ((int64_t)n * n_block <= most || n_block == 1 || n * n_block > b->n_slot - slot) {
                 b->tile[b->n_tile++] = whole;
@@ -149,6 +161,29 @@ static void finish_row(const cpu_backend *b, int32_t row, const heads *h, const 
     }
 }
 
+/* What attend_tile does for a block: the rows of the tile that see it, at once. j has the first block's rows, or those
+ * of the block before. */
+static void attend_rows(const cpu_run *c, const cpu_tile *tile, const heads *h, int32_t i, cpu_attn_job *j,
+                        float *acc) {
+    const cpu_backend *b = c->b;
+    const int32_t *pos = c->s->pos + tile->row, at = i * CPU_ATTN_BLOCK;
+    const float *q[CPU_ATTN_ROWS];
+    float *part[CPU_ATTN_ROWS];
+    int32_t n[CPU_ATTN_ROWS], first = 0;
+    while (pos[first] < at) first++;
+    j->first = tile->n - first != j->n_row;
+    j->n_row = tile->n - first;
+    for (int32_t r = first; r < tile->n; r++) {
+        n[r - first] = least(pos[r] + 1 - at, CPU_ATTN_BLOCK);
+        q[r - first] = row_heads(b, tile->row + r, h);
+        part[r - first] =
+            tile->slot < 0 ? acc + r * b->part_floats : slot_part(b, tile->slot + r * tile->stride + i, h);
+    }
+    j->part = part, j->q = q, j->n = n;
+    j->join = tile->slot < 0 && i > 0;
+    b->kernels->attn_rows(j);
+}
+
 /* One tile or piece: a row at position p sees the blocks 0..p / CPU_ATTN_BLOCK, the last one cut after p; which rows
  * share the tile changes nothing for it. */
 static void attend_tile(const cpu_run *c, const cpu_tile *tile, const heads *h) {
@@ -166,6 +201,8 @@ static void attend_tile(const cpu_run *c, const cpu_tile *tile, const heads *h) 
                             .page_stride = b->page_stride,
                             .n_cell = b->o.n_page_cell,
                             .int8 = int8};
+    cpu_attn_job job = {.n_head = h->n, .head_dim = C, .scale = scale};
+    if (by_rows(b)) job.room = b->room + (size_t)c->worker * cpu_attn_room();
     cpu_kv_block found[2]; /* block i in found[i % 2], and the one after it, whose keys are fetched early */
     for (int32_t i = tile->block, end = i + tile->n_block; i < end; i++) {
         const int32_t at = i * CPU_ATTN_BLOCK, after = at + CPU_ATTN_BLOCK;
@@ -173,6 +210,11 @@ static void attend_tile(const cpu_run *c, const cpu_tile *tile, const heads *h) 
         if (i == tile->block) cpu_kv_find(now, &kv, C, at, least(last + 1 - at, CPU_ATTN_BLOCK));
         if (next) cpu_kv_find(next, &kv, C, after, least(last + 1 - after, CPU_ATTN_BLOCK));
         now->next = next;
+        if (by_rows(b)) {
+            job.kv = now;
+            attend_rows(c, tile, h, i, &job, acc);
+            continue;
+        }
         for (int32_t r = 0; r < tile->n; r++) {
             const int32_t n = least(c->s->pos[tile->row + r] + 1 - at, CPU_ATTN_BLOCK);
             if (n <= 0) continue;

@@ -41,7 +41,7 @@ struct bench {
     unsigned char *data, *raw; /* weights, KV */
     uint64_t bytes, raw_bytes;
     float *x, *y;  /* [ROWS_MAX, WIDTH_MAX], and [FEW_ROWS, OUTS_MAX] if that is more */
-    cpu_act act;   /* ROWS_MAX rows as either kind; f32 numbers of e4m3 are read where int8 are not */
+    cpu_act act;   /* ROWS_MAX rows as any kind */
     int32_t *page; /* [pages of data] */
     void *scale;   /* ones, for tiles: more than any shape has */
     uint64_t turn; /* calls done */
@@ -60,7 +60,7 @@ typedef struct linear_kind {
     ern_dtype dtype;
     ern_order order;
     void (*call)(const cpu_kernels *k, const cpu_linear_job *j);
-    bool in_f32; /* computes in f32, whatever the weights are */
+    bool in_f32; /* computes in f32, whatever the weights are; but bf16 where activations are rounded to it */
     bool panels; /* bf16 copied into panels; the window is drawn as if none of them were padded */
 } linear_kind;
 
@@ -258,14 +258,14 @@ static bool asked(const bench *b, const char *name, const char *shape_name, bool
     return !b->o->filter || strstr(name, b->o->filter) || strstr(shape_name, b->o->filter);
 }
 
-/* What bounds arithmetic in f32 at this level; no kernel of ours computes in bf16 tiles. */
+/* What bounds arithmetic in f32 at this level. */
 static bool rate_f32(const bench *b, ern_rate *out) {
     const int level = (int)b->k->level;
     return ern_rate_for(ERN_DTYPE_F32, level < ERN_CPU_AMX ? level : ERN_CPU_AVX512, out);
 }
 
 static void time_linear(bench *b, const linear_kind *kind, const shape *s) {
-    if (kind->panels && !b->k->panels) return;
+    if (kind->panels && b->k->panel_out == 0) return;
     b->linear = kind;
     b->part = linear_part;
     b->w = (ern_linear){.data = b->data,
@@ -290,7 +290,8 @@ static void time_linear(bench *b, const linear_kind *kind, const shape *s) {
                               .bytes = weights + (uint64_t)rows * (uint64_t)(s->n_in + s->n_out) * sizeof(float),
                               .operations = 2 * (uint64_t)rows * (uint64_t)s->n_out * (uint64_t)s->n_in,
                               .streams = true};
-        run.has_rate = kind->in_f32 ? rate_f32(b, &run.rate) : ern_rate_for(kind->dtype, (int)b->k->level, &run.rate);
+        const bool in_f32 = kind->in_f32 && !(kind->dtype == ERN_DTYPE_BF16 && b->k->linear_rounds);
+        run.has_rate = in_f32 ? rate_f32(b, &run.rate) : ern_rate_for(kind->dtype, (int)b->k->level, &run.rate);
         time_case(b, &run);
     }
 }

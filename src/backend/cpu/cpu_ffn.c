@@ -47,7 +47,7 @@ static void dense(cpu_run *c, const ern_ffn *w, int64_t row0, int32_t n) {
     gate.act = cpu_act_at(b, b->act, &w->gate, row0);
     cpu_phase(c);
     if (cpu_is_fixed(&w->gate)) {
-        cpu_share(c, F, 32, &from, &to);
+        cpu_share(c, F, ERN_ACT_GROUP, &from, &to);
         gate_up_part(b, w, &gate, 0, from, to);
     } else {
         while (cpu_claim(c, pieces(F, ERN_ACT_GROUP), &from, &to))
@@ -151,7 +151,7 @@ static void experts_up(cpu_run *c, const ern_layer *w) {
             cpu_linear_job gate = gate_job(b, &w->expert[e], first[e], first[e + 1] - first[e]);
             gate.x_row = b->entry_row + first[e];
             from = col * ERN_ACT_GROUP, to = least(last * ERN_ACT_GROUP, F);
-            if (fixed) cpu_share(c, F, 32, &from, &to);
+            if (fixed) cpu_share(c, F, ERN_ACT_GROUP, &from, &to);
             gate_up_part(b, &w->expert[e], &gate, first[e], from, to);
         }
     }

@@ -21,18 +21,19 @@
 enum {
     CPU_ATTN_BLOCK = 256, /* positions of one softmax block */
     CPU_HEAD_TILE = 8,    /* query heads that share one pass over the keys of their KV head */
+    CPU_ATTN_ROWS = 32,   /* most rows of one attn_rows */
     CPU_HEAD_DIM_MAX = 256,
-    CPU_PANEL_OUT = 4, /* outputs of a panel of bf16 weights */
     CPU_LINE = 32,     /* bf16 numbers of a cache line */
     CPU_KV_GROUP = 16, /* cells of a page whose keys are interleaved: ERN_KV_GROUP, as backend.h draws a page */
 };
 
-/* Rows of activations as quantized weights meet them (quant.h has the law), for a linear of n_in inputs:
+/* Rows of activations as weights meet them (quant.h has the law of the quantized ones), for a linear of n_in inputs:
+ *   BF16   q bf16 [rows, cpu_act_stride], rounded to nearest, zeros beyond n_in to a multiple of 64
  *   INT8   q int8 [rows, cpu_act_stride], zeros beyond n_in; sum [rows, groups] of the q of a group: codes are stored
  *          as unsigned q + 128 or q + 8, and what that adds to a product of the group is 128 or 8 times its sum
  *   FP8    q float [rows, cpu_act_stride], the e4m3 numbers written out in f32; sum is not used
  * scale [rows, groups]. Aligned to 64. */
-typedef enum cpu_act_kind { CPU_ACT_F32, CPU_ACT_INT8, CPU_ACT_FP8 } cpu_act_kind;
+typedef enum cpu_act_kind { CPU_ACT_F32, CPU_ACT_BF16, CPU_ACT_INT8, CPU_ACT_FP8 } cpu_act_kind;
 typedef struct cpu_act {
     void *q;
     float *scale;
@@ -42,8 +43,8 @@ typedef struct cpu_act {
 /* One linear layer over some rows and some outputs:
  *   y[y_row[r]][o] = sum_i w[o][i] * x[x_row[r]][i]            add == false
  *   y[y_row[r]][o] += scale[r] * (that sum)                    add == true
- * for r in 0..n_row-1 and o in from..to-1. TILED weights: from is a multiple of 16, to is one or n_out; panels: of 4.
- */
+ * for r in 0..n_row-1 and o in from..to-1. TILED weights: from is a multiple of 16, to is one or n_out; panels: of
+ * their outputs. */
 typedef struct cpu_linear_job {
     const ern_linear *w;
     const float *x;
@@ -90,6 +91,21 @@ typedef struct cpu_kv_block {
  */
 static inline int64_t cpu_part_floats(int32_t head_dim) { return CPU_HEAD_TILE * (2 + (int64_t)head_dim); }
 
+/* One softmax block for n_row <= CPU_ATTN_ROWS rows of one sequence, positions ascending: row i has the queries q[i]
+ * [n_head, C], sees n[i] > 0 positions of the block, and leaves its result in part[i], joined with what is there
+ * already where `join` says so. room: what the call works with, [cpu_attn_room]; `first`: the queries are not in it yet
+ * from a call for the same rows. */
+typedef struct cpu_attn_job {
+    float *const *part;
+    const float *const *q;
+    const int32_t *n;
+    int32_t n_row, n_head, head_dim;
+    float scale;
+    const cpu_kv_block *kv;
+    void *room;
+    bool first, join;
+} cpu_attn_job;
+
 /* One quantized linear: y = act * codes * scales. int8 activations: the sum over a group of 128 inputs is an exact
  * integer; groups are added in f32 in ascending order, then the output's scale. fp8: the group's sum is f32, inputs
  * ascending, and carries both scales. */
@@ -99,15 +115,17 @@ typedef struct cpu_kernels {
     ern_cpu_level level;
     const char *name; /* for people */
 
-    /* Linear layers with bf16 weights, by ern_order. Shapes: above; any n_out, n_in, stride >= the row; OUT_IN also in
-     * panels, where `panels` says so. */
-    cpu_linear_fn *linear_bf16[2];
-    bool panels;
+    /* Linear layers with bf16 weights, by ern_order: on bf16 activations where `linear_rounds` says so, else on f32
+     * ones (x); and on f32 ones always. Shapes: above; any n_out, n_in, stride >= the row; linear_bf16 reads OUT_IN
+     * also in panels of panel_out outputs, 0: it does not. */
+    cpu_linear_fn *linear_bf16[2], *exact_bf16[2];
+    bool linear_rounds;
+    int32_t panel_out;
     /* TILED weights on quantized activations: I8 and I4 on int8, F8E4M3 on fp8; and on f32 ones as they are (x). */
     cpu_linear_fn *linear_i8, *linear_i4, *linear_f8, *exact_i8, *exact_i4, *exact_f8;
-    /* n inputs from a multiple of 128 on: the law of quant.h, by the bit, the row's q filled with zeros to a multiple
-     * of
-     * 64. Where: the pieces that begin with the first of these inputs. */
+    /* n inputs from a multiple of 128 on: rounded to nearest; the law of quant.h, by the bit. The row's q is filled
+     * with zeros to a multiple of 64. Where: the pieces that begin with the first of these inputs. */
+    void (*round_bf16)(ern_bf16 *q, const float *x, int32_t n); /* NULL without linear_rounds */
     void (*quant_int8)(int8_t *q, float *scale, int32_t *sum, const float *x, int32_t n);
     void (*quant_fp8)(float *q, float *scale, const float *x, int32_t n);
     /* y[n_out] = w x with f32 weights [n_out, n_in]: the router. */
@@ -125,6 +143,8 @@ typedef struct cpu_kernels {
                           const cpu_kv_block *kv, int32_t n);
     /* With bf16 KV the queries and the weights of positions are rounded to bf16, once each. */
     bool attn_rounds;
+    /* attn_block of bf16 KV for several rows, with the bits that each has alone; NULL: none. */
+    void (*attn_rows)(const cpu_attn_job *j);
     /* acc = acc joined with part (the block after it). */
     void (*attn_join)(float *acc, const float *part, int32_t n_head, int32_t head_dim);
 } cpu_kernels;
@@ -134,7 +154,7 @@ extern const cpu_kernels cpu_kernels_avx512; /* without VNNI: integer sums as AV
 extern const cpu_kernels cpu_kernels_vnni, cpu_kernels_amx;
 extern const cpu_kernels cpu_kernels_bf16; /* VNNI, and bf16 KV by vdpbf16ps */
 
-/* The best table that a machine of this level can run; for AMX it asks the system for the tile registers. */
+/* The best table that a machine of this level can run. */
 const cpu_kernels *cpu_kernels_for(ern_cpu_level level);
 /* All tables that this machine can run. Returns how many; at most CPU_TABLES. */
 enum { CPU_TABLES = 6 };
@@ -143,7 +163,7 @@ int cpu_kernels_here(const cpu_kernels *out[CPU_TABLES]);
 /* What a linear is computed by; NULL: this table cannot. */
 static inline cpu_linear_fn *cpu_linear_of(const cpu_kernels *k, const ern_linear *w, bool act_exact) {
     switch (w->dtype) {
-    case ERN_DTYPE_BF16: return k->linear_bf16[w->order];
+    case ERN_DTYPE_BF16: return act_exact ? k->exact_bf16[w->order] : k->linear_bf16[w->order];
     case ERN_DTYPE_I8: return act_exact ? k->exact_i8 : k->linear_i8;
     case ERN_DTYPE_I4: return act_exact ? k->exact_i4 : k->linear_i4;
     case ERN_DTYPE_F8E4M3: return act_exact ? k->exact_f8 : k->linear_f8;
@@ -151,8 +171,9 @@ static inline cpu_linear_fn *cpu_linear_of(const cpu_kernels *k, const ern_linea
     }
     return NULL;
 }
-static inline cpu_act_kind cpu_act_of(const ern_linear *w, bool act_exact) {
-    if (w->order != ERN_ORDER_TILED || act_exact) return CPU_ACT_F32;
+static inline cpu_act_kind cpu_act_of(const cpu_kernels *k, const ern_linear *w, bool act_exact) {
+    if (act_exact) return CPU_ACT_F32;
+    if (w->order != ERN_ORDER_TILED) return k->linear_rounds ? CPU_ACT_BF16 : CPU_ACT_F32;
     return w->dtype == ERN_DTYPE_F8E4M3 ? CPU_ACT_FP8 : CPU_ACT_INT8;
 }
 
@@ -160,8 +181,11 @@ static inline cpu_act_kind cpu_act_of(const ern_linear *w, bool act_exact) {
 
 static inline int32_t cpu_tiles(int32_t n_in) { return (n_in + ERN_TILE_IN - 1) / ERN_TILE_IN; }
 static inline int32_t cpu_groups(int32_t n_in) { return (n_in + ERN_ACT_GROUP - 1) / ERN_ACT_GROUP; }
-/* Numbers between rows of cpu_act.q. */
-static inline int64_t cpu_act_stride(int32_t n_in) { return (int64_t)cpu_tiles(n_in) * ERN_TILE_IN; }
+/* Numbers of a row of cpu_act.q, zeros beyond n_in. */
+static inline int32_t cpu_act_width(int32_t n_in) { return cpu_tiles(n_in) * ERN_TILE_IN; }
+/* Numbers between rows of cpu_act.q: a cache line or more beyond a row, or the rows of a tile would meet in few sets of
+ * the cache. */
+static inline int64_t cpu_act_stride(int32_t n_in) { return cpu_act_width(n_in) + ERN_TILE_IN; }
 static inline size_t cpu_tile_bytes(ern_dtype t) {
     return t == ERN_DTYPE_I4 ? ERN_TILE_OUT * ERN_TILE_IN / 2 : ERN_TILE_OUT * ERN_TILE_IN;
 }
@@ -175,22 +199,31 @@ static inline const uint8_t *cpu_band(const ern_linear *w, int32_t band) {
 
 /* ---- panels ------------------------------------------------------------------------------------------------------ */
 
-/* bf16 weights copied into the order in which few rows read them: the lines of CPU_PANEL_OUT outputs take turns along
- * the inputs, so that a panel, and the panels after it, are one stream.
+/* bf16 weights copied into the order in which few rows read them, so that a panel, and the panels after it, are one
+ * stream; zeros beyond the last output or input. Marked by stride 0. The order of sums is that of OUT_IN rows, so the
+ * bits are the same.
  *
- *   o0 [inputs 0..31] o1 [0..31] o2 [0..31] o3 [0..31]  o0 [32..63] o1 ...      zeros beyond the last output or input
+ * CPU_PANEL_LINES: the lines of 4 outputs take turns along the inputs. In a line inputs i and i+16 are neighbours, the
+ * halves of a 32-bit lane: a shift makes 16 inputs f32, a mask the other 16.
  *
- * In a line inputs i and i+16 are neighbours, the halves of a 32-bit lane: a shift makes 16 inputs f32, a mask the
- * other
- * 16. The order of sums is that of OUT_IN rows, so the bits are the same. Marked by stride 0. */
+ *   o0 [inputs 0..31] o1 [0..31] o2 [0..31] o3 [0..31]  o0 [32..63] o1 ...
+ *
+ * CPU_PANEL_TILES: two tiles of 16 outputs take turns along the inputs, each as the second factor of a product of
+ * tiles: 16 lines, line p inputs 2p and 2p+1 of each output.
+ *
+ *   inputs 0 1 of o0, of o1 .. o15   2 3 of o0 ..   ..   30 31 of .. o15   0 1 of o16 ..   ..   32 33 of o0 .. */
+enum { CPU_PANEL_LINES = 4, CPU_PANEL_TILES = 32 };
 static inline bool cpu_is_panels(const ern_linear *w) { return w->dtype == ERN_DTYPE_BF16 && w->stride == 0; }
-/* Numbers of one panel. */
-static inline int64_t cpu_panel_numbers(int32_t n_in) {
-    return ((int64_t)n_in + CPU_LINE - 1) / CPU_LINE * CPU_LINE * CPU_PANEL_OUT;
+/* Numbers of one panel of `outs` outputs. */
+static inline int64_t cpu_panel_numbers(int32_t outs, int32_t n_in) {
+    return ((int64_t)n_in + CPU_LINE - 1) / CPU_LINE * CPU_LINE * outs;
 }
-static inline int32_t cpu_panels(int32_t n_out) { return (n_out + CPU_PANEL_OUT - 1) / CPU_PANEL_OUT; }
+static inline int32_t cpu_panels(int32_t outs, int32_t n_out) { return (n_out + outs - 1) / outs; }
 /* Copy panels from..to-1 of w, in rows, to where panel 0 begins at `panel`. */
-void cpu_panels_fill(ern_bf16 *panel, const ern_linear *w, int32_t from, int32_t to);
+void cpu_panels_fill(ern_bf16 *panel, int32_t outs, const ern_linear *w, int32_t from, int32_t to);
+
+/* Bytes of cpu_attn_job.room. */
+size_t cpu_attn_room(void);
 
 /* A page's cells rounded up to whole groups. */
 static inline int64_t cpu_kv_cells(int32_t n_cell) {

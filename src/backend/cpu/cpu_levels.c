@@ -1,10 +1,6 @@
 /* Which tables there are, and which of them this machine can run. */
 #include "backend/cpu/cpu_kernels.h"
 
-#include <pthread.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-
 static bool vnni_here(void) {
 #if defined(__x86_64__)
     return __builtin_cpu_supports("avx512vnni");
@@ -30,21 +26,11 @@ static bool dots_fast(void) {
 #endif
 }
 
-/* The tile registers are 8 KB of state that Linux gives to a process that asks (ARCH_REQ_XCOMP_PERM, XTILEDATA). */
-static bool tiles_granted;
-static pthread_once_t tiles_once = PTHREAD_ONCE_INIT;
-static void tiles_ask(void) {
-#if defined(__x86_64__)
-    tiles_granted = syscall(SYS_arch_prctl, 0x1023, 18) == 0;
-#endif
-}
-
 const cpu_kernels *cpu_kernels_for(ern_cpu_level level) {
     switch (level) {
     case ERN_CPU_AMX:
         if (!vnni_here()) break;
-        pthread_once(&tiles_once, tiles_ask);
-        return tiles_granted ? &cpu_kernels_amx : &cpu_kernels_vnni;
+        return &cpu_kernels_amx;
     case ERN_CPU_AVX512: return dots_fast() ? &cpu_kernels_bf16 : vnni_here() ? &cpu_kernels_vnni : &cpu_kernels_avx512;
     case ERN_CPU_AVX2: return &cpu_kernels_avx2;
     case ERN_CPU_PORTABLE: break;

@@ -31,11 +31,14 @@ bool cpu_claim(const cpu_run *c, int32_t n, int32_t *from, int32_t *to) {
 
 /* ---- inputs ------------------------------------------------------------------------------------------------------ */
 
-cpu_act_kind cpu_act_for(const cpu_backend *b, const ern_linear *w) { return cpu_act_of(w, b->o.act_exact); }
+cpu_act_kind cpu_act_for(const cpu_backend *b, const ern_linear *w) {
+    return cpu_act_of(b->kernels, w, b->o.act_exact);
+}
 
 cpu_act cpu_act_at(const cpu_backend *b, cpu_act a, const ern_linear *w, int64_t row) {
     const int64_t q = row * cpu_act_stride(w->n_in), g = row * cpu_groups(w->n_in);
     switch (cpu_act_for(b, w)) {
+    case CPU_ACT_BF16: return (cpu_act){(ern_bf16 *)a.q + q, NULL, NULL};
     case CPU_ACT_INT8: return (cpu_act){(int8_t *)a.q + q, a.scale + g, a.sum + g};
     case CPU_ACT_FP8: return (cpu_act){(float *)a.q + q, a.scale + g, a.sum + g};
     case CPU_ACT_F32: break;
@@ -48,6 +51,7 @@ void cpu_act_put(const cpu_backend *b, cpu_act a, const ern_linear *w, int64_t r
     const int32_t g = from / ERN_ACT_GROUP;
     const cpu_act at = cpu_act_at(b, a, w, row);
     switch (cpu_act_for(b, w)) {
+    case CPU_ACT_BF16: b->kernels->round_bf16((ern_bf16 *)at.q + from, x, n); break;
     case CPU_ACT_INT8: b->kernels->quant_int8((int8_t *)at.q + from, at.scale + g, at.sum + g, x, n); break;
     case CPU_ACT_FP8: b->kernels->quant_fp8((float *)at.q + from, at.scale + g, x, n); break;
     case CPU_ACT_F32: break;

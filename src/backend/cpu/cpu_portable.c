@@ -1,7 +1,6 @@
-/* The kernels in plain C for any processor, and their table. Written to be read: the AVX-512 files do the same with
- * registers. Sums run in LANES lanes so that the compiler's baseline vectors can follow; the order is fixed by n alone.
- * The build forbids contraction, so a * b + c rounds twice here, on every machine. */
-#include "backend/cpu/table_avx2.h"
+/* The kernels in plain C for any processor, and their table. Written to be read: the AVX2 and AVX-512 files do the same
+ * with registers. Sums run in LANES lanes so that the compiler's baseline vectors can follow; the order is fixed by n
+ * alone. The build forbids contraction, so a * b + c rounds twice here, on every machine. */
 #include "backend/cpu/table_portable.h"
 
 #include <math.h>
@@ -204,29 +203,23 @@ static void attn_join(float *acc, const float *part, int32_t n_head, int32_t hea
     }
 }
 
-/* What the two tables have in common: AVX2 has kernels of its own for quantized linears only. */
-#define PLAIN                                                                                          \
-    .linear_bf16 = {[ERN_ORDER_OUT_IN] = linear_out_in, [ERN_ORDER_IN_OUT] = linear_in_out},           \
-    .quant_fp8 = cpu_quant_fp8_portable, .linear_f32 = linear_f32, .norm = norm, .silu_mul = silu_mul, \
-    .softmax = softmax, .attn_block = {attn_bf16, attn_int8}, .attn_join = attn_join
-
-const cpu_kernels cpu_kernels_portable = {.level = ERN_CPU_PORTABLE,
-                                          .name = "portable",
-                                          .linear_i8 = cpu_linear_i8_portable,
-                                          .linear_i4 = cpu_linear_i4_portable,
-                                          .linear_f8 = cpu_linear_f8_portable,
-                                          .exact_i8 = cpu_linear_exact_portable,
-                                          .exact_i4 = cpu_linear_exact_portable,
-                                          .exact_f8 = cpu_linear_exact_portable,
-                                          .quant_int8 = cpu_quant_int8_portable,
-                                          PLAIN};
-const cpu_kernels cpu_kernels_avx2 = {.level = ERN_CPU_AVX2,
-                                      .name = "avx2",
-                                      .linear_i8 = cpu_linear_i8_avx2,
-                                      .linear_i4 = cpu_linear_i4_avx2,
-                                      .linear_f8 = cpu_linear_f8_avx2,
-                                      .exact_i8 = cpu_exact_i8_avx2,
-                                      .exact_i4 = cpu_exact_i4_avx2,
-                                      .exact_f8 = cpu_exact_f8_avx2,
-                                      .quant_int8 = cpu_quant_int8_avx2,
-                                      PLAIN};
+const cpu_kernels cpu_kernels_portable = {
+    .level = ERN_CPU_PORTABLE,
+    .name = "portable",
+    .linear_bf16 = {[ERN_ORDER_OUT_IN] = linear_out_in, [ERN_ORDER_IN_OUT] = linear_in_out},
+    .exact_bf16 = {[ERN_ORDER_OUT_IN] = linear_out_in, [ERN_ORDER_IN_OUT] = linear_in_out},
+    .linear_i8 = cpu_linear_i8_portable,
+    .linear_i4 = cpu_linear_i4_portable,
+    .linear_f8 = cpu_linear_f8_portable,
+    .exact_i8 = cpu_linear_exact_portable,
+    .exact_i4 = cpu_linear_exact_portable,
+    .exact_f8 = cpu_linear_exact_portable,
+    .quant_int8 = cpu_quant_int8_portable,
+    .quant_fp8 = cpu_quant_fp8_portable,
+    .linear_f32 = linear_f32,
+    .norm = norm,
+    .silu_mul = silu_mul,
+    .softmax = softmax,
+    .attn_block = {attn_bf16, attn_int8},
+    .attn_join = attn_join,
+};

@@ -10,7 +10,8 @@ static ern_status linear_check(cpu_backend *b, const ern_linear *w, const char *
         return ERN_FAIL(err, ERN_ERR_UNSUPPORTED, "the cpu backend has no kernel for %s of layer %d, stored as %s",
                         name, layer, ern_dtype_name(w->dtype));
     const cpu_act_kind kind = cpu_act_for(b, w);
-    const size_t each = kind == CPU_ACT_FP8 ? sizeof(float) : kind == CPU_ACT_INT8 ? 1 : 0;
+    static const size_t size[] = {[CPU_ACT_F32] = 0, [CPU_ACT_BF16] = 2, [CPU_ACT_INT8] = 1, [CPU_ACT_FP8] = 4};
+    const size_t each = size[kind];
     if (b->act_each < each) b->act_each = each;
     return ERN_OK;
 }
@@ -168,6 +169,7 @@ size_t cpu_layout(cpu_backend *b, unsigned char *base) {
     b->tile = cut(&c, T + (size_t)b->n_slot, sizeof(cpu_tile));
     b->split = cut(&c, T, sizeof(cpu_tile));
     b->own_part = cut(&c, n * (CPU_ATTN_ROWS + 1) * (size_t)b->part_floats, sizeof(float));
+    b->room = cut(&c, b->kernels->attn_rows ? n * cpu_attn_room() : 0, 1);
     b->part = cut(&c, (size_t)b->n_slot * (size_t)cpu_head_tiles(m) * (size_t)b->part_floats, sizeof(float));
     b->act = cut_act(b, &c, T, widest_x);
     b->mid =

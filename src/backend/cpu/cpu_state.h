@@ -19,7 +19,6 @@ enum {
     CPU_FFN_ROWS =
         256, /* rows of one pass through a feed-forward: bounds its scratch, leaves the weights reused enough */
     CPU_LOGIT_ROWS = 32,  /* wanted rows whose logits exist at one time */
-    CPU_ATTN_ROWS = 8,    /* rows of a sequence that share one walk over its keys and values */
     CPU_PAIRS_MAX = 1024, /* page copies queued before a step */
 };
 
@@ -52,7 +51,7 @@ typedef struct cpu_weights {
     ern_ffn *expert;  /* [L, E] */
     ern_linear head;
     size_t bytes; /* of the copies; 0: none */
-    bool panels;
+    int32_t panel_out;
     struct cpu_file_ranges *files;
 } cpu_weights;
 
@@ -95,6 +94,7 @@ typedef struct cpu_backend {
     cpu_tile *split;   /* [T] the tiles that were cut into pieces, whole */
     int32_t n_tile, n_split;
     float *own_part;        /* [n_worker, CPU_ATTN_ROWS + 1, part_floats] */
+    unsigned char *room;    /* [n_worker, cpu_attn_room], where there is attn_rows */
     float *part;            /* [n_slot, cpu_head_tiles, part_floats] results of the pieces, to be joined */
     int32_t n_slot;         /* (row, block) pairs that `part` has room for */
     int64_t part_floats;    /* of one row, block and head tile */
@@ -103,7 +103,8 @@ typedef struct cpu_backend {
     atomic_int next_task;
     cpu_act act;     /* [T] rows of xn, of q, of mtp_in or of head_in, as the next linear takes them */
     cpu_act mid;     /* [R] or [R*K] rows of gate, as down takes them */
-    size_t act_each; /* bytes of a number of act.q and mid.q: 0 where no linear wants them, 1 for int8, 4 for fp8 */
+    size_t act_each; /* bytes of a number of act.q and mid.q: 0 where no linear wants them, 1 for int8, 2 for bf16, 4
+                        for fp8 */
     struct {
         atomic_int next; /* first piece of the phase that nobody has taken; phases take turns */
         char apart[124];
@@ -130,8 +131,9 @@ ERN_MUST_CHECK ern_status cpu_state_init(cpu_backend *b, const ern_model *m, con
 /* Cut `base` into the scratch arrays; base NULL: only count. Returns bytes. */
 size_t cpu_layout(cpu_backend *b, unsigned char *base);
 
-/* Look at the model and count; panels: bf16 rows may become such. false: no memory. */
-bool cpu_weights_open(cpu_weights *k, const ern_model *model, bool panels);
+/* Look at the model and count; panel_out: outputs of the panels that bf16 rows may become, 0: none. false: no memory.
+ */
+bool cpu_weights_open(cpu_weights *k, const ern_model *model, int32_t panel_out);
 /* Copy into `to` [k->bytes], by all workers of the pool; only if bytes > 0. */
 void cpu_weights_fill(cpu_weights *k, const ern_model *model, unsigned char *to, ern_pool *pool);
 void cpu_weights_close(cpu_weights *k);

@@ -47,7 +47,7 @@ static bool in_file(const struct cpu_file_ranges *r, const ern_linear *w) {
 /* Moves linears to `to`, or, where that is NULL, only counts. */
 typedef struct mover {
     const struct cpu_file_ranges *files;
-    bool panels; /* the kernels read them */
+    int32_t panel_out; /* outputs of the panels that the kernels read; 0: none */
     ern_pool *pool;
     unsigned char *to;
     size_t used;
@@ -68,20 +68,22 @@ static void copy_part(void *ud, int worker, int n_worker) {
 
 typedef struct repack {
     ern_bf16 *to;
+    int32_t outs;
     const ern_linear *w;
 } repack;
 
 static void repack_part(void *ud, int worker, int n_worker) {
     const repack *p = ud;
     int64_t from, to;
-    ern_pool_share(cpu_panels(p->w->n_out), 8, worker, n_worker, &from, &to);
-    cpu_panels_fill(p->to, p->w, (int32_t)from, (int32_t)to);
+    ern_pool_share(cpu_panels(p->outs, p->w->n_out), 8, worker, n_worker, &from, &to);
+    cpu_panels_fill(p->to, p->outs, p->w, (int32_t)from, (int32_t)to);
 }
 
 static void move_rows(mover *m, ern_linear *w) {
-    const size_t bytes = (size_t)cpu_panels(w->n_out) * (size_t)cpu_panel_numbers(w->n_in) * sizeof(ern_bf16);
+    const size_t panels = (size_t)cpu_panels(m->panel_out, w->n_out);
+    const size_t bytes = panels * (size_t)cpu_panel_numbers(m->panel_out, w->n_in) * sizeof(ern_bf16);
     if (m->to) {
-        repack p = {(ern_bf16 *)(void *)(m->to + m->used), w};
+        repack p = {(ern_bf16 *)(void *)(m->to + m->used), m->panel_out, w};
         ern_pool_run(m->pool, repack_part, &p);
         w->data = p.to;
         w->stride = 0;
@@ -90,7 +92,7 @@ static void move_rows(mover *m, ern_linear *w) {
 }
 
 static void move(mover *m, ern_linear *w) {
-    if (w->data && m->panels && w->dtype == ERN_DTYPE_BF16 && w->order == ERN_ORDER_OUT_IN) {
+    if (w->data && m->panel_out && w->dtype == ERN_DTYPE_BF16 && w->order == ERN_ORDER_OUT_IN) {
         move_rows(m, w);
         return;
     }
@@ -124,7 +126,7 @@ static void move_all(mover *m, cpu_weights *k, const ern_config *c) {
     move(m, &k->head);
 }
 
-bool cpu_weights_open(cpu_weights *k, const ern_model *model, bool panels) {
+bool cpu_weights_open(cpu_weights *k, const ern_model *model, int32_t panel_out) {
     const size_t L = (size_t)model->config.n_layer, E = (size_t)model->config.n_expert;
     memset(k, 0, sizeof *k);
     k->files = malloc(sizeof *k->files);
@@ -142,15 +144,15 @@ bool cpu_weights_open(cpu_weights *k, const ern_model *model, bool panels) {
         k->layer[i].expert = k->expert + i * E;
     }
     k->head = model->head;
-    k->panels = panels;
-    mover m = {.files = k->files, .panels = panels};
+    k->panel_out = panel_out;
+    mover m = {.files = k->files, .panel_out = panel_out};
     move_all(&m, k, &model->config);
     k->bytes = m.used <= ern_memory_available_bytes() / SHARE ? m.used : 0;
     return true;
 }
 
 void cpu_weights_fill(cpu_weights *k, const ern_model *model, unsigned char *to, ern_pool *pool) {
-    mover m = {.files = k->files, .panels = k->panels, .pool = pool, .to = to};
+    mover m = {.files = k->files, .panel_out = k->panel_out, .pool = pool, .to = to};
     move_all(&m, k, &model->config);
 }
 

@@ -40,8 +40,9 @@ const char *ern_rate_missing(ern_rate rate) {
                                                                                : "this processor has no AVX-512 VNNI";
     case ERN_RATE_AMX_BF16:
     case ERN_RATE_AMX_INT8:
-        if (level < ERN_CPU_AMX) return "this processor has no AMX, or its kernel does not save the tiles";
-        return limits_amx_allowed() ? NULL : "the kernel does not let this process use AMX tiles";
+        if (level == ERN_CPU_AMX) return NULL;
+        return ern_cpu_amx_refused() ? "the system does not let this process use AMX tiles"
+                                     : "this processor has no AMX, or its kernel does not save the tiles";
     }
     return "unknown";
 }

@@ -18,8 +18,6 @@ uint64_t limits_fma_avx512(const void *data, size_t bytes, int64_t passes);
 uint64_t limits_vnni_int8(const void *data, size_t bytes, int64_t passes);
 uint64_t limits_amx_bf16(const void *data, size_t bytes, int64_t passes);
 uint64_t limits_amx_int8(const void *data, size_t bytes, int64_t passes);
-/* Ask the kernel for the tile registers; process-wide. False: it refused. */
-bool limits_amx_allowed(void);
 
 /* Read every line once; the result depends on all of them. bytes: a multiple of 256. */
 uint64_t limits_read_avx512(const void *data, size_t bytes);

@@ -8,14 +8,10 @@
  *      A5  [ T2 ][ T3 ] */
 #include <immintrin.h>
 #include <string.h>
-#include <sys/syscall.h>
-#include <unistd.h>
 
 #include "backend/cpu/limits.h"
 
-enum { REQUEST_PERMISSION = 0x1023, TILE_DATA = 18, TILE = 1024, STEP = 4 * TILE };
-
-bool limits_amx_allowed(void) { return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0; }
+enum { TILE = 1024, STEP = 4 * TILE };
 
 /* Palette 1: 8 tiles of 16 rows of 64 bytes. */
 typedef struct tile_config {

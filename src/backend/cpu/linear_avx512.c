@@ -19,13 +19,13 @@
 
 #include <string.h>
 
-_Static_assert(CPU_PANEL_OUT == 4 && CPU_LINE == 32, "as the tiles and the lines' halves are written");
+_Static_assert(CPU_PANEL_LINES == 4 && CPU_LINE == 32, "as the tiles and the lines' halves are written");
 
 enum {
     K_BLOCK_OUT_IN = 1024, /* a tile of 6 rows of x is 24 KiB: it stays in the L1 cache */
     K_BLOCK_IN_OUT = 512,
     ROWS_OUT_IN = 6, /* 6 x 4 sums + 4 weights + 1 x: 29 of 32 registers */
-    OUTS_OUT_IN = CPU_PANEL_OUT,
+    OUTS_OUT_IN = CPU_PANEL_LINES,
     AHEAD_OUT_IN =
         16 << 10,    /* bytes fetched ahead into L2, in the order of memory: weight rows are short for the hardware */
     ROWS_IN_OUT = 8, /* 8 x 3 sums + 3 weights + 1 x: 28 registers */
@@ -119,44 +119,46 @@ static void out_in_rows(const cpu_linear_job *j, int32_t r0, int32_t nr, int32_t
  * follows; where blocks of K are walked one by one, that is the same block two panels on. */
 CPU_INLINE void panel_tile(const cpu_linear_job *j, int32_t r0, int32_t o0, int32_t k0, int32_t k1, const int nr,
                            const bool fetch) {
-    const ern_bf16 *w =
-        (const ern_bf16 *)j->w->data + o0 / CPU_PANEL_OUT * cpu_panel_numbers(j->w->n_in) + (int64_t)k0 * CPU_PANEL_OUT;
-    const uintptr_t ahead =
-        j->n_row <= ROWS_OUT_IN ? AHEAD_OUT_IN : 2 * (uintptr_t)cpu_panel_numbers(j->w->n_in) * sizeof(ern_bf16);
+    const ern_bf16 *w = (const ern_bf16 *)j->w->data +
+                        o0 / CPU_PANEL_LINES * cpu_panel_numbers(CPU_PANEL_LINES, j->w->n_in) +
+                        (int64_t)k0 * CPU_PANEL_LINES;
+    const uintptr_t ahead = j->n_row <= ROWS_OUT_IN
+                                ? AHEAD_OUT_IN
+                                : 2 * (uintptr_t)cpu_panel_numbers(CPU_PANEL_LINES, j->w->n_in) * sizeof(ern_bf16);
     const __m512i high = _mm512_set1_epi32((int32_t)0xffff0000u);
     const float *x[ROWS_OUT_IN];
-    __m512 acc[ROWS_OUT_IN][CPU_PANEL_OUT];
+    __m512 acc[ROWS_OUT_IN][CPU_PANEL_LINES];
     CPU_UNROLL for (int r = 0; r < nr; r++) {
         x[r] = cpu_job_x(j, r0 + r);
-        CPU_UNROLL for (int o = 0; o < CPU_PANEL_OUT; o++) acc[r][o] = _mm512_setzero_ps();
+        CPU_UNROLL for (int o = 0; o < CPU_PANEL_LINES; o++) acc[r][o] = _mm512_setzero_ps();
     }
     int32_t k = k0;
-    for (; k + CPU_LINE <= k1; k += CPU_LINE, w += CPU_LINE * CPU_PANEL_OUT) {
+    for (; k + CPU_LINE <= k1; k += CPU_LINE, w += CPU_LINE * CPU_PANEL_LINES) {
         CPU_UNROLL for (int half = 0; half < 2; half++) {
-            __m512 wv[CPU_PANEL_OUT];
+            __m512 wv[CPU_PANEL_LINES];
             if (nr > 4) __asm__("" : "+r"(w)); /* read the lines twice: kept, they would cost registers of the sums */
-            CPU_UNROLL for (int o = 0; o < CPU_PANEL_OUT; o++) {
+            CPU_UNROLL for (int o = 0; o < CPU_PANEL_LINES; o++) {
                 wv[o] = panel_half(w + o * CPU_LINE, half, high);
                 if (fetch && o < 2)
                     _mm_prefetch((const char *)((uintptr_t)w + ahead + 64 * (uintptr_t)(2 * half + o)), _MM_HINT_T1);
             }
             CPU_UNROLL for (int r = 0; r < nr; r++) {
                 __m512 xv = _mm512_loadu_ps(x[r] + k + 16 * half);
-                CPU_UNROLL for (int o = 0; o < CPU_PANEL_OUT; o++) acc[r][o] = _mm512_fmadd_ps(xv, wv[o], acc[r][o]);
+                CPU_UNROLL for (int o = 0; o < CPU_PANEL_LINES; o++) acc[r][o] = _mm512_fmadd_ps(xv, wv[o], acc[r][o]);
             }
         }
     }
     CPU_UNROLL for (int half = 0; half < 2; half++) {
         if (k + 16 * half >= k1) break;
         const __mmask16 m = cpu_mask(k1 - k - 16 * half);
-        __m512 wv[CPU_PANEL_OUT];
-        CPU_UNROLL for (int o = 0; o < CPU_PANEL_OUT; o++) wv[o] = panel_half(w + o * CPU_LINE, half, high);
+        __m512 wv[CPU_PANEL_LINES];
+        CPU_UNROLL for (int o = 0; o < CPU_PANEL_LINES; o++) wv[o] = panel_half(w + o * CPU_LINE, half, high);
         CPU_UNROLL for (int r = 0; r < nr; r++) {
             __m512 xv = _mm512_maskz_loadu_ps(m, x[r] + k + 16 * half);
-            CPU_UNROLL for (int o = 0; o < CPU_PANEL_OUT; o++) acc[r][o] = _mm512_fmadd_ps(xv, wv[o], acc[r][o]);
+            CPU_UNROLL for (int o = 0; o < CPU_PANEL_LINES; o++) acc[r][o] = _mm512_fmadd_ps(xv, wv[o], acc[r][o]);
         }
     }
-    const __mmask8 outs = (__mmask8)cpu_mask(least(j->w->n_out - o0, CPU_PANEL_OUT));
+    const __mmask8 outs = (__mmask8)cpu_mask(least(j->w->n_out - o0, CPU_PANEL_LINES));
     CPU_UNROLL for (int r = 0; r < nr; r++) {
         __m128 s = cpu_sum4(acc[r][0], acc[r][1], acc[r][2], acc[r][3]);
         put4(cpu_job_y(j, r0 + r) + o0, s, outs, !j->add && k0 == 0, j->scale ? j->scale[r0 + r] : 1.0f);
@@ -183,9 +185,50 @@ static void panel_rows(const cpu_linear_job *j, int32_t r0, int32_t nr, int32_t 
     }
 }
 
+/* One row over panels. Nothing but the loop over lines, which a panel's last additions hardly stop: memory is asked for
+ * the next panel meanwhile. */
+static void panel_one(const cpu_linear_job *j) {
+    const int32_t n_in = j->w->n_in;
+    const ern_bf16 *w =
+        (const ern_bf16 *)j->w->data + j->from / CPU_PANEL_LINES * cpu_panel_numbers(CPU_PANEL_LINES, n_in);
+    const float *x = cpu_job_x(j, 0);
+    const __m512i high = _mm512_set1_epi32((int32_t)0xffff0000u);
+    const __m128 scale = _mm_set1_ps(j->scale ? j->scale[0] : 1.0f);
+    for (int32_t o = j->from; o < j->to; o += CPU_PANEL_LINES) {
+        const __mmask8 outs = (__mmask8)cpu_mask(least(j->w->n_out - o, CPU_PANEL_LINES));
+        float *y = cpu_job_y(j, 0) + o;
+        __m128 sum = j->add ? _mm_maskz_loadu_ps(outs, y) : _mm_setzero_ps();
+        for (int32_t k0 = 0; k0 < n_in; k0 += K_BLOCK_OUT_IN) {
+            const int32_t k1 = least(k0 + K_BLOCK_OUT_IN, n_in);
+            __m512 acc[CPU_PANEL_LINES];
+            CPU_UNROLL for (int i = 0; i < CPU_PANEL_LINES; i++) acc[i] = _mm512_setzero_ps();
+            int32_t k = k0;
+            for (; k + CPU_LINE <= k1; k += CPU_LINE, w += CPU_LINE * CPU_PANEL_LINES)
+                CPU_UNROLL for (int half = 0; half < 2; half++) {
+                    const __m512 xv = _mm512_loadu_ps(x + k + 16 * half);
+                    CPU_UNROLL for (int i = 0; i < CPU_PANEL_LINES; i++) acc[i] =
+                        _mm512_fmadd_ps(xv, panel_half(w + i * CPU_LINE, half, high), acc[i]);
+                }
+            for (int half = 0; k + 16 * half < k1; half++) {
+                const __m512 xv = _mm512_maskz_loadu_ps(cpu_mask(k1 - k - 16 * half), x + k + 16 * half);
+                CPU_UNROLL for (int i = 0; i < CPU_PANEL_LINES; i++) acc[i] =
+                    _mm512_fmadd_ps(xv, panel_half(w + i * CPU_LINE, half, high), acc[i]);
+            }
+            w += k < k1 ? CPU_LINE * CPU_PANEL_LINES : 0;
+            const __m128 s = cpu_sum4(acc[0], acc[1], acc[2], acc[3]);
+            sum = !j->add && k0 == 0 ? s : _mm_fmadd_ps(scale, s, sum);
+        }
+        _mm_mask_storeu_ps(y, outs, sum);
+    }
+}
+
 void cpu_linear_out_in_avx512(const cpu_linear_job *j) {
     const int32_t n_in = j->w->n_in;
     const bool panels = cpu_is_panels(j->w);
+    if (panels && j->n_row == 1) {
+        panel_one(j);
+        return;
+    }
     /* Few rows: walk each weight row to its end, as memory likes it. Many: keep a block of weights in L2. */
     const int32_t outs = j->n_row <= ROWS_OUT_IN ? OUTS_OUT_IN : L2_OUTS;
     for (int32_t ob = j->from; ob < j->to; ob += outs) {

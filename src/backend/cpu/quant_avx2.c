@@ -238,7 +238,7 @@ INLINE float group_top(const float *x) {
 }
 
 void cpu_quant_int8_avx2(int8_t *q, float *scale, int32_t *sum, const float *x, int32_t n) {
-    const int32_t padded = (int32_t)cpu_act_stride(n);
+    const int32_t padded = cpu_act_width(n);
     for (int32_t g = 0; g * ERN_ACT_GROUP < n; g++) {
         float room[ERN_ACT_GROUP];
         const float *xg = group_x(x, n, g, room), a = group_top(xg);

@@ -29,7 +29,7 @@ CPU_INLINE float group_top(const float *x, int32_t n) {
 }
 
 void cpu_quant_int8_avx512(int8_t *q, float *scale, int32_t *sum, const float *x, int32_t n) {
-    const int32_t padded = (int32_t)cpu_act_stride(n);
+    const int32_t padded = cpu_act_width(n);
     for (int32_t g = 0, at = 0; at < n; g++, at += ERN_ACT_GROUP) {
         const int32_t m = least(ERN_ACT_GROUP, n - at);
         const float a = group_top(x + at, m);
@@ -65,7 +65,7 @@ CPU_INLINE __m512 round_e4m3(__m512 v) {
 }
 
 void cpu_quant_fp8_avx512(float *q, float *scale, const float *x, int32_t n) {
-    const int32_t padded = (int32_t)cpu_act_stride(n);
+    const int32_t padded = cpu_act_width(n);
     for (int32_t g = 0, at = 0; at < n; g++, at += ERN_ACT_GROUP) {
         const int32_t m = least(ERN_ACT_GROUP, n - at);
         float a = group_top(x + at, m), f;

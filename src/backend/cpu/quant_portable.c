@@ -102,7 +102,7 @@ void cpu_linear_exact_portable(const cpu_linear_job *j) {
 
 void cpu_quant_int8_portable(int8_t *q, float *scale, int32_t *sum, const float *x, int32_t n) {
     quant_act_int8(q, scale, x, n);
-    memset(q + n, 0, (size_t)(cpu_act_stride(n) - n));
+    memset(q + n, 0, (size_t)(cpu_act_width(n) - n));
     for (int32_t g = 0; g < cpu_groups(n); g++) {
         sum[g] = 0;
         for (int32_t i = g * ERN_ACT_GROUP; i < least((g + 1) * ERN_ACT_GROUP, n); i++) sum[g] += q[i];
@@ -116,5 +116,5 @@ void cpu_quant_fp8_portable(float *q, float *scale, const float *x, int32_t n) {
         quant_act_fp8(code, scale + at / ERN_ACT_GROUP, x + at, m);
         for (int32_t i = 0; i < m; i++) q[at + i] = ern_e4m3_to_f32(code[i]);
     }
-    for (int64_t i = n; i < cpu_act_stride(n); i++) q[i] = 0.0f;
+    for (int64_t i = n; i < cpu_act_width(n); i++) q[i] = 0.0f;
 }

@@ -47,25 +47,30 @@ static void softmax(float *x, int32_t n) {
     }
 }
 
-/* What the four tables have in common. */
-#define ROWS_AND_FLOATS                                                                                            \
+/* What the five tables have in common. */
+#define ROWS_AND_FLOATS                                                                                           \
+    .exact_bf16 = {[ERN_ORDER_OUT_IN] = cpu_linear_out_in_avx512, [ERN_ORDER_IN_OUT] = cpu_linear_in_out_avx512}, \
+    .linear_f8 = cpu_linear_f8_avx512, .exact_i8 = cpu_exact_i8_avx512, .exact_i4 = cpu_exact_i4_avx512,          \
+    .exact_f8 = cpu_exact_f8_avx512, .quant_int8 = cpu_quant_int8_avx512, .quant_fp8 = cpu_quant_fp8_avx512,      \
+    .linear_f32 = cpu_linear_f32_avx512, .norm = norm, .silu_mul = silu_mul, .softmax = softmax,                  \
+    .attn_join = cpu_attn_join_avx512
+#define LINEAR_F32                                                                                                 \
     .linear_bf16 = {[ERN_ORDER_OUT_IN] = cpu_linear_out_in_avx512, [ERN_ORDER_IN_OUT] = cpu_linear_in_out_avx512}, \
-    .panels = true, .linear_f8 = cpu_linear_f8_avx512, .exact_i8 = cpu_exact_i8_avx512,                            \
-    .exact_i4 = cpu_exact_i4_avx512, .exact_f8 = cpu_exact_f8_avx512, .quant_int8 = cpu_quant_int8_avx512,         \
-    .quant_fp8 = cpu_quant_fp8_avx512, .linear_f32 = cpu_linear_f32_avx512, .norm = norm, .silu_mul = silu_mul,    \
-    .softmax = softmax, .attn_join = cpu_attn_join_avx512
+    .panel_out = CPU_PANEL_LINES
 #define ATTN_F32 .attn_block = {cpu_attn_bf16_avx512, cpu_attn_int8_avx512}
 
 const cpu_kernels cpu_kernels_avx512 = {.level = ERN_CPU_AVX512,
                                         .name = "avx512",
                                         .linear_i8 = cpu_linear_i8_avx2,
                                         .linear_i4 = cpu_linear_i4_avx2,
+                                        LINEAR_F32,
                                         ATTN_F32,
                                         ROWS_AND_FLOATS};
 const cpu_kernels cpu_kernels_vnni = {.level = ERN_CPU_AVX512,
                                       .name = "avx512 vnni",
                                       .linear_i8 = cpu_linear_i8_vnni,
                                       .linear_i4 = cpu_linear_i4_vnni,
+                                      LINEAR_F32,
                                       ATTN_F32,
                                       ROWS_AND_FLOATS};
 const cpu_kernels cpu_kernels_bf16 = {.level = ERN_CPU_AVX512,
@@ -74,10 +79,17 @@ const cpu_kernels cpu_kernels_bf16 = {.level = ERN_CPU_AVX512,
                                       .linear_i4 = cpu_linear_i4_vnni,
                                       .attn_block = {cpu_attn_bf16_bf16, cpu_attn_int8_avx512},
                                       .attn_rounds = true,
+                                      LINEAR_F32,
                                       ROWS_AND_FLOATS};
 const cpu_kernels cpu_kernels_amx = {.level = ERN_CPU_AMX,
                                      .name = "amx",
+                                     .linear_bf16 = {cpu_linear_bf16_amx, cpu_linear_bf16_amx},
+                                     .linear_rounds = true,
+                                     .panel_out = CPU_PANEL_TILES,
+                                     .round_bf16 = cpu_round_bf16_amx,
                                      .linear_i8 = cpu_linear_i8_amx,
                                      .linear_i4 = cpu_linear_i4_amx,
-                                     ATTN_F32,
+                                     .attn_block = {cpu_attn_bf16_amx, cpu_attn_int8_avx512},
+                                     .attn_rounds = true,
+                                     .attn_rows = cpu_attn_rows_amx,
                                      ROWS_AND_FLOATS};

@@ -17,6 +17,11 @@ void cpu_linear_i8_vnni(const cpu_linear_job *j);
 void cpu_linear_i4_vnni(const cpu_linear_job *j);
 void cpu_linear_i8_amx(const cpu_linear_job *j);
 void cpu_linear_i4_amx(const cpu_linear_job *j);
+void cpu_linear_bf16_amx(const cpu_linear_job *j); /* of either order, or panels */
+void cpu_round_bf16_amx(ern_bf16 *q, const float *x, int32_t n);
+void cpu_attn_rows_amx(const cpu_attn_job *j);
+void cpu_attn_bf16_amx(float *part, const float *q, int32_t n_head, int32_t head_dim, float scale,
+                       const cpu_kv_block *kv, int32_t n);
 void cpu_attn_bf16_avx512(float *part, const float *q, int32_t n_head, int32_t head_dim, float scale,
                           const cpu_kv_block *kv, int32_t n);
 void cpu_attn_bf16_bf16(float *part, const float *q, int32_t n_head, int32_t head_dim, float scale,

@@ -1,4 +1,4 @@
-/* Entries of the portable table that other files hold; the AVX2 and AVX-512 tables borrow from here what they lack. */
+/* Entries of the portable table that other files hold; the AVX2 table borrows from here what it lacks. */
 #ifndef ERN_BACKEND_CPU_TABLE_PORTABLE_H
 #define ERN_BACKEND_CPU_TABLE_PORTABLE_H
 

@@ -9,93 +9,9 @@
  * with the same code: the answer is the same. */
 #include "backend/cuda/cu_launch.cuh"
 #include "backend/cuda/cu_sample_row.cuh"
+#include "backend/cuda/cu_sample_stream.cuh"
 
-/* ---- the order: logit descending, id ascending ----------------------------------------------------------------- */
-
-/* An item's place in the order as one number, smaller is earlier: a coarse distance from the top that spreads well over
- * the bins of the first round, then the logit's bits, then the id. */
-static __device__ __forceinline__ uint64_t place_of(const row *r, float l, int32_t id) {
-    float far = fminf(__fmul_rn(__fsub_rn(r->s.top, l), r->spread), (float)(BINS - 1));
-    return (uint64_t)__float2uint_rz(far) << (32 + ID_BITS) | (uint64_t)~ordered(l) << ID_BITS | (uint32_t)id;
-}
-
-/* Everything up to and including `place` is kept. */
-typedef struct cut {
-    uint64_t place, mass, count;
-    bool in_list;
-} cut;
-
-/* The sum of m over the threads before this one, of the block. */
-static __device__ __noinline__ uint64_t mass_before(int32_t tid, uint64_t m) {
-    share *sh = SH;
-    const int32_t lane = tid % 32, warp = tid / 32;
-    uint64_t up = m;
-#pragma unroll 1
-    for (int d = 1; d < 32; d <<= 1) {
-        const uint64_t o = __shfl_up_sync(ALL_LANES, up, d);
-        if (lane >= d) up += o;
-    }
-    if (lane == 31) sh->scan_mass[warp] = up;
-    __syncthreads();
-    return up - m + warp_sum(lane < warp ? sh->scan_mass[lane] : 0);
-}
-
-/* In which bin the run ends: all blocks add up the bins of all and find the same. */
-static __device__ __noinline__ void find_bin(team *t, const cut *c, uint64_t need_count, uint64_t need_mass) {
-    share *sh = SH;
-    const int32_t bin = t->tid, lane = bin % 32, warp = bin / 32;
-    uint32_t count = 0;
-    uint64_t mass = 0;
-#pragma unroll 4
-    for (int r = 0; r < t->size; r++) {
-        count += remote32(&sh->count[bin], r);
-        mass += remote32(&sh->lo[bin], r) + ((uint64_t)remote32(&sh->hi[bin], r) << 32);
-    }
-    uint32_t up = count;
-#pragma unroll 1
-    for (int d = 1; d < 32; d <<= 1) {
-        const uint32_t o = __shfl_up_sync(ALL_LANES, up, d);
-        if (lane >= d) up += o;
-    }
-    if (lane == 31) sh->scan_count[warp] = up;
-    const uint64_t at_mass = c->mass + mass_before(bin, mass);
-    const uint32_t others = __reduce_add_sync(ALL_LANES, lane < warp ? sh->scan_count[lane] : 0);
-    const uint64_t at_count = c->count + others + up - count;
-    const bool before = at_count >= need_count || at_mass >= need_mass;
-    const bool after = at_count + count >= need_count || at_mass + mass >= need_mass;
-    if ((!before && after) || (!after && bin == BINS - 1)) {
-        sh->found.bin = after ? bin : -1;
-        sh->found.count = at_count, sh->found.mass = at_mass;
-        sh->found.bin_count = count, sh->found.bin_mass = mass;
-    }
-    __syncthreads();
-}
-
-static __device__ __forceinline__ void add_mass(uint32_t *lo, uint32_t *hi, uint64_t mass) {
-    uint32_t high = (uint32_t)(mass >> 32), low = (uint32_t)mass;
-    if (mass) {
-        uint32_t old = atomicAdd(lo, low);
-        high += old + low < old;
-    }
-    if (high) atomicAdd(hi, high);
-}
-
-/* The run ends at one of the n candidates; every block has them all. */
-static __device__ __forceinline__ void end_among_few(int32_t tid, int32_t n, const cut *c, uint64_t need_count,
-                                                     uint64_t need_mass) {
-    share *sh = SH;
-    if (tid < n) {
-        const uint64_t place = sh->few_place[tid];
-        uint64_t count = c->count, mass = c->mass;
-#pragma unroll 4
-        for (int32_t i = 0; i < n; i++)
-            if (sh->few_place[i] <= place) count++, mass += sh->few_mass[i];
-        const bool before = count - 1 >= need_count || mass - sh->few_mass[tid] >= need_mass;
-        if (!before && (count >= need_count || mass >= need_mass))
-            sh->found.place = place, sh->found.count = count, sh->found.mass = mass;
-    }
-    __syncthreads();
-}
+/* ---- the end of a run ------------------------------------------------------------------------------------------- */
 
 /* find_cut of sample.c: the shortest run of the order with need_count items or need_mass, all if neither is reached.
  * Every round spreads the items that are still in question (equal to `prefix` above `bits`) over BINS bins of their
@@ -244,10 +160,6 @@ static __device__ __forceinline__ cut find_run(team *t, row *r, uint64_t need_co
     return find_cut(t, r, in_list, need_count, need_mass);
 }
 
-static __device__ __forceinline__ uint64_t kept_mass(const row *r, const cut *c, float l, int32_t id) {
-    return place_of(r, l, id) <= c->place ? mass_of(l, &r->s) : 0;
-}
-
 /* The first kept id, in id order, whose running mass exceeds target: first the block, then a run of its ids (those of a
  * warp, or a bucket where few are kept), then the id. */
 static __device__ __noinline__ int32_t walk_to(team *t, const row *r, const cut *c, uint64_t target) {
@@ -351,52 +263,12 @@ static __device__ __forceinline__ int32_t draw(team *t, row *r, const ern_sample
         else if (need < c.mass)
             c = find_run(t, r, c.count, need);
     }
-    uint64_t key = counter64(s->seed, (uint64_t)(uint32_t)s->choice);
-    uint64_t u = counter64(key, (uint64_t)(uint32_t)s->position) >> (64 - UNIFORM_BITS);
-    uint64_t target = u * c.mass >> UNIFORM_BITS | __umul64hi(u, c.mass) << (64 - UNIFORM_BITS);
-    return walk_to(t, r, &c, target);
+    return walk_to(t, r, &c, target_of(s, c.mass));
 }
 
 /* ---- changing the logits --------------------------------------------------------------------------------------- */
 
-typedef struct sample_args {
-    ern_sampled *out;
-    int32_t *ids;
-    float *logits;
-    int32_t n_want, V;
-    const cu_rule *rules;
-    const int32_t *aux, *token;
-    uint32_t *scratch; /* three numbers an id, for every cluster */
-} sample_args;
-
-/* Steps 3 to 6 touch few ids. A block edits those of its slice. */
-typedef struct edits {
-    const ern_sample *s;
-    const int32_t *bias, *ban, *seen, *tail;
-    int32_t n_bias, n_ban, n_seen, n; /* n: tokens seen, the tail too; 0: no penalties */
-    uint32_t *entry, *more;           /* [V]; [2V] */
-} edits;
-
-static __device__ __forceinline__ edits edits_make(const sample_args *a, const cu_rule *rule, uint32_t *scratch) {
-    const ern_sample *s = &rule->s;
-    edits e = {};
-    e.s = s;
-    e.entry = scratch, e.more = scratch + a->V;
-    e.n_bias = s->n_bias > 0 ? s->n_bias : 0, e.n_ban = s->n_ban > 0 ? s->n_ban : 0;
-    e.bias = a->aux + rule->bias, e.ban = a->aux + rule->ban;
-    if (s->repetition != 1.0f || s->frequency != 0.0f || s->presence != 0.0f) {
-        const int32_t n_own = rule->row + 1 - rule->row0;
-        int32_t n_tail = rule->pos + 1 - s->n_seen;
-        n_tail = n_tail < 0 ? 0 : n_tail > n_own ? n_own : n_tail;
-        e.seen = a->aux + rule->seen, e.tail = a->token + rule->row + 1 - n_tail;
-        e.n_seen = s->n_seen, e.n = s->n_seen + n_tail;
-    }
-    return e;
-}
 static __device__ __forceinline__ bool mine(const team *t, int32_t id) { return id >= t->lo && id < t->hi; }
-static __device__ __forceinline__ int32_t seen_at(const edits *e, int32_t i) {
-    return i < e->n_seen ? e->seen[i] : e->tail[i - e->n_seen];
-}
 
 /* Before the row comes, its place in shared memory has room for a number an id: how often each was seen. What is left
  * of that is a list of ids, each once (where it grows too long, in global memory), and how often they were seen in the
@@ -569,9 +441,6 @@ static __device__ __noinline__ void fill_logprobs(team *t, const row *r, const e
 
 /* ---- one row --------------------------------------------------------------------------------------------------- */
 
-static __host__ __device__ __forceinline__ int32_t slice_of(int32_t V, int32_t size) {
-    return ((V + size - 1) / size + 3) / 4 * 4;
-}
 static __device__ __forceinline__ void team_make(team *t, int32_t V, int32_t rank, int32_t size) {
     t->tid = (int32_t)threadIdx.x;
     t->rank = rank;
@@ -588,17 +457,17 @@ static __device__ __forceinline__ void team_make(team *t, int32_t V, int32_t ran
     t->vec = V % 4 == 0;
 }
 
-/* The whole rule; false: the row is bad. */
+/* The whole rule; false: the row is bad. changed: steps 3 to 6 are done. */
 static __device__ __forceinline__ bool sample_row(team *t, const sample_args *a, const cu_rule *rule, const float *l,
-                                                  uint32_t *scratch, int32_t *token) {
+                                                  bool changed, uint32_t *scratch, int32_t *token) {
     const ern_sample *s = &rule->s;
     const uint32_t *mask = rule->mask >= 0 ? (const uint32_t *)a->aux + rule->mask : NULL;
     const bool raw = s->n_top >= 0 && (s->mode == ERN_LOGPROBS_RAW || s->mode == ERN_LOGPROBS_RAW_LOGITS);
     const bool plain = s->mode == ERN_LOGPROBS_RAW_LOGITS || s->mode == ERN_LOGPROBS_PROCESSED_LOGITS;
     const bool greedy = !(s->temperature >= GREEDY_BELOW) || s->top_p < GREEDY_BELOW || s->top_k == 1;
     const edits e = edits_make(a, rule, scratch);
-    const bool edited =
-        e.n_bias > 0 || e.n_ban > 0 || s->repetition != 1.0f || s->frequency != 0.0f || s->presence != 0.0f;
+    const bool edited = !changed && (e.n_bias > 0 || e.n_ban > 0 || s->repetition != 1.0f || s->frequency != 0.0f ||
+                                     s->presence != 0.0f);
     if (edited) edit_begin(t, &e);
     load_begin(t, l);
     load_end(t, mask);
@@ -659,22 +528,29 @@ static __device__ __forceinline__ void sample_rows(const sample_args *a) {
     team_begin(&t);
     const int32_t cluster = (int32_t)blockIdx.x / t.size, n_cluster = (int32_t)gridDim.x / t.size;
     uint32_t *scratch = a->scratch + (int64_t)cluster * 3 * a->V;
-    for (int32_t w = cluster; w < a->n_want; w += n_cluster) {
-        const float *l = a->logits + (int64_t)w * a->V;
-        int32_t token = 0;
-        team_sync(&t); /* nobody looks at the slice any more, sh->out is written out */
-        if (t.tid < OUT_WORDS) sh->out[t.tid] = 0;
-        __syncthreads();
-        const bool good = sample_row(&t, a, a->rules + w, l, scratch, &token);
-        __syncthreads();
-        if (t.rank == 0 && t.tid == 0) {
-            ern_sampled *out = (ern_sampled *)sh->out;
-            out->token = token;
-            out->bad = !good;
-            a->ids[w] = token;
+    for (int32_t base = cluster; base < a->n_want; base += 32 * n_cluster) { /* lane k: row k of this cluster's */
+        const int32_t lane_row = base + t.tid % 32 * n_cluster;
+        uint32_t state = lane_row < a->n_want ? (uint32_t)ROW_NEW : (uint32_t)ROW_DONE;
+        if (a->state && state == ROW_NEW) state = __ldcg(a->state + lane_row);
+        const uint32_t changed = __ballot_sync(ALL_LANES, state == ROW_EDITED);
+        for (uint32_t left = __ballot_sync(ALL_LANES, state != ROW_DONE); left; left &= left - 1) {
+            const int32_t k = __ffs((int)left) - 1, w = base + k * n_cluster;
+            const float *l = a->logits + (int64_t)w * a->V;
+            int32_t token = 0;
+            team_sync(&t); /* nobody looks at the slice any more, sh->out is written out */
+            if (t.tid < OUT_WORDS) sh->out[t.tid] = 0;
+            __syncthreads();
+            const bool good = sample_row(&t, a, a->rules + w, l, changed >> k & 1, scratch, &token);
+            __syncthreads();
+            if (t.rank == 0 && t.tid == 0) {
+                ern_sampled *out = (ern_sampled *)sh->out;
+                out->token = token;
+                out->bad = !good;
+                a->ids[w] = token;
+            }
+            __syncthreads();
+            if (t.rank == 0 && t.tid < OUT_WORDS) ((uint32_t *)(a->out + w))[t.tid] = sh->out[t.tid];
         }
-        __syncthreads();
-        if (t.rank == 0 && t.tid < OUT_WORDS) ((uint32_t *)(a->out + w))[t.tid] = sh->out[t.tid];
     }
     team_sync(&t); /* nobody leaves while its memory is read */
 }
@@ -777,6 +653,12 @@ static __global__ void __launch_bounds__(THREADS, 2) sample_kernel(const __grid_
     sample_rows(&a);
 }
 
+static __global__ void __launch_bounds__(THREADS, 2) stream_kernel(const __grid_constant__ sample_args a) {
+    cu_launch_next();
+    cu_wait_previous();
+    stream_row(&a);
+}
+
 static __global__ void __launch_bounds__(THREADS, 2)
     greedy_kernel(ern_sampled *out, int32_t *ids, const float *logits, int32_t V) {
     cu_launch_next();
@@ -801,7 +683,7 @@ static cudaError_t run_greedy(cudaStream_t s, ern_sampled *out, int32_t *ids, co
 static int32_t n_clusters(int32_t n_want) { return n_want < ROWS_MANY ? n_want : ROWS_MANY; }
 
 extern "C" int64_t cu_sample_scratch_bytes(int32_t n_want, int32_t n_vocab) {
-    return (int64_t)n_clusters(n_want) * 3 * n_vocab * (int64_t)sizeof(uint32_t);
+    return ((int64_t)n_clusters(n_want) * 3 * n_vocab + n_want) * (int64_t)sizeof(uint32_t);
 }
 
 extern "C" cudaError_t cu_sample(cudaStream_t s, ern_sampled *out, int32_t *ids, float *logits, int32_t n_want,
@@ -809,14 +691,23 @@ extern "C" cudaError_t cu_sample(cudaStream_t s, ern_sampled *out, int32_t *ids,
                                  bool all_greedy, void *scratch) {
     if (all_greedy) return run_greedy(s, out, ids, logits, n_want, n_vocab);
     if (n_want < 1) return cudaSuccess;
-    static const cudaError_t set = cudaFuncSetAttribute(sample_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                        (int)sizeof(share) + ERN_VOCAB_MAX / 8 * (int)sizeof(float));
-    if (set) return set;
-    sample_args a = {out, ids, logits, n_want, n_vocab, rules, aux, token, (uint32_t *)scratch};
+    const int32_t most = (int32_t)sizeof(share) + ERN_VOCAB_MAX / 8 * (int32_t)sizeof(float);
+    static const cudaError_t set =
+        cudaFuncSetAttribute(sample_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+    static const cudaError_t set_stream =
+        cudaFuncSetAttribute(stream_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+    if (set || set_stream) return set ? set : set_stream;
+    sample_args a = {out, ids, logits, n_want, n_vocab, rules, aux, token, (uint32_t *)scratch, NULL};
+    void *args[] = {&a};
+    if (n_want >= STREAM_FROM && n_vocab % 4 == 0) {
+        a.state = a.scratch + (int64_t)n_clusters(n_want) * 3 * n_vocab;
+        const cudaError_t e = cu_launch(s, (const void *)stream_kernel, dim3((unsigned)n_want), THREADS,
+                                        sizeof(share) + SLICE_MAX, true, 1, args);
+        if (e != cudaSuccess) return e;
+    }
     const bool few = n_want <= ROWS_FEW || slice_of(n_vocab, 4) * (int32_t)sizeof(float) > SLICE_MAX;
     const int32_t size = few ? 8 : 4;
     const size_t bytes = sizeof(share) + (size_t)slice_of(n_vocab, size) * sizeof(float);
-    void *args[] = {&a};
     return cu_launch(s, (const void *)sample_kernel, dim3((unsigned)(n_clusters(n_want) * size)), THREADS, bytes, true,
                      (unsigned)size, args);
 }

@@ -28,6 +28,7 @@ enum {
     MASS_BITS = 44,
     ROWS_MANY = 66,         /* clusters of 4 that an H100 holds at once: a cluster takes row after row */
     ROWS_FEW = 33,          /* clusters of 8 */
+    STREAM_FROM = 34,       /* rows from which on a block has a row for itself */
     SLICE_MAX = 101 * 1024, /* bytes of a slice of which two blocks fit in a multiprocessor */
 };
 #define GREEDY_BELOW 1e-5f
@@ -38,6 +39,52 @@ enum {
 #define KEY_NONE 0x007fffffu /* of -inf: nothing was left */
 static_assert(sizeof(ern_sampled) % 4 == 0 && (BINS << BUCKET_BITS) * 8 == ERN_VOCAB_MAX, "sizes of this file");
 static_assert(1 << ID_BITS == ERN_VOCAB_MAX && BINS == THREADS && ERN_TOP_MAX <= 31, "sizes of this file");
+
+/* ---- what is asked ---------------------------------------------------------------------------------------------- */
+
+/* How a row stands between the two kernels. EDITED: its logits in memory are changed already (steps 3 to 6). */
+enum { ROW_DONE, ROW_NEW, ROW_EDITED };
+
+typedef struct sample_args {
+    ern_sampled *out;
+    int32_t *ids;
+    float *logits;
+    int32_t n_want, V;
+    const cu_rule *rules;
+    const int32_t *aux, *token;
+    uint32_t *scratch; /* three numbers an id, for every cluster */
+    uint32_t *state;   /* [n_want] ROW_DONE .. ROW_EDITED; NULL: all rows are new */
+} sample_args;
+
+/* Steps 3 to 6 touch few ids. A block edits those of its slice. */
+typedef struct edits {
+    const ern_sample *s;
+    const int32_t *bias, *ban, *seen, *tail;
+    int32_t n_bias, n_ban, n_seen, n; /* n: tokens seen, the tail too; 0: no penalties */
+    uint32_t *entry, *more;           /* [V]; [2V] */
+} edits;
+
+static __device__ __forceinline__ edits edits_make(const sample_args *a, const cu_rule *rule, uint32_t *scratch) {
+    const ern_sample *s = &rule->s;
+    edits e = {};
+    e.s = s;
+    e.entry = scratch, e.more = scratch + a->V;
+    e.n_bias = s->n_bias > 0 ? s->n_bias : 0, e.n_ban = s->n_ban > 0 ? s->n_ban : 0;
+    e.bias = a->aux + rule->bias, e.ban = a->aux + rule->ban;
+    if (s->repetition != 1.0f || s->frequency != 0.0f || s->presence != 0.0f) {
+        const int32_t n_own = rule->row + 1 - rule->row0;
+        int32_t n_tail = rule->pos + 1 - s->n_seen;
+        n_tail = n_tail < 0 ? 0 : n_tail > n_own ? n_own : n_tail;
+        e.seen = a->aux + rule->seen, e.tail = a->token + rule->row + 1 - n_tail;
+        e.n_seen = s->n_seen, e.n = s->n_seen + n_tail;
+    }
+    return e;
+}
+static __device__ __forceinline__ int32_t seen_at(const edits *e, int32_t i) {
+    return i < e->n_seen ? e->seen[i] : e->tail[i - e->n_seen];
+}
+
+/* ---- one row's memory ------------------------------------------------------------------------------------------ */
 
 /* What a block shares, also with the other blocks of its cluster. */
 typedef struct share {
@@ -327,6 +374,11 @@ static __device__ __forceinline__ uint64_t share_of(uint64_t mass, float top_p) 
     return whole < 1 ? 1 : whole > mass ? mass : whole;
 }
 
+/* Ids of a part, whole fours, where V are cut in `size` parts. */
+static __host__ __device__ __forceinline__ int32_t slice_of(int32_t V, int32_t size) {
+    return ((V + size - 1) / size + 3) / 4 * 4;
+}
+
 /* ---- the slice ------------------------------------------------------------------------------------------------- */
 
 /* This warp's places, four a lane. */
@@ -420,7 +472,7 @@ static __device__ __forceinline__ bool is_bad(const survey *s) { return s->key >
 /* A row of which the best logit is known, with a list of ids: those from `pivot` up to below `above`. */
 typedef struct row {
     scale s;
-    float spread; /* bins of the first round a unit of logit */
+    float origin, spread; /* the first round of find_cut: where its bins begin, bins a unit of logit */
     float pivot, above;
     bool listed, list_good, have_mass, weighed;
     bool banded;                            /* the list does not begin with the best: what is above is only added up */
@@ -447,6 +499,7 @@ static __device__ __forceinline__ view view_list(const team *t) { return {SH->li
 static __device__ __forceinline__ row row_make(const survey *s, float T) {
     row r = {};
     r.s = scale_make(s->top, T);
+    r.origin = s->top;
     /* e^-32 has no mass left */
     const float wide = __fmul_rn(32.0f, T), range = fminf(wide, __fsub_rn(s->top, s->low));
     r.spread = fminf(__fdiv_rn((float)BINS, range > 0.0f ? range : wide), 1e30f);
@@ -537,6 +590,97 @@ template <bool MASS, bool BAND> static __device__ __noinline__ void gather(team 
         r->mass = v.v[0];
         r->block_mass = v.mine, r->mass_before = v.before;
     }
+}
+
+/* ---- the order: logit descending, id ascending ----------------------------------------------------------------- */
+
+/* An item's place in the order as one number, smaller is earlier: a coarse distance from the top that spreads well over
+ * the bins of the first round, then the logit's bits, then the id. */
+static __device__ __forceinline__ uint64_t place_of(const row *r, float l, int32_t id) {
+    float far = fminf(__fmul_rn(__fsub_rn(r->origin, l), r->spread), (float)(BINS - 1));
+    return (uint64_t)__float2uint_rz(far) << (32 + ID_BITS) | (uint64_t)~ordered(l) << ID_BITS | (uint32_t)id;
+}
+
+/* Everything up to and including `place` is kept. */
+typedef struct cut {
+    uint64_t place, mass, count;
+    bool in_list;
+} cut;
+
+static __device__ __forceinline__ uint64_t kept_mass(const row *r, const cut *c, float l, int32_t id) {
+    return place_of(r, l, id) <= c->place ? mass_of(l, &r->s) : 0;
+}
+
+/* The sum of m over the threads before this one, of the block. */
+static __device__ __noinline__ uint64_t mass_before(int32_t tid, uint64_t m) {
+    share *sh = SH;
+    const int32_t lane = tid % 32, warp = tid / 32;
+    uint64_t up = m;
+#pragma unroll 1
+    for (int d = 1; d < 32; d <<= 1) {
+        const uint64_t o = __shfl_up_sync(ALL_LANES, up, d);
+        if (lane >= d) up += o;
+    }
+    if (lane == 31) sh->scan_mass[warp] = up;
+    __syncthreads();
+    return up - m + warp_sum(lane < warp ? sh->scan_mass[lane] : 0);
+}
+
+/* In which bin the run ends: all blocks add up the bins of all and find the same. */
+static __device__ __noinline__ void find_bin(team *t, const cut *c, uint64_t need_count, uint64_t need_mass) {
+    share *sh = SH;
+    const int32_t bin = t->tid, lane = bin % 32, warp = bin / 32;
+    uint32_t count = 0;
+    uint64_t mass = 0;
+#pragma unroll 4
+    for (int r = 0; r < t->size; r++) {
+        count += remote32(&sh->count[bin], r);
+        mass += remote32(&sh->lo[bin], r) + ((uint64_t)remote32(&sh->hi[bin], r) << 32);
+    }
+    uint32_t up = count;
+#pragma unroll 1
+    for (int d = 1; d < 32; d <<= 1) {
+        const uint32_t o = __shfl_up_sync(ALL_LANES, up, d);
+        if (lane >= d) up += o;
+    }
+    if (lane == 31) sh->scan_count[warp] = up;
+    const uint64_t at_mass = c->mass + mass_before(bin, mass);
+    const uint32_t others = __reduce_add_sync(ALL_LANES, lane < warp ? sh->scan_count[lane] : 0);
+    const uint64_t at_count = c->count + others + up - count;
+    const bool before = at_count >= need_count || at_mass >= need_mass;
+    const bool after = at_count + count >= need_count || at_mass + mass >= need_mass;
+    if ((!before && after) || (!after && bin == BINS - 1)) {
+        sh->found.bin = after ? bin : -1;
+        sh->found.count = at_count, sh->found.mass = at_mass;
+        sh->found.bin_count = count, sh->found.bin_mass = mass;
+    }
+    __syncthreads();
+}
+
+static __device__ __forceinline__ void add_mass(uint32_t *lo, uint32_t *hi, uint64_t mass) {
+    uint32_t high = (uint32_t)(mass >> 32), low = (uint32_t)mass;
+    if (mass) {
+        uint32_t old = atomicAdd(lo, low);
+        high += old + low < old;
+    }
+    if (high) atomicAdd(hi, high);
+}
+
+/* The run ends at one of the n candidates; every block has them all. */
+static __device__ __forceinline__ void end_among_few(int32_t tid, int32_t n, const cut *c, uint64_t need_count,
+                                                     uint64_t need_mass) {
+    share *sh = SH;
+    if (tid < n) {
+        const uint64_t place = sh->few_place[tid];
+        uint64_t count = c->count, mass = c->mass;
+#pragma unroll 4
+        for (int32_t i = 0; i < n; i++)
+            if (sh->few_place[i] <= place) count++, mass += sh->few_mass[i];
+        const bool before = count - 1 >= need_count || mass - sh->few_mass[tid] >= need_mass;
+        if (!before && (count >= need_count || mass >= need_mass))
+            sh->found.place = place, sh->found.count = count, sh->found.mass = mass;
+    }
+    __syncthreads();
 }
 
 #endif

@@ -253,17 +253,18 @@ static void scratch_layout(cu_backend *b) {
     b->att = cu_cut_take(c, T * CU_PAD(Q), sizeof(cu_bf16));
     b->inv_freq = cu_cut_take(c, C / 2, f);
     b->attn = cu_cut_take(c, b->attn_bytes, 1);
-    b->attn_work = cu_cut_take(c, (size_t)cu_attn_work_count(&b->cache, b->o.n_row_max, b->o.n_seq_max), id);
     b->hid = cu_cut_take(c, R * CU_PAD((size_t)m->n_ffn), sizeof(cu_bf16));
     if (m->n_expert > 0) routes_layout(b, c);
     b->logits = cu_cut_take(c, I * (size_t)m->n_vocab, f);
     b->sampler = cu_cut_take(c, (size_t)cu_sample_scratch_bytes(b->n_logit_row, m->n_vocab), 1);
-    b->sampled = cu_cut_take(c, W, sizeof *b->sampled);
     b->ids = cu_cut_take(c, W, id);
-    b->draft = cu_cut_take(c, b->o.mtp ? W : 0, id);
     b->mtp_in = cu_cut_take(c, b->o.mtp ? T * CU_PAD(2 * D) : 0, sizeof(cu_bf16));
     b->mtp_next = cu_cut_take(c, b->o.mtp ? T : 0, id);
-    b->input = cu_cut_take(c, input_bytes(b), 1);
+    for (int i = 0; i < CU_SLOTS; i++) {
+        b->slot[i].input = cu_cut_take(c, input_bytes(b), 1);
+        b->slot[i].attn_work =
+            cu_cut_take(c, (size_t)cu_attn_work_count(&b->cache, b->o.n_row_max, b->o.n_seq_max), id);
+    }
     b->scratch_bytes = cut.used;
 }
 
@@ -276,6 +277,8 @@ void cu_layout(cu_backend *b) {
         b->slot[i].sampled = cu_cut_take(&pinned, W, sizeof(ern_sampled));
         b->slot[i].draft = cu_cut_take(&pinned, b->o.mtp ? W : 0, sizeof(int32_t));
     }
+    b->sampled = cu_cut_take(&pinned, W, sizeof *b->sampled);
+    b->draft = cu_cut_take(&pinned, b->o.mtp ? W : 0, sizeof *b->draft);
     for (int i = 0; i < CU_LANES; i++) b->lane[i].bounce = cu_cut_take(&pinned, b->lane_bytes, 1);
     b->pinned_bytes = pinned.used;
 }

@@ -3,11 +3,15 @@
  * All memory is taken at open: one block of the device each for weights, KV and scratch, one pinned block of the host.
  * cu_load.c and cu_layout cut them up; plan() runs the same cutters over no memory, so it cannot lie.
  *
- *   engine thread   submit(n)          submit(n+1)        wait -> n            submit(n+2)
- *   stream          | in | kernels n | out | in | kernels n+1 | out |                  | in | ...
+ *   engine thread   submit(n)   submit(n+1)     wait -> n   submit(n+2)
+ *   feed            | in, plan n | in, plan n+1 |           | in, plan n+2 |
+ *   stream                       | kernels n               | kernels n+1            | ...
  *
- * A step is three things on one stream: its arrays come in from the slot's pinned block, kernels, results go out into
- * the slot's pinned block. The stream's order is the only lock; the device keeps one set of arrays.
+ * A step's arrays come in from its slot's pinned block and attention's lists are made of them on a stream of their own,
+ * while the step before still runs; its kernels wait for that, and the last of them writes the results into pinned
+ * memory itself. So nothing lies between the kernels of two steps. Each slot has device arrays of its own: they are
+ * free again when the host has waited for the slot's step, which it does before it submits the next but one. What steps
+ * share (residual stream, scratch, KV, the tokens sampled last) is ordered by the one stream of kernels.
  * Owner: cuda.c. Threads: the engine's; kv_read and kv_write have lanes of their own, and may note an error. */
 #ifndef ERN_BACKEND_CUDA_CU_STATE_H
 #define ERN_BACKEND_CUDA_CU_STATE_H
@@ -19,9 +23,10 @@
 #include "backend/cuda/cuda.h"
 
 enum {
-    CU_SLOTS = 3,           /* two in flight, and the one whose result the engine still reads */
+    CU_SLOTS = 2,           /* steps in flight */
     CU_LANES = 2,           /* threads that move pages beside the engine's */
-    CU_FFN_ROWS = 4096,     /* rows of one pass through a feed-forward: bounds its scratch */
+    CU_FFN_ROWS = 8192,     /* rows of one pass through a feed-forward: bounds its scratch. Half as many cost experts a
+                             * tenth     more time: of each its last tile is half empty */
     CU_LOGIT_ROWS = 256,    /* wanted rows whose logits exist at one time */
     CU_NORM_ROWS = 8,       /* most rows that a linear norms itself (cu_job.x_f32) */
     CU_NORM_NUMBERS = 2048, /* and most numbers: a kernel of its own costs less than every block's norm of more */
@@ -79,16 +84,20 @@ typedef struct cu_input {
 /* One submitted step. */
 typedef struct cu_slot {
     unsigned char *block; /* pinned: a cu_input */
+    unsigned char *input; /* device: the same */
+    int32_t *attn_work;   /* [cu_attn_work_count] device */
     ern_sampled *sampled; /* [n_want_max] pinned, out */
     int32_t *draft;       /* the same; NULL without MTP */
     int32_t n_want;
-    cudaEvent_t begin, end;
+    int64_t submit_us;
+    cudaEvent_t fed; /* input and attn_work are there */
+    cudaEvent_t end;
 } cu_slot;
 
 /* The decode step of n sequences with one row each, all wanted, as graphs. */
 typedef struct cu_graph {
     int32_t n;
-    cudaGraphExec_t exec[2]; /* [1]: every rule is plain arg-max */
+    cudaGraphExec_t exec[CU_SLOTS][2]; /* [.][1]: every rule is plain arg-max */
 } cu_graph;
 
 /* A way for one thread to move pages. */
@@ -119,20 +128,22 @@ typedef struct cu_backend {
     cu_bf16 *q, *att;                       /* [T, H*C], [T, CU_PAD(H*C)] */
     float *inv_freq;                        /* [C/2] 1 / theta^(2j/C), rounded as docs/model.md 3.3 has it */
     void *attn;                             /* [attn_bytes] */
-    int32_t *attn_work;                     /* [cu_attn_work_count] */
     cu_bf16 *hid, *shared_hid, *expert_hid; /* [R, CU_PAD(F)], [R, ..], [R*K, ..] */
     float *expert_y, *shared_y;             /* [R*K, D], [R, D] */
     cu_routes routes;                       /* for R rows */
     int32_t *few_count;                     /* cu_few_job's, zero between steps */
     float *logits;                          /* [I, V] */
     void *sampler;                          /* cu_sample's */
-    ern_sampled *sampled;                   /* [W] */
-    int32_t *ids, *draft;                   /* [W]; ids of the step before are this one's ERN_PREV */
+    int32_t *ids;                           /* [W] sampled last: ERN_PREV of the next step */
     cu_bf16 *mtp_in;                        /* [T, CU_PAD(2D)] */
     int32_t *mtp_next;                      /* [T] */
-    unsigned char *input;                   /* a cu_input */
+
+    /* what the last wait returned, pinned */
+    ern_sampled *sampled; /* [W] */
+    int32_t *draft;       /* [W]; NULL without MTP */
 
     cudaStream_t stream;
+    cudaStream_t feed; /* arrays in and attention's lists, of the step after the one that runs */
     cudaStream_t side; /* shared experts of few rows, beside the others: from fork to join */
     cudaEvent_t fork, join;
     cudaEvent_t copied; /* after the last kv_copy */
@@ -140,6 +151,7 @@ typedef struct cu_backend {
     cu_graph graph[CU_GRAPHS_MAX];
     int32_t n_graph;
     uint64_t n_submitted, n_waited;
+    int64_t waited_us;   /* when the last wait returned */
     int32_t n_prev_want; /* wanted rows of the last submit */
     cu_lane lane[CU_LANES];
 

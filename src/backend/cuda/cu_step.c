@@ -1,4 +1,4 @@
-/* The step: arrays in, the layer loop of docs/model.md 3 to 6 as kernels on one stream, results out.
+/* The step: arrays in, beside the step before, then the layer loop of docs/model.md 3 to 6 as kernels on one stream.
  *
  * A step in which every sequence has one row and all are wanted is launched as a graph of the next larger size: its
  * kernels read fixed addresses, and what it has too many are padding rows (token 0 at position 0 of the spare page
@@ -20,6 +20,7 @@ enum {
 /* A step being queued. */
 typedef struct run {
     cu_backend *b;
+    cu_slot *slot;
     const ern_batch *in; /* NULL: padding rows alone */
     int32_t n_row, n_seq, n_want;
     bool decode;         /* few rows of every sequence: cu_attend's promise */
@@ -311,10 +312,10 @@ static void run_head(run *r, bool main) {
         if (main && !r->staged) n = rules_turn(r, w0, n);
         head_rows(r, w0, n, main);
         if (main)
-            CU_DO(b, cu_sample(b->stream, b->sampled + w0, b->ids + w0, b->logits, n, V, r->dev.rule + w0, r->dev.aux,
-                               r->dev.token, r->greedy, b->sampler));
+            CU_DO(b, cu_sample(b->stream, r->slot->sampled + w0, b->ids + w0, b->logits, n, V, r->dev.rule + w0,
+                               r->dev.aux, r->dev.token, r->greedy, b->sampler));
         else
-            CU_DO(b, cu_argmax(b->stream, b->draft + w0, b->logits, n, V, b->sampler));
+            CU_DO(b, cu_argmax(b->stream, r->slot->draft + w0, b->logits, n, V, b->sampler));
     }
 }
 
@@ -332,12 +333,11 @@ static void run_mtp(run *r) {
     run_head(r, false);
 }
 
-/* All kernels of a step, from its arrays on the device to sampled, ids and draft. */
+/* All kernels of a step, from its arrays and lists on the device to sampled, ids and draft. */
 static void run_kernels(run *r) {
     cu_backend *b = r->b;
     const cu_weights *k = &b->weights;
     const ern_config *m = &b->model->config;
-    CU_DO(b, cu_attn_plan(b->stream, &b->cache, &r->seqs, b->inv_freq));
     CU_DO(b, cu_embed(b->stream, b->x, r->dev.token, b->ids, k->embed, r->n_row, m->n_hidden));
     show(r, "embed", -1, 0, b->x, r->n_row, m->n_hidden);
     for (int32_t layer = 0; layer < m->n_layer; layer++) {
@@ -350,10 +350,17 @@ static void run_kernels(run *r) {
 
 /* ---- a step's arrays --------------------------------------------------------------------------------------------- */
 
-static run run_of(cu_backend *b, unsigned char *block, int32_t n_row, int32_t n_seq, int32_t n_want) {
-    run r = {.b = b, .n_row = n_row, .n_seq = n_seq, .n_want = n_want, .decode = true, .greedy = true, .staged = true};
-    r.host = cu_input_at(b, block, n_row, n_seq, n_want);
-    r.dev = cu_input_at(b, b->input, n_row, n_seq, n_want);
+static run run_of(cu_backend *b, cu_slot *s, int32_t n_row, int32_t n_seq, int32_t n_want) {
+    run r = {.b = b,
+             .slot = s,
+             .n_row = n_row,
+             .n_seq = n_seq,
+             .n_want = n_want,
+             .decode = true,
+             .greedy = true,
+             .staged = true};
+    r.host = cu_input_at(b, s->block, n_row, n_seq, n_want);
+    r.dev = cu_input_at(b, s->input, n_row, n_seq, n_want);
     r.seqs = (cu_seqs){.n_row = n_row,
                        .n_seq = n_seq,
                        .n_page_max = b->n_page_max,
@@ -362,7 +369,7 @@ static run run_of(cu_backend *b, unsigned char *block, int32_t n_row, int32_t n_
                        .row0 = r.dev.row0,
                        .kv_len = r.dev.kv_len,
                        .page = r.dev.page,
-                       .work = b->attn_work};
+                       .work = s->attn_work};
     return r;
 }
 
@@ -429,8 +436,8 @@ static void pads_fill(run *r, int32_t seq, int32_t len) {
 /* Bytes from..to-1 of the block. */
 static void send_part(const run *r, size_t from, size_t to) {
     if (from < to)
-        CU_DO(r->b, cudaMemcpyAsync(r->b->input + from, (const unsigned char *)r->host.token + from, to - from,
-                                    cudaMemcpyHostToDevice, r->b->stream));
+        CU_DO(r->b, cudaMemcpyAsync(r->slot->input + from, (const unsigned char *)r->host.token + from, to - from,
+                                    cudaMemcpyHostToDevice, r->b->feed));
 }
 
 /* The used part of the block. Rules that are all plain are not looked at. */
@@ -447,8 +454,17 @@ static void send(const run *r) {
     const size_t pitch = (size_t)b->n_page_max * sizeof *h->page;
     send_part(r, 0, h->page_at);
     CU_DO(b, cudaMemcpy2DAsync(r->dev.page, pitch, h->page, pitch, (size_t)r->n_page_used * sizeof *h->page,
-                               (size_t)r->n_seq, cudaMemcpyHostToDevice, b->stream));
+                               (size_t)r->n_seq, cudaMemcpyHostToDevice, b->feed));
     send_part(r, h->rule_at, end);
+}
+
+/* Arrays and lists of a step, beside the step before; the kernels behind this wait for them. */
+static void feed(const run *r) {
+    cu_backend *b = r->b;
+    send(r);
+    CU_DO(b, cu_attn_plan(b->feed, &b->cache, &r->seqs, b->inv_freq));
+    CU_DO(b, cudaEventRecord(r->slot->fed, b->feed));
+    CU_DO(b, cudaStreamWaitEvent(b->stream, r->slot->fed, 0));
 }
 
 /* ---- graphs ------------------------------------------------------------------------------------------------------ */
@@ -479,19 +495,23 @@ static void capture(run *r, cudaGraphExec_t *exec) {
     if (graph) (void)cudaGraphDestroy(graph);
 }
 
-/* Both graphs of a batch of n. Each is first run kernel by kernel: code that was never used is loaded on its first use,
- * which a capture does not allow. */
+/* The graphs of a batch of n. What they do is first done kernel by kernel: code that was never used is loaded on its
+ * first use, which a capture does not allow. */
 static void graph_make(cu_backend *b, int32_t n) {
-    run r = run_of(b, b->slot[0].block, n, n, n);
-    pads_fill(&r, 0, 1);
     cu_graph *g = &b->graph[b->n_graph++];
     g->n = n;
-    for (int greedy = 0; greedy < 2; greedy++) {
-        r.greedy = greedy;
-        send(&r);
-        run_kernels(&r);
-        CU_DO(b, cudaStreamSynchronize(b->stream));
-        capture(&r, &g->exec[greedy]);
+    for (int i = 0; i < CU_SLOTS; i++) {
+        run r = run_of(b, &b->slot[i], n, n, n);
+        pads_fill(&r, 0, 1);
+        for (int greedy = 0; greedy < 2; greedy++) {
+            r.greedy = greedy;
+            if (i == 0) {
+                feed(&r);
+                run_kernels(&r);
+                CU_DO(b, cudaStreamSynchronize(b->stream));
+            }
+            capture(&r, &g->exec[i][greedy]);
+        }
     }
 }
 
@@ -502,10 +522,10 @@ static void warm_prefill(cu_backend *b) {
     int32_t n_seq = rows / len;
     if (n_seq > b->o.n_seq_max) n_seq = b->o.n_seq_max;
     if (n_seq < 1) n_seq = 1;
-    run r = run_of(b, b->slot[0].block, n_seq * len, n_seq, n_seq < b->o.n_want_max ? n_seq : b->o.n_want_max);
+    run r = run_of(b, &b->slot[0], n_seq * len, n_seq, n_seq < b->o.n_want_max ? n_seq : b->o.n_want_max);
     r.decode = len <= decode_rows(&b->model->config);
     pads_fill(&r, 0, len);
-    send(&r);
+    feed(&r);
     run_kernels(&r);
     CU_DO(b, cudaStreamSynchronize(b->stream));
 }
@@ -527,7 +547,7 @@ ern_status cu_step_warm(cu_backend *b, ern_err *err) {
 /* Arrays, rules and all: in the slot's block. Returns the graph that runs it, or NULL. */
 static const cu_graph *step_fill(run *r, cu_backend *b, cu_slot *s, const ern_batch *in) {
     const cu_graph *g = graph_for(b, in);
-    *r = g ? run_of(b, s->block, g->n, g->n, g->n) : run_of(b, s->block, in->n_row, in->n_seq, in->n_want);
+    *r = g ? run_of(b, s, g->n, g->n, g->n) : run_of(b, s, in->n_row, in->n_seq, in->n_want);
     r->in = in;
     rows_fill(r);
     if (!r->greedy) r->staged = rules_fill(r, 0, in->n_want) == in->n_want;
@@ -536,7 +556,7 @@ static const cu_graph *step_fill(run *r, cu_backend *b, cu_slot *s, const ern_ba
         return g;
     }
     if (!g) return NULL;
-    *r = run_of(b, s->block, in->n_row, in->n_seq, in->n_want); /* so many words: pass by pass, without padding */
+    *r = run_of(b, s, in->n_row, in->n_seq, in->n_want); /* so many words: pass by pass, without padding */
     r->in = in;
     rows_fill(r);
     r->staged = false;
@@ -547,16 +567,10 @@ void cu_step(cu_backend *b, cu_slot *s, const ern_batch *in) {
     run r;
     const cu_graph *g = step_fill(&r, b, s, in);
     s->n_want = in->n_want;
-    CU_DO(b, cudaEventRecord(s->begin, b->stream));
-    send(&r);
+    feed(&r);
     if (g)
-        CU_DO(b, cudaGraphLaunch(g->exec[r.greedy], b->stream));
+        CU_DO(b, cudaGraphLaunch(g->exec[s - b->slot][r.greedy], b->stream));
     else
         run_kernels(&r);
-    const size_t W = (size_t)in->n_want;
-    if (W > 0)
-        CU_DO(b, cudaMemcpyAsync(s->sampled, b->sampled, W * sizeof *s->sampled, cudaMemcpyDeviceToHost, b->stream));
-    if (W > 0 && b->o.mtp)
-        CU_DO(b, cudaMemcpyAsync(s->draft, b->draft, W * sizeof *s->draft, cudaMemcpyDeviceToHost, b->stream));
     CU_DO(b, cudaEventRecord(s->end, b->stream));
 }

@@ -1,8 +1,8 @@
 /* The verbs of the door: the device and its memory, steps in and results out, KV pages. See cuda.h.
  *
- * Everything that a step needs is queued on one stream by submit, and wait waits for the event behind it; kv_copy goes
- * on the same stream. kv_read and kv_write have a stream and a pinned buffer for each of two threads, and wait.
- * The device is the first that this process sees: CUDA_VISIBLE_DEVICES says which that is. */
+ * Everything that a step needs is queued by submit, its kernels on one stream, and wait waits for the event behind
+ * them; kv_copy goes on the same stream. kv_read and kv_write have a stream and a pinned buffer for each of two
+ * threads, and wait. The device is the first that this process sees: CUDA_VISIBLE_DEVICES says which that is. */
 #include "backend/cuda/cuda.h"
 
 #include <math.h>
@@ -11,6 +11,7 @@
 #include <string.h>
 
 #include "backend/cuda/cu_state.h"
+#include "base/os.h"
 
 enum { DEVICE = 0 };
 
@@ -123,13 +124,14 @@ static ern_status take_blocks(cu_backend *b, size_t raw_bytes, ern_err *err) {
 
 static ern_status take_streams(cu_backend *b, ern_err *err) {
     CU_TRY(cudaStreamCreateWithFlags(&b->stream, cudaStreamNonBlocking), err);
+    CU_TRY(cudaStreamCreateWithFlags(&b->feed, cudaStreamNonBlocking), err);
     CU_TRY(cudaStreamCreateWithFlags(&b->side, cudaStreamNonBlocking), err);
     CU_TRY(cudaEventCreateWithFlags(&b->fork, cudaEventDisableTiming), err);
     CU_TRY(cudaEventCreateWithFlags(&b->join, cudaEventDisableTiming), err);
     CU_TRY(cudaEventCreateWithFlags(&b->copied, cudaEventDisableTiming), err);
     for (int i = 0; i < CU_SLOTS; i++) {
-        CU_TRY(cudaEventCreate(&b->slot[i].begin), err);
-        CU_TRY(cudaEventCreate(&b->slot[i].end), err);
+        CU_TRY(cudaEventCreateWithFlags(&b->slot[i].fed, cudaEventDisableTiming), err);
+        CU_TRY(cudaEventCreateWithFlags(&b->slot[i].end, cudaEventDisableTiming), err);
     }
     for (int i = 0; i < CU_LANES; i++)
         CU_TRY(cudaStreamCreateWithFlags(&b->lane[i].stream, cudaStreamNonBlocking), err);
@@ -168,12 +170,12 @@ static ern_status take_all(cu_backend *b, const ern_model *m, const ern_backend_
 static void cuda_close(ern_backend *base) {
     if (!base) return;
     cu_backend *b = of(base);
-    if (b->stream) (void)cudaDeviceSynchronize(); /* the side stream too, if a step failed between fork and join */
+    if (b->stream) (void)cudaDeviceSynchronize(); /* the others too, if a step failed before it waited for them */
     for (int32_t i = 0; i < b->n_graph; i++)
-        for (int k = 0; k < 2; k++)
-            if (b->graph[i].exec[k]) (void)cudaGraphExecDestroy(b->graph[i].exec[k]);
+        for (int k = 0; k < 2 * CU_SLOTS; k++)
+            if (b->graph[i].exec[k / 2][k % 2]) (void)cudaGraphExecDestroy(b->graph[i].exec[k / 2][k % 2]);
     for (int i = 0; i < CU_SLOTS; i++) {
-        if (b->slot[i].begin) (void)cudaEventDestroy(b->slot[i].begin);
+        if (b->slot[i].fed) (void)cudaEventDestroy(b->slot[i].fed);
         if (b->slot[i].end) (void)cudaEventDestroy(b->slot[i].end);
     }
     for (int i = 0; i < CU_LANES; i++) {
@@ -184,6 +186,7 @@ static void cuda_close(ern_backend *base) {
     if (b->join) (void)cudaEventDestroy(b->join);
     if (b->copied) (void)cudaEventDestroy(b->copied);
     if (b->side) (void)cudaStreamDestroy(b->side);
+    if (b->feed) (void)cudaStreamDestroy(b->feed);
     if (b->stream) (void)cudaStreamDestroy(b->stream);
     if (b->pinned) (void)cudaFreeHost(b->pinned);
     if (b->scratch) (void)cudaFree(b->scratch);
@@ -216,11 +219,13 @@ static bool failed(cu_backend *b) { return atomic_load_explicit(&b->error, memor
 
 static void cuda_submit(ern_backend *base, const ern_batch *in) {
     cu_backend *b = of(base);
-    ERN_ASSERT(b->n_submitted - b->n_waited < CU_SLOTS - 1);
+    ERN_ASSERT(b->n_submitted - b->n_waited < CU_SLOTS);
     ERN_ASSERT(in->n_row > 0 && in->n_row <= b->o.n_row_max && in->n_seq <= b->o.n_seq_max &&
                in->n_want <= b->o.n_want_max);
     ERN_ASSERT(!b->o.mtp || in->next);
-    cu_step(b, &b->slot[b->n_submitted % CU_SLOTS], in);
+    cu_slot *s = &b->slot[b->n_submitted % CU_SLOTS];
+    s->submit_us = ern_now_us();
+    cu_step(b, s, in);
     b->n_prev_want = in->n_want;
     b->n_submitted++;
 }
@@ -229,13 +234,18 @@ static ern_status cuda_wait(ern_backend *base, ern_result *out, ern_err *err) {
     cu_backend *b = of(base);
     ERN_ASSERT(b->n_waited < b->n_submitted);
     const cu_slot *s = &b->slot[b->n_waited++ % CU_SLOTS];
-    float ms = 0;
+    const size_t W = (size_t)s->n_want;
     CU_DO(b, cudaEventSynchronize(s->end));
-    CU_DO(b, cudaEventElapsedTime(&ms, s->begin, s->end));
+    /* by the host's clock: events that keep the device's cost a microsecond between steps */
+    const int64_t now_us = ern_now_us(), from_us = larger(s->submit_us, b->waited_us);
+    b->waited_us = now_us;
+    /* the slot is the next submit's, the result is good until the next wait */
+    memcpy(b->sampled, s->sampled, W * sizeof *s->sampled);
+    if (b->o.mtp) memcpy(b->draft, s->draft, W * sizeof *s->draft);
     *out = (ern_result){.n_want = s->n_want,
-                        .sampled = s->sampled,
-                        .draft = b->o.mtp ? s->draft : NULL,
-                        .compute_us = (int64_t)((double)ms * 1000)};
+                        .sampled = b->sampled,
+                        .draft = b->o.mtp ? b->draft : NULL,
+                        .compute_us = now_us - from_us};
     if (!failed(b)) return ERN_OK;
     const char *where = atomic_load(&b->error_where);
     return cu_fail((cudaError_t)atomic_load(&b->error), where ? where : "a step", err);

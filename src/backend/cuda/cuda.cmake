@@ -1,5 +1,6 @@
 # The cuda backend: a static library of the room, and the plugin that is made from it. Each .cu file is one command of
-# nvcc: CMake 3.25 is older than the toolkits we build with and would want to know their compiler.
+# nvcc (by nvcc.sh, which refuses slow code): CMake 3.25 is older than the toolkits we build with and would want to know
+# their compiler.
 set(CUDAToolkit_NVCC_EXECUTABLE ${NVCC})
 find_package(CUDAToolkit REQUIRED)
 set(cuda_dir ${CMAKE_SOURCE_DIR}/src/backend/cuda)
@@ -13,9 +14,9 @@ set(cuda_objects)
 foreach(cu ${cuda_cu})
   get_filename_component(n ${cu} NAME)
   set(o ${CMAKE_BINARY_DIR}/cuda/${n}.o)
-  add_custom_command(OUTPUT ${o} DEPENDS ${cu} DEPFILE ${o}.d VERBATIM COMMENT "nvcc ${n}"
+  add_custom_command(OUTPUT ${o} DEPENDS ${cu} ${cuda_dir}/nvcc.sh DEPFILE ${o}.d VERBATIM COMMENT "nvcc ${n}"
     COMMAND ${CMAKE_COMMAND} -E make_directory ${CMAKE_BINARY_DIR}/cuda
-    COMMAND ${NVCC} ${cuda_flags} -I${CMAKE_SOURCE_DIR}/src -MD -MF ${o}.d -c ${cu} -o ${o})
+    COMMAND sh ${cuda_dir}/nvcc.sh ${o} ${NVCC} ${cuda_flags} -I${CMAKE_SOURCE_DIR}/src -MD -MF ${o}.d -c ${cu} -o ${o})
   list(APPEND cuda_objects ${o})
 endforeach()
 set_source_files_properties(${cuda_objects} PROPERTIES EXTERNAL_OBJECT ON GENERATED ON)

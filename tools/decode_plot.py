@@ -1,23 +1,30 @@
 #!/usr/bin/env python3
-"""Tokens/s against batch, with the roofline, as SVG: gpu_plot.py OUT.svg TITLE TBYTES TFLOPS NAME=FILE [NAME=FILE ...]
+"""Tokens/s against batch, with the roofline, as SVG: decode_plot.py OUT.svg TITLE TBYTES TFLOPS NAME=FILE [NAME=FILE ...]
 
-FILE holds what `ernest bench step` printed. TBYTES and TFLOPS: what gpu_limits read and multiplied in the same run; the roofline of
-a line, dashed, is the slower of its counted bytes and operations at those."""
+FILE holds what `ernest bench step` printed. The roofline of a line, dashed, is the slower of its counted bytes and operations at TBYTES
+and TFLOPS: what gpu_limits read and multiplied in the same run. Both may be `-` for the cpu, whose rows tell the limits of their own
+rounds: then the medians of those are taken, of reading and of whatever else binds."""
 import math
 import re
+import statistics
 import sys
 
 LINE = re.compile(r"^decode b=(\d+) ctx=(\d+) +([\d.]+) +([\d.]+) +([\d.]+) +([\d.]+) ", re.M)
+LIMIT = re.compile(r"% of ([^,]+), ([\d.]+) (GB|GOP)/s")
 COLORS = ("#1f6feb", "#d1512d", "#2e8b57", "#8250df")
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 720, 420, 78, 150, 40, 52
 
 
 def main():
-    out, title, tbytes, tflops = sys.argv[1], sys.argv[2], float(sys.argv[3]) * 1e12, float(sys.argv[4]) * 1e12
+    out, title, tbytes, tflops = sys.argv[1:5]
     series = []
     for arg in sys.argv[5:]:
         name, path = arg.split("=", 1)
-        rows = [(int(b), float(t), float(b) / max(float(mb) * 1e6 / tbytes, float(gop) * 1e9 / tflops)) for b, _, t, _, mb, gop in LINE.findall(open(path).read())]
+        text = open(path).read()
+        told = [(what == "read", float(v) * 1e9) for what, v, _ in LIMIT.findall(text)]
+        read = statistics.median(v for is_read, v in told if is_read) if tbytes == "-" else float(tbytes) * 1e12
+        work = statistics.median(v for is_read, v in told if not is_read) if tflops == "-" else float(tflops) * 1e12
+        rows = [(int(b), float(t), float(b) / max(float(mb) * 1e6 / read, float(gop) * 1e9 / work)) for b, _, t, _, mb, gop in LINE.findall(text)]
         series.append((name, sorted(rows)))
     batches = sorted({r[0] for _, rows in series for r in rows})
     low = 10 ** math.floor(math.log10(min(r[1] for _, rows in series for r in rows)))

@@ -1,0 +1,344 @@
+/* Attention over one softmax block of bf16 keys and values, AMX, for all rows of a tile at once. A query is one row's
+ * head; 32 of them at a time:
+ *
+ *   S [16 queries, 16 positions] += Q [16, 32 dims] . K [32 dims, 16 positions]
+ *   O [16 queries, 16 dims]      += W [16, 32 positions] . V [32 positions, 16 dims]      W = 2^(S - max), rounded
+ *
+ * Queries and weights are rounded to bf16 as in attn_bf16.c, and the sum of the weights is that of the rounded ones.
+ * The second factor of a product of tiles wants pairs of dims, or of positions, side by side: keys and values are
+ * brought into that order once for all rows of the tile.
+ *
+ * A product of tiles occupies its own unit for 16 cycles, and the softmax of a query costs about as much as its
+ * products do: so the products of the 32 queries before and after run between the steps of a softmax.
+ *
+ * Queries share instructions, but nothing else: what a row computes is a function of its own queries, of the positions
+ * that it sees, counted from the block's first, and of zeros. */
+#include "backend/cpu/table_avx512.h"
+#include "backend/cpu/vec_amx.h"
+
+#include <math.h>
+#include <string.h>
+
+enum {
+    QUERIES = 2 * TILE_ROWS,
+    QUERIES_MAX = CPU_ATTN_ROWS * CPU_HEAD_TILE,
+    SCORES = CPU_ATTN_BLOCK + 16, /* so that rows lie a line apart in the cache's sets */
+    WEIGHTS = CPU_ATTN_BLOCK + 32,
+    DIMS = CPU_HEAD_DIM_MAX + 16,
+    TILE = TILE_BYTES / 2, /* bf16 numbers */
+};
+
+typedef struct room {
+    _Alignas(64) ern_bf16 q[QUERIES_MAX * CPU_HEAD_DIM_MAX];    /* [queries, 32 dims * nk] */
+    _Alignas(64) ern_bf16 k[CPU_ATTN_BLOCK * CPU_HEAD_DIM_MAX]; /* [group of 16 positions, nk] tiles */
+    _Alignas(64) ern_bf16 v[CPU_ATTN_BLOCK * CPU_HEAD_DIM_MAX]; /* [32 positions, nv] tiles */
+    _Alignas(64) float score[2][QUERIES][SCORES];
+    _Alignas(64) ern_bf16 weight[2][QUERIES][WEIGHTS];
+    _Alignas(64) float out[QUERIES][DIMS];
+    float max[2][QUERIES], sum[2][QUERIES];
+} room;
+
+size_t cpu_attn_room(void) { return (sizeof(room) + 63) / 64 * 64; }
+
+static int32_t least(int32_t a, int32_t b) { return a < b ? a : b; }
+static int32_t tiles_of(int32_t n, int32_t each) { return (n + each - 1) / each; }
+CPU_INLINE void fetch(const unsigned char *p) { _mm_prefetch((const char *)p, _MM_HINT_T1); }
+
+/* ---- what the tiles are read from -------------------------------------------------------------------------------- */
+
+/* Queries in bf16; zeros in rows and dims that fill the last tiles. */
+static void pack_queries(room *w, const cpu_attn_job *j) {
+    const int32_t C = j->head_dim, width = tiles_of(C, TILE_K) * TILE_K, n = j->n_row * j->n_head;
+    for (int32_t i = 0; i < n; i++) {
+        const float *q = j->q[i / j->n_head] + i % j->n_head * C;
+        for (int32_t c = 0; c < width; c += 16)
+            _mm256_storeu_si256((__m256i *)(void *)(w->q + i * width + c),
+                                cpu_narrow(_mm512_maskz_loadu_ps(cpu_mask(C - c), q + c)));
+    }
+    memset(w->q + n * width, 0, (size_t)((tiles_of(n, QUERIES) * QUERIES - n) * width) * sizeof *w->q);
+}
+
+/* Keys of the first n positions; lanes of positions beyond hold anything. A cold block's values are fetched meanwhile.
+ */
+static void pack_keys(room *w, const cpu_kv_block *kv, int32_t C, int32_t n) {
+    const int32_t nk = tiles_of(C, TILE_K), lines = nk * 16;
+    for (const cpu_kv_run *r = kv->run, *end = r + kv->n_run; r < end && r->t0 < n; r++) {
+        ern_bf16 *to = w->k + (int64_t)(r->t0 / 16) * nk * TILE;
+        const ern_bf16 *from = (const ern_bf16 *)(const void *)r->k;
+        if (r->cut || r->t0 % 16 != 0) { /* pages of an odd size */
+            for (int32_t t = r->t0; t < r->t0 + r->n; t++) {
+                to = w->k + (int64_t)(t / 16) * nk * TILE + t % 16 * 2;
+                for (int32_t c = 0; c < nk * TILE_K; c++)
+                    to[c / 2 * 32 + c % 2] = c < C ? from[c * CPU_KV_GROUP + t - r->t0] : 0;
+            }
+            continue;
+        }
+        for (int32_t c = 0; c < lines; c++, to += 32, from += 32) {
+            __m512i two = _mm512_setzero_si512(); /* positions 0..15 of dim 2c, then of dim 2c + 1 */
+            if (2 * c < C) two = _mm512_loadu_si512(from);
+            if (kv->cold) fetch(r->v + c * 64);
+            _mm512_store_si512(to, cpu_pairs_of(two));
+        }
+    }
+}
+
+/* Where the values of the first n positions lie. */
+static void find_values(const unsigned char **row, const cpu_kv_block *kv, int32_t C, int32_t n) {
+    for (const cpu_kv_run *r = kv->run, *end = r + kv->n_run; r < end && r->t0 < n; r++)
+        for (int32_t t = 0; t < r->n; t++) row[r->t0 + t] = r->v + (int64_t)t * C * 2;
+}
+
+/* 32 dims from c. */
+CPU_INLINE __m512i value_line(const unsigned char *row, int32_t c, int32_t C) {
+    const int32_t n = C - c;
+    return _mm512_maskz_loadu_epi16(n >= 32 ? 0xffffffff : ((__mmask32)1 << n) - 1, row + 2 * c);
+}
+
+/* Values of the first n positions, zeros after them to a multiple of 32. The next block's keys are fetched meanwhile.
+ */
+static void pack_values(room *w, const cpu_kv_block *kv, const unsigned char *const *row, int32_t C, int32_t n) {
+    const int32_t nv = tiles_of(C, TILE_K) * 2;
+    for (int32_t t = 0; t < tiles_of(n, 32) * 32; t += 2) {
+        const cpu_kv_block *next = kv->next;
+        ern_bf16 *to = w->v + (int64_t)(t / 32) * nv * TILE + t % 32 / 2 * 32;
+        const unsigned char *ahead = next && t / 16 < next->n_run ? next->run[t / 16].k + t % 16 * C * 2 : NULL;
+        for (int32_t c = 0; c < C; c += 32, to += 2 * TILE) {
+            const __m512i x = t < n ? value_line(row[t], c, C) : _mm512_setzero_si512();
+            const __m512i y = t + 1 < n ? value_line(row[t + 1], c, C) : _mm512_setzero_si512();
+            _mm512_store_si512(to, cpu_pairs(x, y, 0));
+            _mm512_store_si512(to + TILE, cpu_pairs(x, y, 1));
+            if (ahead) fetch(ahead + 4 * c), fetch(ahead + 4 * c + 64);
+        }
+    }
+}
+
+/* Whether values from..to-1 are numbers. */
+static bool are_finite(const unsigned char *const *row, int32_t C, int32_t from, int32_t to) {
+    const __m512i top = _mm512_set1_epi16(0x7f80);
+    __mmask32 bad = 0;
+    for (int32_t t = from; t < to; t++)
+        for (int32_t c = 0; c < C; c += 32)
+            bad |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(value_line(row[t], c, C), top), top);
+    return bad == 0;
+}
+
+/* ---- products ---------------------------------------------------------------------------------------------------- */
+
+/* 32 queries from m, which see at most n positions. */
+typedef struct group {
+    int32_t m, n;
+    int buffer; /* whose scores and weights are its own */
+} group;
+
+/* Step s of S: two groups of positions by 32 dims; two: there are more than 16 queries. */
+CPU_INLINE void score_step(room *w, const group *g, int32_t nk, int32_t s, const bool two) {
+    const int32_t p = s / nk, t = s % nk;
+    const ern_bf16 *q = w->q + (g->m * nk + t) * TILE_K, *k = w->k + (int64_t)(2 * p * nk + t) * TILE;
+    if (t == 0) {
+        _tile_zero(0);
+        _tile_zero(1);
+        if (two) _tile_zero(2);
+        if (two) _tile_zero(3);
+    }
+    _tile_loadd(4, q, nk * 64);
+    _tile_loadd(6, k, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(7, k + nk * TILE, 64);
+    _tile_dpbf16ps(1, 4, 7);
+    if (two) {
+        _tile_loadd(5, q + TILE_ROWS * nk * TILE_K, nk * 64);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+    }
+    if (t < nk - 1) return;
+    float *to = &w->score[g->buffer][0][p * 32];
+    _tile_stored(0, to, SCORES * 4);
+    _tile_stored(1, to + 16, SCORES * 4);
+    if (two) _tile_stored(2, to + TILE_ROWS * SCORES, SCORES * 4);
+    if (two) _tile_stored(3, to + TILE_ROWS * SCORES + 16, SCORES * 4);
+}
+
+/* Step s of O: 32 dims by 32 positions, of which there are 32 * nt. */
+CPU_INLINE void weigh_step(room *w, const group *g, int32_t nv, int32_t nt, int32_t s, const bool two) {
+    const int32_t d = s / nt, t = s % nt;
+    const ern_bf16 *p = &w->weight[g->buffer][0][t * TILE_K], *v = w->v + (int64_t)(t * nv + 2 * d) * TILE;
+    if (t == 0) {
+        _tile_zero(0);
+        _tile_zero(1);
+        if (two) _tile_zero(2);
+        if (two) _tile_zero(3);
+    }
+    _tile_loadd(4, p, WEIGHTS * 2);
+    _tile_loadd(6, v, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(7, v + TILE, 64);
+    _tile_dpbf16ps(1, 4, 7);
+    if (two) {
+        _tile_loadd(5, p + TILE_ROWS * WEIGHTS, WEIGHTS * 2);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+    }
+    if (t < nt - 1) return;
+    float *to = &w->out[0][d * 32];
+    _tile_stored(0, to, DIMS * 4);
+    _tile_stored(1, to + 16, DIMS * 4);
+    if (two) _tile_stored(2, to + TILE_ROWS * DIMS, DIMS * 4);
+    if (two) _tile_stored(3, to + TILE_ROWS * DIMS + 16, DIMS * 4);
+}
+
+/* ---- softmax ----------------------------------------------------------------------------------------------------- */
+
+/* 2^x for x <= 0 within 2^-17.9 of itself, 1 at 0: x = n + r with |r| <= 1/2, the polynomial of the fourth degree whose
+ * largest error is the least, then n. It is rounded to 8 bits next: to nearest, what lies half way up. */
+CPU_INLINE __m512 weight16(__m512 x) {
+    const __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), r = _mm512_sub_ps(x, n);
+    __m512 p = _mm512_set1_ps(0x1.3cfd6cp-7f);
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0x1.ca071cp-5f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0x1.ebf906p-3f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0x1.62e114p-1f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
+    const __m512i e = _mm512_castps_si512(_mm512_scalef_ps(p, n));
+    return _mm512_castsi512_ps(
+        _mm512_and_si512(_mm512_add_epi32(e, _mm512_set1_epi32(0x8000)), _mm512_set1_epi32((int32_t)0xffff0000u)));
+}
+
+/* Query i of the group, which sees n positions: its scores to weights, zeros after them to those of the group. */
+CPU_INLINE void soften(room *w, const group *g, int32_t i, int32_t n, float scale) {
+    const __m512 none = _mm512_set1_ps(-INFINITY);
+    const float *score = w->score[g->buffer][i];
+    ern_bf16 *weight = w->weight[g->buffer][i];
+    __m512 top = none, other = none, sum = _mm512_setzero_ps(), sum2 = sum;
+    int32_t t = 0;
+    for (; t + 32 <= n; t += 32) {
+        top = _mm512_max_ps(top, _mm512_load_ps(score + t));
+        other = _mm512_max_ps(other, _mm512_load_ps(score + t + 16));
+    }
+    top = _mm512_max_ps(top, _mm512_mask_load_ps(none, cpu_mask(n - t), score + t));
+    other = _mm512_max_ps(other, _mm512_mask_load_ps(none, cpu_mask(n - t - 16), score + t + 16));
+    const float max = scale * _mm512_reduce_max_ps(_mm512_max_ps(top, other));
+    const __m512 by = _mm512_set1_ps(scale), less = _mm512_set1_ps(-max);
+    for (t = 0; t < g->n; t += 32) {
+        const __m512 a =
+            _mm512_maskz_mov_ps(cpu_mask(n - t), weight16(_mm512_fmadd_ps(_mm512_load_ps(score + t), by, less)));
+        const __m512 b = _mm512_maskz_mov_ps(cpu_mask(n - t - 16),
+                                             weight16(_mm512_fmadd_ps(_mm512_load_ps(score + t + 16), by, less)));
+        sum = _mm512_add_ps(sum, a);
+        sum2 = _mm512_add_ps(sum2, b);
+        _mm512_store_si512(weight + t, cpu_uppers(a, b));
+    }
+    w->max[g->buffer][i] = max;
+    w->sum[g->buffer][i] = cpu_sum1(_mm512_add_ps(sum, sum2));
+}
+
+/* ---- results ----------------------------------------------------------------------------------------------------- */
+
+/* The result of query i of the group to its row's part, as attn_join of attn_avx512.c does it. */
+CPU_INLINE void finish(const room *w, const cpu_attn_job *j, const group *g, int32_t i) {
+    const int32_t C = j->head_dim, row = (g->m + i) / j->n_head, h = (g->m + i) % j->n_head;
+    float *part = j->part[row], *to = part + 2 * CPU_HEAD_TILE + h * C;
+    const float *from = w->out[i], max = w->max[g->buffer][i], sum = w->sum[g->buffer][i];
+    if (!j->join) {
+        part[h] = max;
+        part[CPU_HEAD_TILE + h] = sum;
+        for (int32_t c = 0; c < C; c += 16) _mm512_mask_storeu_ps(to + c, cpu_mask(C - c), _mm512_load_ps(from + c));
+        return;
+    }
+    const float was = part[h], top = was > max ? was : max;
+    const __m512 both = _mm512_mask_mov_ps(_mm512_set1_ps(max - top), 1, _mm512_set1_ps(was - top));
+    const __m512 e = cpu_exp2_16(both);
+    const __m512 ea = _mm512_broadcastss_ps(_mm512_castps512_ps128(e));
+    const __m512 ep = _mm512_broadcastss_ps(_mm_movehdup_ps(_mm512_castps512_ps128(e)));
+    part[h] = top;
+    part[CPU_HEAD_TILE + h] = part[CPU_HEAD_TILE + h] * _mm512_cvtss_f32(ea) + sum * _mm512_cvtss_f32(ep);
+    for (int32_t c = 0; c < C; c += 16) {
+        const __mmask16 m = cpu_mask(C - c);
+        const __m512 a = _mm512_mul_ps(_mm512_maskz_loadu_ps(m, to + c), ea);
+        _mm512_mask_storeu_ps(to + c, m, _mm512_fmadd_ps(_mm512_load_ps(from + c), ep, a));
+    }
+}
+
+/* ---- a block ----------------------------------------------------------------------------------------------------- */
+
+static group group_at(const cpu_attn_job *j, int32_t i) {
+    const int32_t m = i * QUERIES, last = least(m + QUERIES, j->n_row * j->n_head) - 1;
+    return (group){m, j->n[last / j->n_head], i % 2};
+}
+
+/* Softmax of group i, beside O of the group before and S of the one after. */
+CPU_INLINE void turn(room *w, const cpu_attn_job *j, int32_t i, int32_t n_group, const bool two) {
+    const int32_t C = j->head_dim, nk = tiles_of(C, TILE_K), all = j->n_row * j->n_head;
+    const bool has_before = i > 0, has_now = i >= 0 && i < n_group, has_after = i + 1 < n_group;
+    group before = {0}, now = {0}, after = {0};
+    if (has_before) before = group_at(j, i - 1);
+    if (has_now) now = group_at(j, i);
+    if (has_after) after = group_at(j, i + 1);
+    const int32_t nt = tiles_of(before.n, 32), n_weigh = has_before ? nk * nt : 0;
+    const int32_t n_step = n_weigh + (has_after ? tiles_of(after.n, 32) * nk : 0);
+    const int32_t n_soft = has_now ? least(QUERIES, all - now.m) : 0,
+                  n_out = has_before ? least(QUERIES, all - before.m) : 0;
+    const int32_t n_task = 3 * n_soft + n_out; /* a softmax is as long as three results */
+    int32_t soft = 0, out = 0;
+    for (int32_t s = 0; s < n_step; s++) {
+        if (s < n_weigh)
+            weigh_step(w, &before, 2 * nk, nt, s, two);
+        else
+            score_step(w, &after, nk, s - n_weigh, two);
+        while ((3 * soft + out) * n_step < n_task * (s + 1)) {
+            if (soft < n_soft) {
+                soften(w, &now, soft, j->n[(now.m + soft) / j->n_head], j->scale);
+                soft++;
+            } else if (s + 1 >= n_weigh) {
+                finish(w, j, &before, out++);
+            } else {
+                break;
+            }
+        }
+    }
+    for (; soft < n_soft; soft++) soften(w, &now, soft, j->n[(now.m + soft) / j->n_head], j->scale);
+    for (; out < n_out; out++) finish(w, j, &before, out);
+}
+
+void cpu_attn_rows_amx(const cpu_attn_job *j) {
+    room *w = j->room;
+    const int32_t C = j->head_dim, least_n = j->n[0], most_n = j->n[j->n_row - 1];
+    const int32_t all = j->n_row * j->n_head, n_group = tiles_of(all, QUERIES);
+    const unsigned char *row[CPU_ATTN_BLOCK];
+    find_values(row, j->kv, C, most_n);
+    if (least_n < most_n && !are_finite(row, C, least_n, most_n)) {
+        /* a weight of zero does not hide what a later row sees here: each alone */
+        for (int32_t i = 0; i < j->n_row; i++) {
+            cpu_attn_job one = *j;
+            one.part += i, one.q += i, one.n += i;
+            one.n_row = 1, one.first = true;
+            cpu_attn_rows_amx(&one);
+        }
+        pack_queries(w, j);
+        return;
+    }
+    if (j->first) pack_queries(w, j);
+    pack_keys(w, j->kv, C, most_n);
+    pack_values(w, j->kv, row, C, most_n);
+    cpu_tiles_begin(TILE_ROWS, TILE_ROWS);
+    for (int32_t i = -1; i <= n_group; i++) {
+        if (all > TILE_ROWS)
+            turn(w, j, i, n_group, true);
+        else
+            turn(w, j, i, n_group, false);
+    }
+    _tile_release();
+}
+
+void cpu_attn_bf16_amx(float *part, const float *q, int32_t n_head, int32_t head_dim, float scale,
+                       const cpu_kv_block *kv, int32_t n) {
+    room w;
+    cpu_attn_rows_amx(&(cpu_attn_job){.part = &part,
+                                      .q = &q,
+                                      .n = &n,
+                                      .n_row = 1,
+                                      .n_head = n_head,
+                                      .head_dim = head_dim,
+                                      .scale = scale,
+                                      .kv = kv,
+                                      .room = &w,
+                                      .first = true});
+}
