@@ -771,6 +771,9 @@ void check_linears(void) {
             if (k != 5) check_plain((cu_format)f, k % 2 ? CU_ADD : CU_STORE, plain[k][0], plain[k][1]);
             if (k != 4) check_plain((cu_format)f, CU_SWIGLU, plain[k][0], plain[k][1]);
         }
+        check_plain((cu_format)f, CU_STORE, 60001, 170); /* so many bands that warps take them alone (cu_tall.cu) */
+        check_plain((cu_format)f, CU_STORE, 52000, 1024);
+        check_norm_front((cu_format)f, CU_STORE, 55000, 300, false);
         check_norm_front((cu_format)f, CU_STORE, 2000, 1024, false);
         check_norm_front((cu_format)f, CU_SWIGLU, 72, 2560, false);
     }

@@ -121,11 +121,7 @@ static cudaError_t launch(cudaStream_t s, skinny_args *a, const cu_linear *w, in
     if (e != cudaSuccess) return e;
     const cu_format f = w->format;
     skinny_plan p;
-    a->n_out = w->n_out;
-    a->n_in = w->n_in;
-    a->n_seg = w->n_seg;
-    a->pairs = w->pairs;
-    a->n_job = w->n_band >> a->pairs;
+    skinny_shape_of(a, w);
     if (!plan(a, &p, f, n_tile, d->n_sm)) return cudaErrorInvalidValue; /* n_in beyond 40,000 */
     const int32_t slots = slots_of(d, &p, f);
     const dim3 grid((unsigned)(jobs_at_once(a, n_tile, slots, d->n_sm) * a->n_rank), (unsigned)n_tile);
@@ -133,25 +129,13 @@ static cudaError_t launch(cudaStream_t s, skinny_args *a, const cu_linear *w, in
     return cu_launch(s, kernels[f], grid, (unsigned)p.n_warp * 32, p.bytes, early, (unsigned)a->n_rank, args);
 }
 
-static bool aligned(const void *p) { return ((uintptr_t)p & 15) == 0; }
 cudaError_t cu_skinny_run(cudaStream_t s, const cu_job *j) {
     if (j->n_row <= 0) return cudaSuccess;
+    bool tall;
     if (j->n_row > CU_SKINNY_MAX || j->w.pairs != (j->epilogue == CU_SWIGLU)) return cudaErrorInvalidValue;
-    skinny_args a = {};
-    a.pack = (const unsigned char *)j->w.pack;
-    a.scale = j->w.scale;
-    a.n_row = j->n_row;
-    a.epilogue = j->epilogue;
-    a.x = j->x;
-    a.ldx = j->ldx;
-    a.y = j->y;
-    a.ldy = j->ldy;
-    a.h = j->h;
-    a.ldh = j->ldh;
-    a.x_f32 = j->x_f32;
-    a.norm_w = j->norm_w;
-    a.eps = j->eps;
-    a.norm_wide = j->w.n_in % 4 == 0 && aligned(j->x_f32) && aligned(j->norm_w);
+    const cudaError_t e = cu_tall_run(s, j, &tall);
+    if (tall || e != cudaSuccess) return e;
+    skinny_args a = skinny_plain(j);
     return launch(s, &a, &j->w, 1, !j->alone);
 }
 

@@ -495,4 +495,38 @@ __global__ void __launch_bounds__(SKINNY_WARPS_MAX * 32, 3) skinny_kernel(const 
     }
 }
 
+/* ---- the arguments of a launch, but for how it is cut -------------------------------------------------------------
+ */
+
+static inline void skinny_shape_of(skinny_args *a, const cu_linear *w) {
+    a->n_out = w->n_out;
+    a->n_in = w->n_in;
+    a->n_seg = w->n_seg;
+    a->pairs = w->pairs;
+    a->n_job = w->n_band >> a->pairs;
+}
+static inline bool skinny_aligned(const void *p) { return ((uintptr_t)p & 15) == 0; }
+static inline skinny_args skinny_plain(const cu_job *j) {
+    skinny_args a = {};
+    skinny_shape_of(&a, &j->w);
+    a.pack = (const unsigned char *)j->w.pack;
+    a.scale = j->w.scale;
+    a.n_row = j->n_row;
+    a.epilogue = j->epilogue;
+    a.x = j->x;
+    a.ldx = j->ldx;
+    a.y = j->y;
+    a.ldy = j->ldy;
+    a.h = j->h;
+    a.ldh = j->ldh;
+    a.x_f32 = j->x_f32;
+    a.norm_w = j->norm_w;
+    a.eps = j->eps;
+    a.norm_wide = j->w.n_in % 4 == 0 && skinny_aligned(j->x_f32) && skinny_aligned(j->norm_w);
+    return a;
+}
+
+/* Of very many outputs (cu_tall.cu): *took says whether this was one for it. */
+cudaError_t cu_tall_run(cudaStream_t s, const cu_job *j, bool *took);
+
 #endif
