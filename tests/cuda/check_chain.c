@@ -137,6 +137,7 @@ static world *world_new(const shape *s, cu_format f, ern_kv_dtype kv, int32_t ro
     w->work = own(w, NULL, (size_t)cu_attn_work_count(&w->cache[0], ROWS_MAX, ROWS_MAX) * 4);
     w->scratch_bytes = cu_attn_scratch_bytes(&w->cache[0], ROWS_MAX, ROWS_MAX, len_max, 64 << 20);
     w->scratch = own(w, NULL, (size_t)w->scratch_bytes);
+    CHECK_CUDA(cudaMemset(w->scratch, 0, (size_t)w->scratch_bytes)); /* as cu_attend wants it before its first step */
     float inv[64];
     for (int32_t j = 0; j < 64; j++) inv[j] = 1.0f / (float)pow(500000.0, (double)((float)(2 * j) / 128.0f));
     w->inv_freq = own(w, inv, sizeof inv);
