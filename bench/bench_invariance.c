@@ -267,8 +267,9 @@ int main(int argc, char **argv) {
     x = aligned_alloc(64, sizeof *x * ROWS_MAX * IN_MAX);
     for (int w = 0; w < WORKERS; w++) y[w] = aligned_alloc(64, sizeof **y * ROWS_MAX * OUT_MAX);
     scale = malloc(sizeof *scale * OUT_MAX);
-    act = (cpu_act){aligned_alloc(64, ROWS_MAX * IN_MAX), aligned_alloc(64, sizeof(float) * ROWS_MAX * 64),
-                    aligned_alloc(64, sizeof(int32_t) * ROWS_MAX * 64)};
+    act =
+        (cpu_act){aligned_alloc(64, (size_t)(2 * ROWS_MAX * cpu_act_stride(IN_MAX))),
+                  aligned_alloc(64, sizeof(float) * ROWS_MAX * 64), aligned_alloc(64, sizeof(int32_t) * ROWS_MAX * 64)};
     part = aligned_alloc(64, sizeof *part * KV_HEADS * (LEN_MAX / CPU_ATTN_BLOCK + 1) * (size_t)cpu_part_floats(C));
     if (!memory || !x || !y[0] || !y[1] || !scale || !act.q || !act.scale || !act.sum || !part) return 2;
     (void)madvise(memory, MEMORY, MADV_HUGEPAGE);

@@ -198,6 +198,9 @@ class Server:
         try:
             with os.fdopen(read) as ready:
                 self.url = ready.readline().strip()
+        except BaseException:  # too late, or this program is to end: nobody else will end the server
+            self.__exit__()
+            raise
         finally:
             signal.alarm(0)
         if not self.url:
@@ -254,11 +257,15 @@ def waits(o, model, streams, per_s, n_out):
     """p99 over p50, and both in ms."""
     with Server(o, model, "--max-model-len", "8448", "--max-num-seqs", str(2 * streams)) as s, tempfile.TemporaryDirectory() as folder:
         replies = s.load(o, folder, "r", streams, streams, 64, n_out, "--num-warmups", "1")
-        prompts = s.load(o, folder, "p", streams, 100000, 8192, 1, "--num-warmups", "1", "--request-rate", str(per_s), "--burstiness", "10", "--seed", "1")
         try:
-            r = result(replies, folder, "r")
+            prompts = s.load(o, folder, "p", streams, 100000, 8192, 1, "--num-warmups", "1", "--request-rate", str(per_s), "--burstiness", "10", "--seed", "1")
+            try:
+                r = result(replies, folder, "r")
+                if prompts.poll() is not None:
+                    raise CannotRun("the prompts ended before the replies did")
+            finally:
+                end(prompts)
         finally:
-            end(prompts)
             end(replies)
         return r["p99_itl_ms"] / r["median_itl_ms"], r["median_itl_ms"], r["p99_itl_ms"]
 
@@ -324,7 +331,11 @@ def run_once(o, shape, weights, rows, worst, bf16_s):
     limits(o)
     batches = sorted({s for _, kind, sizes, _, _ in rows for s in sizes if kind in ("decode", "idle")})
     prompts = sorted({s[0] if kind == "times" else s for _, kind, sizes, _, _ in rows for s in sizes if kind in ("prefill", "times")})
-    found = steps(o, model, CONTEXT[shape], batches, prompts) if batches or prompts else {}
+    found, no_steps = {}, None
+    try:
+        found = steps(o, model, CONTEXT[shape], batches, prompts) if batches or prompts else {}
+    except (CannotRun, subprocess.SubprocessError) as why:
+        no_steps = why
     for (kind, size), value in found.items():
         if weights == "bf16" and kind == "prefill":
             bf16_s[shape, size] = max(value[1], bf16_s.get((shape, size), 0))
@@ -332,8 +343,10 @@ def run_once(o, shape, weights, rows, worst, bf16_s):
         for size in row[2]:
             name, at_least = name_of(shape, weights, row[1], size), row[1] in ("decode", "prefill", "serving")
             try:
+                if no_steps and row[1] in ("decode", "prefill", "times"):
+                    raise CannotRun(str(no_steps))
                 figure, words = one_row(o, model, shape, weights, row[1], size, found, bf16_s)
-            except (CannotRun, subprocess.TimeoutExpired) as why:
+            except (CannotRun, subprocess.SubprocessError, OSError, KeyError, ZeroDivisionError) as why:
                 figure, words = None, f"not run: {str(why)[:150]}"
             say(f"  {name}: {words}")
             known = worst.get(name)

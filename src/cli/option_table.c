@@ -244,7 +244,7 @@ const option option_table[] = {
     {.name = "itl-target-ms", .type = OPTION_REAL, .fallback = "0", .min = 0, .max = 60000, .group = "Scheduling",
      .tag = 'E', .command = CMD_SERVE,
      .help = "Milliseconds between the tokens of running replies that pieces of prompts should not exceed: they shrink "
-             "until steps are that short; 0: pieces are as large as --max-num-batched-tokens lets them",
+             "until steps are that short; 0: no such target",
      .example = "--itl-target-ms 100"},
     {.name = "itl-max-times", .type = OPTION_REAL, .min = 0, .max = 1000, .group = "Scheduling", .tag = 'E',
      .command = CMD_SERVE,

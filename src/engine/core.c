@@ -419,15 +419,17 @@ int32_t core_prompt_rows(const core *c) {
     if (e->itl_target_us <= 0 && e->itl_times <= 0) return INT32_MAX;
     if (e->itl_times > 0 && (p->base_us <= 0 || p->n_mixed >= BASE_EVERY)) return 0;
     if (p->prompt_us <= 0) return CHUNK_FIRST;
-    double rows = INT32_MAX;
-    if (e->itl_times > 0)
-        rows = fmax((e->itl_times - 1) * p->base_us / p->prompt_us,
-                    (double)ROWS_EACH * (c->sched.n_running + c->sched.n_waiting));
+    double rows = INT32_MAX, least = CHUNK_LEAST;
+    if (e->itl_times > 0) {
+        least = fmax(least, (double)ROWS_EACH * (c->sched.n_running + c->sched.n_waiting));
+        rows = fmax((e->itl_times - 1) * p->base_us / p->prompt_us, least);
+    }
     if (e->itl_target_us > 0) rows = fmin(rows, (0.9 * (double)e->itl_target_us - p->base_us) / p->prompt_us);
     if (rows > INT32_MAX / 2) return INT32_MAX;
     if (rows < CHUNK_LEAST) return CHUNK_LEAST;
     const int32_t n = (int32_t)rows, all = (n + c->sched.n_running) / TILE_ROWS * TILE_ROWS - c->sched.n_running;
-    return e->itl_times > 0 && all > n / 3 ? all : n;
+    if (e->itl_times <= 0 || all <= n / 3) return n;
+    return all >= least ? all : n >= least ? all + TILE_ROWS : n;
 }
 
 /* The results of one item; sampled points at its first want. An ended sequence's results are dropped. */

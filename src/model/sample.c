@@ -30,7 +30,7 @@ enum {
  * bits are the same. A sanitizer's run-time is not up yet when the choice is made. */
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(__SANITIZE_ADDRESS__) && \
     !defined(__SANITIZE_THREAD__)
-#define WIDE __attribute__((target_clones("arch=skylake-avx512", "avx2", "default")))
+#define WIDE __attribute__((target_clones("avx2", "default")))
 #else
 #define WIDE
 #endif

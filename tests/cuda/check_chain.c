@@ -142,7 +142,7 @@ static world *world_new(const shape *s, cu_format f, ern_kv_dtype kv, int32_t ro
     for (int32_t j = 0; j < 64; j++) inv[j] = 1.0f / (float)pow(500000.0, (double)((float)(2 * j) / 128.0f));
     w->inv_freq = own(w, inv, sizeof inv);
     w->c.memory = own(w, NULL, (size_t)cu_chain_bytes(&w->c));
-    CHECK_CUDA(cu_chain_open(0, &w->c, w->layer));
+    if (cu_chain_fits(&w->c)) CHECK_CUDA(cu_chain_open(0, &w->c, w->layer));
     return w;
 }
 

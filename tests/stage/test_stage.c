@@ -34,7 +34,7 @@
  * Where two experts' scores are nearer than the bounds allow to tell, the two may choose differently: that row, and the
  * later rows of its sequence, are left out for the rest of the step. These must be few; where attention rounds, scores
  * of all rows stray and not of those alone whose keys changed sides, and each that chooses differently takes the rest
- * of its chunk with it: a quarter of the rows, as in tests/golden/golden.c; three fifths where linears round. */
+ * of its chunk with it: a quarter of the rows, as in tests/golden/golden.c; half where linears round. */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -295,7 +295,9 @@ static void scenario(const char *shape, bool paddle, int32_t level, const ern_qu
                   shape, paddle ? "paddle" : "pt", level, int8 ? "int8" : "bf16", w.n_matched, w.worst, w.worst_rms,
                   w.n_excused);
     assert_true(w.n_matched > 9 * (m.model->config.n_layer + 1) && w.n_judged > 100000);
-    assert_true(w.n_excused <= (w.linear_rounds ? 231 * 3 / 5 : w.rounds ? 231 / 4 : 12)); /* of 231 */
+    /* Of 231. Where linears round as well, scores stray twice as far (golden.c), and twice as many gaps are as small.
+     */
+    assert_true(w.n_excused <= (w.linear_rounds ? 231 / 2 : w.rounds ? 231 / 4 : 12));
     pair_close(&p);
     quant_model_free(quant);
     made_model_close(&m);

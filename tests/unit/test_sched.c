@@ -673,8 +673,8 @@ static void test_prompt_rows_by_pace(void **state) {
     e.itl_times = 3;
     assert_int_equal(core_prompt_rows(&c), 128); /* 250, in whole tiles */
     c.sched.n_running = 40;
-    c.sched.n_waiting = 200; /* seats must be filled: 16 for each */
-    assert_int_equal(core_prompt_rows(&c), 30 * 128 - 40);
+    c.sched.n_waiting = 200; /* seats must be filled: 16 for each, and whole tiles */
+    assert_int_equal(core_prompt_rows(&c), 31 * 128 - 40);
     c.sched.n_waiting = 0;
     c.sched.n_running = 5;
     assert_int_equal(core_prompt_rows(&c), 128 - 5);

@@ -32,11 +32,16 @@ static void *take(size_t bytes) {
     return at;
 }
 
+/* Where linears round what they take, the panels are those of the rounding ones: exact ones read rows. */
+static int32_t panel_out(const cpu_backend *b) {
+    return b->o.act_exact && b->kernels->linear_rounds ? 0 : b->kernels->panel_out;
+}
+
 static ern_status cpu_plan(ern_backend_plan *out, const ern_model *m, const ern_backend_options *o, ern_err *err) {
     cpu_backend *b = calloc(1, sizeof *b);
     if (!b) return ERN_FAIL(err, ERN_ERR_MEMORY, "out of memory planning the cpu backend");
     ern_status status = cpu_state_init(b, m, o, err);
-    if (status == ERN_OK && !cpu_weights_open(&b->weights, m, b->o.act_exact ? 0 : b->kernels->panel_out))
+    if (status == ERN_OK && !cpu_weights_open(&b->weights, m, panel_out(b)))
         status = ERN_FAIL(err, ERN_ERR_MEMORY, "out of memory planning the cpu backend");
     if (status == ERN_OK)
         *out = (ern_backend_plan){.weight_bytes = huge_bytes(b->weights.bytes), /* the rest is read where it lies */
@@ -99,7 +104,7 @@ static void cpu_close(ern_backend *base) {
 /* Everything that takes memory or threads. */
 static ern_status take_all(cpu_backend *b, ern_err *err) {
     b->scratch_bytes = cpu_layout(b, NULL);
-    if (!cpu_weights_open(&b->weights, b->model, b->o.act_exact ? 0 : b->kernels->panel_out))
+    if (!cpu_weights_open(&b->weights, b->model, panel_out(b)))
         return ERN_FAIL(err, ERN_ERR_MEMORY, "out of memory opening the cpu backend");
     const uint64_t all = huge_bytes(b->kv_bytes) + huge_bytes(b->scratch_bytes) + huge_bytes(b->weights.bytes),
                    free_bytes = ern_memory_available_bytes();

@@ -260,7 +260,7 @@ static __device__ void plan_wide(const plan_args *a, int64_t *warp_sum) {
 }
 
 /* Block 0 plans; the others turn positions into angles. No cu_launch_next: kernels behind this one begin when all of it
- * is done and, by the fences, seen, so that they may read it before their own wait. */
+ * is done, so that they may read it before their own wait. */
 static __global__ void __launch_bounds__(PLANNERS) plan_kernel(const plan_args a) {
     __shared__ int64_t warp_sum[32];
     if (blockIdx.x == 0) {

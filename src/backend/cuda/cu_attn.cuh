@@ -21,9 +21,8 @@
 #include "backend/cuda/cu_launch.cuh"
 
 enum {
-    ATTN_FEW = 16,   /* most packed rows of a sequence that is cut along its keys */
-    ATTN_ROWS = 128, /* packed rows of a block that walks the keys */
-    ATTN_ALL = 1 << 30,
+    ATTN_FEW = 16,          /* most packed rows of a sequence that is cut along its keys */
+    ATTN_ROWS = 128,        /* packed rows of a block that walks the keys */
     ATTN_BLOCKS_MOST = 640, /* of the kernel for short sequences */
 };
 

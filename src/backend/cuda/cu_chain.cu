@@ -110,13 +110,13 @@ bool cu_chain_fits(const cu_chain *c) {
 
 /* ---- open -------------------------------------------------------------------------------------------------------- */
 
-/* The linears of most bytes first, each job to the block that has least so far. */
-static void deal(chain_jobs *jobs, const cu_chain *c, int32_t n_block) {
+/* The linears of most bytes first, each job to the block that has least so far. load [n_block]: to work with. */
+static void deal(chain_jobs *jobs, int32_t *load, const cu_chain *c, int32_t n_block) {
     static const int order[CHAIN_LINEARS] = {CHAIN_UP, CHAIN_DOWN, CHAIN_O, CHAIN_QKV};
     const chain_cut k = cut_of(c);
-    int32_t *load = (int32_t *)calloc((size_t)n_block, sizeof *load);
+    memset(load, 0, (size_t)n_block * sizeof *load);
     memset(jobs, 0, (size_t)n_block * sizeof *jobs);
-    for (int i = 0; load && i < CHAIN_LINEARS; i++) {
+    for (int i = 0; i < CHAIN_LINEARS; i++) {
         const int kind = order[i];
         const int32_t most = ceil_div(k.n_job[kind], n_block);
         for (int32_t j = 0; j < k.n_job[kind]; j++) {
@@ -132,7 +132,6 @@ static void deal(chain_jobs *jobs, const cu_chain *c, int32_t n_block) {
     for (int o = 0; o <= CHAIN_JOBS; o++)
         for (int32_t b = n_block - 1; b >= 0; b--)
             if (jobs[b].n[CHAIN_O] == o) jobs[b].join = place++;
-    free(load);
 }
 
 static void weights_of(chain_weights *w, const cu_chain_layer *l) {
@@ -151,10 +150,13 @@ cudaError_t cu_chain_open(cudaStream_t s, const cu_chain *c, const cu_chain_laye
     const size_t weights = (size_t)c->n_layer * sizeof(chain_weights), jobs = (size_t)n_block * sizeof(chain_jobs);
     chain_weights *w = (chain_weights *)malloc(weights);
     chain_jobs *j = (chain_jobs *)malloc(jobs);
-    cudaError_t e = w && j ? cudaSuccess : cudaErrorMemoryAllocation;
+    int32_t *load = (int32_t *)malloc((size_t)n_block * sizeof *load);
+    cudaError_t e = !cu_chain_fits(c) ? cudaErrorInvalidValue
+                    : w && j && load  ? cudaSuccess
+                                      : cudaErrorMemoryAllocation;
     if (e == cudaSuccess) {
         for (int32_t i = 0; i < c->n_layer; i++) weights_of(&w[i], &layers[i]);
-        deal(j, c, n_block);
+        deal(j, load, c, n_block);
         e = cudaMemsetAsync(c->memory, 0, (size_t)m.none, s);
     }
     if (e == cudaSuccess) e = cudaMemsetAsync(c->memory + m.none, 0xff, (size_t)(m.bytes - m.none), s);
@@ -163,6 +165,7 @@ cudaError_t cu_chain_open(cudaStream_t s, const cu_chain *c, const cu_chain_laye
     if (e == cudaSuccess) e = cudaStreamSynchronize(s);
     free(w);
     free(j);
+    free(load);
     return e;
 }
 

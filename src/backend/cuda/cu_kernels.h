@@ -87,7 +87,8 @@ static inline int64_t cu_scale_count(const cu_linear *w) {
 cudaError_t cu_pack(cudaStream_t s, const cu_linear *dst, const ern_linear *src, const void *raw, const void *raw_scale,
                     int32_t first_band, int32_t band_step);
 
-/* ---- linears (cu_skinny.cu, cu_mid.cu, cu_large.cu) ---------------------------------------------------------------
+/* ---- linears (cu_skinny.cu, cu_tall.cu, cu_mid.cu, cu_large.cu)
+ * ---------------------------------------------------------------
  */
 
 typedef enum cu_epilogue {
@@ -261,8 +262,8 @@ int64_t cu_attn_work_count(const cu_cache *c, int32_t n_row_max, int32_t n_seq_m
  * every launch leaves them so. */
 int64_t cu_attn_scratch_bytes(const cu_cache *c, int32_t n_row_max, int32_t n_seq_max, int32_t n_len_max,
                               int64_t limit_bytes);
-/* Once a step: the lists, and the angles pos * inv_freq[i] (in f32). Not launched early, and nothing behind it begins
- * before it is done, however early it is launched: cu_attend reads lists, angles and the step's arrays at once. */
+/* Once a step: the lists, and the angles pos * inv_freq[i] (in f32). No kernel of the step may begin before it is done,
+ * however early it is launched: cu_attend reads lists, angles and the step's arrays at once. */
 cudaError_t cu_attn_plan(cudaStream_t s, const cu_cache *c, const cu_seqs *seqs, const float *inv_freq);
 /* out bf16 [T, CU_PAD(H*C)] = softmax(q K / sqrt C) V. decode: every sequence has at most 16 / (H/G) rows (a promise of
  * the host that spares the launch for the others); seqs->n_row then bounds the grid, lengths are read on the device.

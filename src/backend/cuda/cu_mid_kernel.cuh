@@ -15,8 +15,7 @@
  *   shared: ring [slot]: codes [band][2 groups], x [2 groups][ROWS][128 bytes]
  *           | sums [turn][segment of the pass][own square][2 bands][lane] float4
  * The eight 16-byte pieces of a row of x sit at piece ^ (row & 7): eight lanes that read the same piece of eight rows
- * then touch all banks. Rows that are not there are not read: what is computed of them goes
- * nowhere. */
+ * then touch all banks. Rows that are not there are not read: what is computed of them goes nowhere. */
 #ifndef ERN_BACKEND_CUDA_CU_MID_KERNEL_CUH
 #define ERN_BACKEND_CUDA_CU_MID_KERNEL_CUH
 

@@ -45,7 +45,7 @@ enum {
     DEPTH_MAX = 6,
     SHARED_LIMIT = 227 * 1024, /* of a block */
     DEVICES_MAX = 16,
-    LOOKS_MAX = 1 << 18,
+    LOOKS_MAX = 1 << 26,
 };
 enum { SHARED_UP, UP, SHARED_DOWN, DOWN, STAGES };
 /* Words in global memory, all zero between two launches: blocks that are done; finishers that are done with all downs;

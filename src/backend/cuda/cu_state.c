@@ -11,6 +11,8 @@ enum {
     ATTN_BYTES = 512 << 20, /* most for partial results of attention */
     AUX_WORDS = 8 << 20,    /* beyond one row's, most words of a step's rules; more takes turns */
 };
+/* Of the cache: attention counts its places, of 64 bytes, in 32 bits. */
+#define REACH_BYTES ((size_t)INT32_MAX * 64)
 
 /* ---- errors ------------------------------------------------------------------------------------------------------ */
 
@@ -194,6 +196,11 @@ ern_status cu_state_init(cu_backend *b, const ern_model *m, const ern_backend_op
     b->n_logit_row = (int32_t)smaller(o->n_want_max, CU_LOGIT_ROWS);
     b->cache = cache_of(c, o, b->n_kv_layer);
     b->kv_bytes = (size_t)(o->n_page + 1) * (size_t)b->cache.page_bytes;
+    if (b->kv_bytes >= REACH_BYTES)
+        return ERN_FAIL(err, ERN_ERR_USAGE,
+                        "the KV cache would be %zu MiB, and the attention kernels reach %zu; lower "
+                        "--gpu-memory-utilization or --num-gpu-blocks-override",
+                        b->kv_bytes >> 20, (size_t)REACH_BYTES >> 20);
     b->lane_bytes = (size_t)smaller(b->cache.page_bytes, LANE_BYTES);
     const int64_t each = (int64_t)o->n_len_max + c->n_vocab / 32 + 1024;
     b->n_aux = (int32_t)(row_aux_words(c, o) + smaller(each * o->n_seq_max, AUX_WORDS));

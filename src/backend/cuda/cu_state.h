@@ -25,8 +25,8 @@
 enum {
     CU_SLOTS = 2,           /* steps in flight */
     CU_LANES = 2,           /* threads that move pages beside the engine's */
-    CU_FFN_ROWS = 8192,     /* rows of one pass through a feed-forward: bounds its scratch. Half as many cost experts a
-                             * tenth     more time: of each its last tile is half empty */
+    CU_FFN_ROWS = 8192,     /* rows of one pass through a feed-forward, whose scratch they bound; with half as many,
+                             * experts take a tenth longer: the last tile of each is half empty */
     CU_LOGIT_ROWS = 256,    /* wanted rows whose logits exist at one time */
     CU_NORM_ROWS = 8,       /* most rows that a linear norms itself (cu_job.x_f32) */
     CU_NORM_NUMBERS = 2048, /* and most numbers: a kernel of its own costs less than every block's norm of more */
