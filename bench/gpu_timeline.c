@@ -5,9 +5,9 @@
  * and that prints at its end, to stderr, of the last steps of one size that were alike (a step begins with
  * embed_kernel, whose grid tells its rows):
  *
- *   timeline: 63 steps of 1 rows, 478.2 us each, 12.3 us from the last kernel of one to the first of the next,
- * idle 31.0 us timeline:    18.0 x     4.31 us   4.52 us  skinny_kernel grid 128 block 256     a step: runs, time, and
- * what it added
+ *   timeline: 63 steps of 1 rows, 478.2 us each, 12.3 us from the last kernel of one to the first of the next, idle ..
+ *   timeline:    18.0 x     4.31 us   4.52 us  skinny_kernel grid 128 block 256
+ *                runs of a step, their time, and what each added
  *
  * idle: no kernel ran, between steps and inside. A kernel that begins before the one before it ends is worth what it
  * ends later: the last number. Times between events and copies are not seen. Tracing itself adds to each kernel. */

@@ -67,8 +67,9 @@ typedef struct ern_backend_options {
     ern_kv_dtype kv_dtype;
     int32_t n_thread; /* cpu: 0 means all allowed processors */
     int32_t level;    /* cpu: an ern_cpu_level to force, -1: the best this machine has */
-    bool act_exact;   /* quantized linears take f32 activations as they are; else int8 (int weights), fp8 (fp8 ones) */
-    bool mtp;         /* run the MTP layer and fill ern_result.draft */
+    bool act_exact; /* linears take f32 activations as they are; else int8 (int weights), fp8 (fp8 ones), or bf16 where
+                     * the level's kernels for bf16 weights round them */
+    bool mtp;       /* run the MTP layer and fill ern_result.draft */
     ern_progress_fn *progress;
     void *ud;
     bool no_graph; /* cuda: launch every kernel of a decode step by itself; the same bits, slower */

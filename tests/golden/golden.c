@@ -106,7 +106,7 @@ bool golden_weights(const golden *g, char why[256]) {
  * and V of one side, so step grows by sqrt((2 + n) / 2). And the rms is a, that of this rounding, where the other run's
  * distance is hypot(a, k), k that of K and V: a = k sqrt(n / 2). What is held is 4/3 of that. (A backend that did not
  * round K and V at all would stand at k and at none.) With n = 6 the two distances are too near to tell anything: there
- * the rms must be within what one sigma of the bound is, and FLIP in as many rows as may choose otherwise. */
+ * the rms must be within what one sigma of the bound is, and a changed choice in as many rows as may have one. */
 static int roundings(const ern_backend_ops *ops, ern_kv_dtype kv) {
     if (strcmp(ops->name, "cuda") == 0) return 6;
     if (strcmp(ops->name, "cpu") != 0) return 0;
