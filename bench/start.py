@@ -7,20 +7,24 @@ import os
 import statistics
 import subprocess
 import sys
+import threading
 import time
 
-ROUNDS = 10
+ROUNDS, LIMIT_S = 10, 60
 
 
 def start(ernest, model):
     begin = time.monotonic()
     args = [ernest, "complete", "-m", model, "-q", "What is a page table?", "--max-tokens", "1", "--temperature", "0"]
     with subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as p:
+        limit = threading.Timer(LIMIT_S, p.kill)
+        limit.start()
         first = os.read(p.stdout.fileno(), 1)
         seconds = time.monotonic() - begin
         p.stdout.read()
+        limit.cancel()
     if not first or p.returncode != 0:
-        sys.exit(f"{' '.join(args)}: no reply")
+        sys.exit(f"{' '.join(args)}: no reply in {LIMIT_S} s")
     return seconds
 
 
