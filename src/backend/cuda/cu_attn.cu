@@ -292,13 +292,8 @@ int64_t cu_attn_scratch_bytes(const cu_cache *c, int32_t n_row_max, int32_t n_se
 }
 
 int32_t attn_sm_count(void) {
-    static int32_t count[64];
-    int device = 0, n = 0;
-    if (cudaGetDevice(&device) != cudaSuccess) return 1;
-    if (!count[device & 63])
-        count[device & 63] =
-            cudaDeviceGetAttribute(&n, cudaDevAttrMultiProcessorCount, device) == cudaSuccess && n > 0 ? n : 1;
-    return count[device & 63];
+    int32_t n;
+    return cu_core_count(&n) == cudaSuccess && n > 0 ? n : 1;
 }
 
 cudaError_t cu_attn_plan(cudaStream_t s, const cu_cache *c, const cu_seqs *seqs, const float *inv_freq) {

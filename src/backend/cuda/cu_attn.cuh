@@ -182,13 +182,6 @@ static __device__ __forceinline__ float attn_ex2(float x) {
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
-/* cu_i8_pair in three instructions: the compiler takes two for each (w & mask) | bits. */
-static __device__ __forceinline__ uint32_t attn_i8_pair(uint32_t w) {
-    uint32_t low, sign;
-    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(low) : "r"(w), "r"(0x007f007fu), "r"(0x43004300u));
-    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(sign) : "r"(w), "r"(0x00800080u), "r"(0x43004300u));
-    return cu_sub2(low, sign);
-}
 template <bool I8> static __device__ __forceinline__ float attn_score(float dot, float key_scale, float scale) {
     return __fmul_rn(I8 ? __fmul_rn(dot, key_scale) : dot, scale);
 }

@@ -5,10 +5,9 @@
  * C = 128, which the models have: wide_kernel of cu_attn_wide.cuh. Other sizes: prefill_kernel, eight warps of 16 rows.
  * There BF16 tiles are copied into two buffers in turn. I8 tiles are copied as codes and made bf16 once for all warps,
  * keys in the order of inputs that cu_attn.cuh has for I8, so that the products see what the other kernels' see. */
-#include <cudaTypedefs.h>
-
 #include "backend/cuda/cu_attn.cuh"
 #include "backend/cuda/cu_attn_wide.cuh"
+#include "backend/cuda/cu_map.cuh"
 
 enum { THREADS = 256 };
 
@@ -316,53 +315,25 @@ static int32_t block_count(const attn_args *a) {
     return most < n ? (int32_t)most : n;
 }
 
-/* Let a kernel have so much shared memory, once a device: bit d of *ready says that device d knows. */
-static cudaError_t shared_bytes(uint64_t *ready, const void *kernel, int bytes) {
-    int device = 0;
-    cudaError_t e = cudaGetDevice(&device);
-    if (e != cudaSuccess || *ready >> device & 1) return e;
-    e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-    if (e == cudaSuccess) *ready |= 1ull << device;
-    return e;
-}
-
 template <int C, bool I8> static cudaError_t run(cudaStream_t s, const attn_args *a) {
     typedef prefill_shape<C, I8> sh;
     static uint64_t ready;
-    cudaError_t e = shared_bytes(&ready, (const void *)prefill_kernel<C, I8>, sh::bytes);
+    cudaError_t e = cu_shared_bytes(&ready, (const void *)prefill_kernel<C, I8>, sh::bytes);
     if (e != cudaSuccess) return e;
     prefill_kernel<C, I8><<<block_count(a), THREADS, sh::bytes, s>>>(*a);
     return cudaGetLastError();
 }
 
-/* The cache as rows of a cell's 128 numbers from a->kv on, for the copy engine: boxes of `run` rows, half of each. */
-static cudaError_t map_cells(CUtensorMap *map, const attn_args *a, int32_t run) {
-    static void *encode;
-    if (!encode) {
-        cudaDriverEntryPointQueryResult found;
-        cudaError_t e =
-            cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &encode, 12000, cudaEnableDefault, &found);
-        if (e != cudaSuccess) return e;
-        if (found != cudaDriverEntryPointSuccess) return cudaErrorNotSupported;
-    }
-    const cuuint64_t size[] = {WIDE_C, INT32_MAX}, stride[] = {WIDE_C * 2};
-    const cuuint32_t box[] = {WIDE_C / 2, (cuuint32_t)run}, step[] = {1, 1};
-    const CUresult r = ((PFN_cuTensorMapEncodeTiled_v12000)encode)(
-        map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, (void *)(uintptr_t)a->kv, size, stride, box, step,
-        CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-        CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-    return r == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
-}
-
 template <bool I8> static cudaError_t run_wide(cudaStream_t s, const attn_args *a) {
     static uint64_t ready;
     constexpr int bytes = wide_bytes(I8);
-    cudaError_t e = shared_bytes(&ready, (const void *)wide_kernel<I8>, bytes);
+    cudaError_t e = cu_shared_bytes(&ready, (const void *)wide_kernel<I8>, bytes);
     CUtensorMap map = {};
     int32_t run = 64; /* cells of a page that a tile takes together */
     while (a->n_page_cell % run) run /= 2;
-    if (!I8 && run < 8) run = 0; /* a turn of the swizzle */
-    if (e == cudaSuccess && !I8 && run) e = map_cells(&map, a, run);
+    if (!I8 && run < 8) run = 0;        /* a turn of the swizzle */
+    if (e == cudaSuccess && !I8 && run) /* the cache as rows of a cell's numbers from a->kv on, half of each a box */
+        e = cu_map_rows(&map, a->kv, WIDE_C, INT32_MAX, WIDE_C * 2, WIDE_C / 2, (uint32_t)run);
     if (e != cudaSuccess) return e;
     wide_kernel<I8><<<block_count(a), WIDE_THREADS, bytes, s>>>(*a, map, run);
     return cudaGetLastError();

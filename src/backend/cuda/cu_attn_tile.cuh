@@ -84,12 +84,12 @@ static __device__ __forceinline__ void tile_scores(float s[][4], const unsigned 
             uint32_t b[4];
             attn_load4(b, k + attn_at<sh::chunks>(warp * 32 + mi * 8 + l7, i));
 #pragma unroll
-            for (int j = 0; j < J; j++) cu_mma(s[j], a, attn_i8_pair(b[j]), attn_i8_pair(b[j] >> 8));
+            for (int j = 0; j < J; j++) cu_mma(s[j], a, cu_i8_pair_fast(b[j]), cu_i8_pair_fast(b[j] >> 8));
         } else if (I8) {
             uint32_t b[2];
             attn_load2(b, k + attn_at<sh::chunks>(warp * 16 + (mi & 1) * 8 + l7, i));
 #pragma unroll
-            for (int j = 0; j < J; j++) cu_mma(s[j], a, attn_i8_pair(b[j]), attn_i8_pair(b[j] >> 8));
+            for (int j = 0; j < J; j++) cu_mma(s[j], a, cu_i8_pair_fast(b[j]), cu_i8_pair_fast(b[j] >> 8));
         } else {
 #pragma unroll
             for (int j = 0; j < J; j += 2) {
@@ -127,9 +127,10 @@ static __device__ __forceinline__ void tile_weigh(float o[][2][4], float l[4], c
                 attn_load4_t(w, v + attn_at<sh::chunks>(pair * 32 + mi * 8 + l7, unit));
 #pragma unroll
                 for (int half = 0; half < 2; half++) {
-                    b[u][half * 4 + 0] = attn_i8_pair(w[half * 2]), b[u][half * 4 + 1] = attn_i8_pair(w[half * 2 + 1]);
-                    b[u][half * 4 + 2] = attn_i8_pair(w[half * 2] >> 8);
-                    b[u][half * 4 + 3] = attn_i8_pair(w[half * 2 + 1] >> 8);
+                    b[u][half * 4 + 0] = cu_i8_pair_fast(w[half * 2]),
+                                    b[u][half * 4 + 1] = cu_i8_pair_fast(w[half * 2 + 1]);
+                    b[u][half * 4 + 2] = cu_i8_pair_fast(w[half * 2] >> 8);
+                    b[u][half * 4 + 3] = cu_i8_pair_fast(w[half * 2 + 1] >> 8);
                 }
             } else {
 #pragma unroll

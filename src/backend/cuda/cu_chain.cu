@@ -9,7 +9,6 @@ enum {
     SHARED_STATIC = 4096, /* at most, of the kernel's own */
     SHARED_BLOCK = 227 * 1024,
     RING_LEAST = 48 * 1024, /* two segments of every warp at once, whatever the format, and some */
-    DEVICES_MAX = 64,
     CUT = 512,
 };
 
@@ -178,19 +177,8 @@ static const void *const kernels[CU_FORMATS][2] = {
     {(const void *)chain_kernel<CU_F8, false>, (const void *)chain_kernel<CU_F8, true>},
 };
 
-static cudaError_t kernel_ready(const void *fn, bool *ready) {
-    int device;
-    cudaError_t e = cudaGetDevice(&device);
-    if (e != cudaSuccess) return e;
-    if (device >= DEVICES_MAX) return cudaErrorInvalidDevice;
-    if (ready[device]) return cudaSuccess;
-    e = cudaFuncSetAttribute(fn, cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED_BLOCK - SHARED_STATIC);
-    ready[device] = e == cudaSuccess;
-    return e;
-}
-
 cudaError_t cu_chain_run(cudaStream_t s, const cu_chain *c, float *x, const cu_cache *cache, const cu_seqs *seqs) {
-    static bool ready[CU_FORMATS][2][DEVICES_MAX];
+    static uint64_t ready[CU_FORMATS][2];
     const bool i8 = c->kv_dtype == ERN_KV_I8;
     const void *fn = kernels[c->format][i8];
     const chain_memory m = memory_of(c);
@@ -218,7 +206,7 @@ cudaError_t cu_chain_run(cudaStream_t s, const cu_chain *c, float *x, const cu_c
     a.eps = c->eps;
     a.n_slot = shared_layout(&a, c, a.n_row) / slot_bytes(c->format);
     if (a.n_slot > CHAIN_SLOTS) a.n_slot = CHAIN_SLOTS;
-    cudaError_t e = kernel_ready(fn, ready[c->format][i8]);
+    cudaError_t e = cu_shared_bytes(&ready[c->format][i8], fn, SHARED_BLOCK - SHARED_STATIC);
     if (e != cudaSuccess) return e;
     cudaLaunchConfig_t config = {};
     cudaLaunchAttribute attr[2] = {};

@@ -464,7 +464,7 @@ static __device__ __forceinline__ void chain_linear(const chain_args *a, chain_b
     float total = chain_total<F>(part + first * unit + skinny_part_at(r, o), unit, scale + first, n_seg);
     if (F == CU_I8 || F == CU_I4) total = __fmul_rn(total, scale[sum_band * CU_BAND + o]);
     if (kind == CHAIN_UP) { /* whole warps */
-        const float h = skinny_swiglu(total, __shfl_down_sync(0xffffffffu, total, 16));
+        const float h = cu_swiglu(total, __shfl_down_sync(0xffffffffu, total, 16));
         const float next = __shfl_down_sync(0xffffffffu, h, 1);
         if (lane < CU_BAND && o % 2 == 0) chain_write(out + at / 2, cu_round2(h, next));
     } else {

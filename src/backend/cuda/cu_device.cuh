@@ -66,6 +66,11 @@ static __device__ __forceinline__ uint32_t cu_f8_pair(uint32_t w) {
     return out;
 }
 
+/* silu(gate) * up, each step rounded. */
+static __device__ __forceinline__ float cu_swiglu(float gate, float up) {
+    return __fmul_rn(__fdiv_rn(gate, __fadd_rn(1.0f, expf(-gate))), up);
+}
+
 /* ---- a row's sum ------------------------------------------------------------------------------------------------- */
 
 /* x[i .. i + 3], or zeros where i >= end (x[0 .. 3] is read then: no branch). */

@@ -2,11 +2,11 @@
  * that make the tensor cores the limit. Codes and x come a group (64 inputs) at a time through a ring in shared memory.
  * Per segment (two groups) the products start from zero and are added to the totals at its end, which is what makes the
  * sums the same for every kernel (cu_kernels.h). */
-#include <cudaTypedefs.h>
 #include <type_traits>
 
 #include "backend/cuda/cu_large_kernel.cuh"
 #include "backend/cuda/cu_launch.cuh"
+#include "backend/cuda/cu_map.cuh"
 
 /* ---- products by warpgroups ----------------------------------------------------------------------------------------
  *
@@ -79,11 +79,6 @@ static __device__ __forceinline__ void wide_group(float d[32], const uint32_t a[
 
 /* ---- the cluster ------------------------------------------------------------------------------------------------- */
 
-static __device__ __forceinline__ uint32_t wide_rank(void) {
-    uint32_t r;
-    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));
-    return r;
-}
 /* A slot is free, says this warp to all blocks that write to it. */
 static __device__ __forceinline__ void wide_leave(uint32_t bar, int lane) {
     __syncwarp();
@@ -117,7 +112,7 @@ template <cu_format F>
 static __device__ __forceinline__ void wide_fill(const large_args *a, const CUtensorMap *x, uint32_t n_tile,
                                                  uint32_t ring, const wide_bars *bars) {
     constexpr int N = wide_slots(F), OWN = WIDE_ROWS / WIDE_RANKS;
-    const uint32_t rank = wide_rank(), own0 = rank * OWN, to = ring + codes_bytes(F) + own0 * 128;
+    const uint32_t rank = cu_cluster_rank(), own0 = rank * OWN, to = ring + codes_bytes(F) + own0 * 128;
     const int32_t n_group = a->w.n_seg * 2;
     int slot = 0;
     uint32_t parity = 1; /* the first time round nobody has to leave a slot */
@@ -207,7 +202,7 @@ static __device__ __forceinline__ void wide_put_swiglu(const large_args *a, cons
 #pragma unroll
         for (int i = 0; i < BATCH; i++) {
             const int row = from + i * WIDE_STORERS;
-            const uint32_t v = cu_round2(large_swiglu(gate[i].x, up[i].x), large_swiglu(gate[i].y, up[i].y));
+            const uint32_t v = cu_round2(cu_swiglu(gate[i].x, up[i].x), cu_swiglu(gate[i].y, up[i].y));
             if (row >= n) break;
             if (two)
                 *(uint32_t *)(h + row * a->ldh) = v;
@@ -219,7 +214,7 @@ static __device__ __forceinline__ void wide_put_swiglu(const large_args *a, cons
 
 static __device__ __forceinline__ void wide_store(const large_args *a, uint32_t n_tile, const float *sums,
                                                   const wide_bars *bars, int storer, int lane) {
-    const uint32_t rank = wide_rank();
+    const uint32_t rank = cu_cluster_rank();
     uint32_t parity = 0;
     for (uint32_t index = blockIdx.x / WIDE_RANKS; index < n_tile; index += gridDim.x / WIDE_RANKS) {
         large_tile t;
@@ -247,7 +242,7 @@ static __device__ __forceinline__ void wide_multiply(const large_args *a, uint32
                                                      int group, int thread) {
     constexpr int N = wide_slots(F), SLOT = slot_bytes(F), GROUP = large_group_bytes(F), HALF = WIDE_X / 2;
     const int warp = thread / 32, lane = thread % 32, in_tile = warp * 2 + group;
-    const uint32_t rank = wide_rank(), x = ring_at + codes_bytes(F);
+    const uint32_t rank = cu_cluster_rank(), x = ring_at + codes_bytes(F);
     const unsigned char *codes = ring + in_tile * GROUP;
     const int32_t n_seg = a->w.n_seg;
     int slot = 0; /* the next to be read */
@@ -428,69 +423,28 @@ static __global__ void __launch_bounds__(SPREAD_WARPS * 32)
 
 /* ---- host -------------------------------------------------------------------------------------------------------- */
 
-/* Let a kernel have so much shared memory, once a device: bit d of *ready says that device d knows. */
-static cudaError_t shared_bytes(uint64_t *ready, const void *kernel, int bytes) {
-    int device;
-    cudaError_t e = cudaGetDevice(&device);
-    if (e != cudaSuccess || *ready >> device & 1) return e;
-    e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-    if (e == cudaSuccess) *ready |= 1ull << device;
-    return e;
-}
-
-/* x as rows for the copy engine: boxes of 64 inputs and the rows that a block brings. n_row: rows of x; beyond them are
- * zeros. */
-static cudaError_t map_x(CUtensorMap *map, const large_args *a, int64_t n_row) {
-    static void *encode;
-    if (!encode) {
-        cudaDriverEntryPointQueryResult found;
-        cudaError_t e =
-            cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &encode, 12000, cudaEnableDefault, &found);
-        if (e != cudaSuccess) return e;
-        if (found != cudaDriverEntryPointSuccess) return cudaErrorNotSupported;
-    }
-    const cuuint64_t size[] = {(cuuint64_t)a->w.n_seg * CU_SEGMENT, (cuuint64_t)n_row};
-    const cuuint64_t stride[] = {(cuuint64_t)a->ldx * sizeof(cu_bf16)};
-    const cuuint32_t box[] = {64, WIDE_ROWS / WIDE_RANKS}, step[] = {1, 1};
-    const CUresult r = ((PFN_cuTensorMapEncodeTiled_v12000)encode)(
-        map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, (void *)(uintptr_t)a->x, size, stride, box, step,
-        CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-        CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-    return r == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
-}
-
 template <cu_format F>
 static cudaError_t launch_wide(cudaStream_t s, large_args *a, int64_t n_x, bool early, int n_core) {
     static uint64_t ready;
     constexpr int BYTES = wide_bytes(F);
-    cudaError_t e = shared_bytes(&ready, (const void *)large_wide<F>, BYTES);
+    cudaError_t e = cu_shared_bytes(&ready, (const void *)large_wide<F>, BYTES);
     const int64_t n_tile = (int64_t)a->n_tile_out * a->n_tile_row, n_cluster = n_core / WIDE_RANKS;
     CUtensorMap x;
     if (e != cudaSuccess || n_tile == 0) return e;
     if (n_tile > INT32_MAX) return cudaErrorInvalidValue;
-    if ((e = map_x(&x, a, n_x)) != cudaSuccess) return e;
+    e = cu_map_rows(&x, a->x, (uint64_t)a->w.n_seg * CU_SEGMENT, (uint64_t)n_x, (uint64_t)a->ldx * sizeof(cu_bf16), 64,
+                    WIDE_ROWS / WIDE_RANKS);
+    if (e != cudaSuccess) return e;
     void *args[] = {a, &x};
     return cu_launch(s, (const void *)large_wide<F>,
                      dim3((unsigned)(n_tile < n_cluster ? n_tile : n_cluster) * WIDE_RANKS), WIDE_THREADS, BYTES, early,
                      WIDE_RANKS, args);
 }
 
-static cudaError_t n_core_get(int *n) {
-    static int n_core; /* multiprocessors */
-    cudaError_t e = cudaSuccess;
-    if (!n_core) {
-        int device;
-        e = cudaGetDevice(&device);
-        if (e == cudaSuccess) e = cudaDeviceGetAttribute(&n_core, cudaDevAttrMultiProcessorCount, device);
-    }
-    *n = n_core;
-    return e;
-}
-
 /* n_x: rows of x. */
 static cudaError_t launch_any(cudaStream_t s, large_args *a, int64_t n_x, bool early) {
-    int n_core;
-    cudaError_t e = n_core_get(&n_core);
+    int32_t n_core;
+    cudaError_t e = cu_core_count(&n_core);
     if (e != cudaSuccess) return e;
     if (!large_sound(a)) return cudaErrorInvalidValue;
     a->tile_bands = LARGE_BANDS * WIDE_RANKS;

@@ -140,10 +140,6 @@ static __device__ __forceinline__ void large_put(const large_args *a, const larg
             y[(i / 4 * 8 + (i & 1)) * a->ldy + (i & 2) * 4] = add ? __fadd_rn(old[i], t[i]) : t[i];
 }
 
-static __device__ __forceinline__ float large_swiglu(float gate, float up) {
-    return __fmul_rn(__fdiv_rn(gate, __fadd_rn(1.0f, expf(-gate))), up);
-}
-
 /* The square of pair `pair` of bands, whose first row is `row`. Lanes of neighbouring outputs trade rows, so that each
  * stores two outputs of one row as a word. All lanes call. */
 static __device__ __forceinline__ void large_put_swiglu(const large_args *a, const large_tile *tile,
@@ -151,7 +147,7 @@ static __device__ __forceinline__ void large_put_swiglu(const large_args *a, con
                                                         int32_t row, int lane) {
     uint32_t v[2]; /* of rows 2c, 2c + 1: output g low, g + 8 high */
 #pragma unroll
-    for (int i = 0; i < 2; i++) v[i] = cu_round2(large_swiglu(gate[i], up[i]), large_swiglu(gate[2 + i], up[2 + i]));
+    for (int i = 0; i < 2; i++) v[i] = cu_round2(cu_swiglu(gate[i], up[i]), cu_swiglu(gate[2 + i], up[2 + i]));
     const bool odd = lane & 4;
     const uint32_t got = __shfl_xor_sync(0xffffffffu, odd ? v[0] : v[1], 4), mine = odd ? v[1] : v[0];
     const uint32_t low = odd ? got : mine, high = odd ? mine : got; /* of the even and the odd output */

@@ -1,4 +1,5 @@
-/* Launching a kernel that begins while the one before it still runs (programmatic dependent launch), and clusters.
+/* Launching a kernel that begins while the one before it still runs (programmatic dependent launch), and clusters; what
+ * has to be known or set once a device before.
  *
  *   device  cu_launch_next()    from here on the next kernel may take what room is left on the chip
  *           cu_wait_previous()  all earlier kernels of the stream are done and their writes are seen
@@ -11,12 +12,45 @@
 
 #include <cuda_runtime.h>
 #include <stddef.h>
+#include <stdint.h>
 #include <utility>
 
 static __device__ __forceinline__ void cu_launch_next(void) {
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 }
 static __device__ __forceinline__ void cu_wait_previous(void) { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+/* The block's number in its cluster. */
+static __device__ __forceinline__ uint32_t cu_cluster_rank(void) {
+    uint32_t r;
+    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));
+    return r;
+}
+
+enum { CU_DEVICES = 64 }; /* whose numbers a file remembers */
+
+/* Multiprocessors of the device, asked for once. */
+static inline cudaError_t cu_core_count(int32_t *n) {
+    static int32_t count[CU_DEVICES];
+    int device, value = 0;
+    cudaError_t e = cudaGetDevice(&device);
+    if (e == cudaSuccess && device >= CU_DEVICES) e = cudaErrorInvalidDevice;
+    if (e == cudaSuccess && !count[device]) {
+        e = cudaDeviceGetAttribute(&value, cudaDevAttrMultiProcessorCount, device);
+        count[device] = value;
+    }
+    *n = e == cudaSuccess ? count[device] : 0;
+    return e;
+}
+/* Let a kernel have so much dynamic shared memory, once a device: bit d of *ready says that device d knows. */
+static inline cudaError_t cu_shared_bytes(uint64_t *ready, const void *kernel, int bytes) {
+    int device;
+    cudaError_t e = cudaGetDevice(&device);
+    if (e == cudaSuccess && device >= CU_DEVICES) e = cudaErrorInvalidDevice;
+    if (e != cudaSuccess || *ready >> device & 1) return e;
+    e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    if (e == cudaSuccess) *ready |= 1ull << device;
+    return e;
+}
 
 /* fn: a __global__ function; args: pointers to its parameters. early: it may begin before the kernel in front of it
  * ends. n_rank: blocks of a cluster along x (grid.x is a multiple of it). */

@@ -3,7 +3,6 @@
 #include "backend/cuda/cu_mid_kernel.cuh"
 
 enum {
-    DEVICES_MAX = 16,
     SHARED_ONE = 225 * 1024, /* of a block alone on its multiprocessor, what the kernel holds besides left out */
     SHARED_TWO = 112 * 1024, /* of one of two */
     HEIGHTS = 3,             /* tiles of 16, 32 and 64 rows */
@@ -23,25 +22,6 @@ static const void *const kernels[CU_FORMATS][HEIGHTS][2] = {
      {(const void *)mid_kernel<CU_F8, 32, false>, (const void *)mid_kernel<CU_F8, 32, true>},
      {(const void *)mid_kernel<CU_F8, 64, false>, (const void *)mid_kernel<CU_F8, 64, true>}},
 };
-
-/* Multiprocessors of the device; what its kernels may take is set before the first launch on it. */
-static cudaError_t device_ready(int32_t *n_core) {
-    static int32_t cores[DEVICES_MAX];
-    int id;
-    cudaError_t e = cudaGetDevice(&id);
-    if (e != cudaSuccess) return e;
-    if (id >= DEVICES_MAX) return cudaErrorInvalidDevice;
-    if (!cores[id]) {
-        int n = 0;
-        e = cudaDeviceGetAttribute(&n, cudaDevAttrMultiProcessorCount, id);
-        for (int i = 0; i < CU_FORMATS * HEIGHTS * 2 && e == cudaSuccess; i++)
-            e = cudaFuncSetAttribute(kernels[i / (HEIGHTS * 2)][i / 2 % HEIGHTS][i % 2],
-                                     cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED_ONE);
-        if (e == cudaSuccess) cores[id] = n;
-    }
-    *n_core = cores[id];
-    return e;
-}
 
 static int32_t ceil_div(int64_t a, int64_t b) { return (int32_t)((a + b - 1) / b); }
 static int32_t least(int32_t a, int32_t b) { return a < b ? a : b; }
@@ -99,7 +79,9 @@ static void plan(mid_plan *best, const cu_linear *w, int rows, int32_t n_tile_ro
 }
 
 static cudaError_t launch(cudaStream_t s, mid_args *a, const mid_plan *p, int rows, bool early) {
-    const int height = rows == 16 ? 0 : rows == 32 ? 1 : 2;
+    static uint64_t ready[CU_FORMATS][HEIGHTS][2];
+    const int height = rows == 16 ? 0 : rows == 32 ? 1 : 2, split = p->n_rank > 1;
+    const void *kernel = kernels[a->l.w.format][height][split];
     if (!large_sound(&a->l)) return cudaErrorInvalidValue;
     a->n_pair = p->n_pair;
     a->n_slot = p->n_slot;
@@ -111,8 +93,10 @@ static cudaError_t launch(cudaStream_t s, mid_args *a, const mid_plan *p, int ro
     const int64_t n_block = (int64_t)a->l.n_tile_out * a->l.n_tile_row * p->n_rank;
     if (n_block > INT32_MAX) return cudaErrorInvalidValue;
     if (n_block == 0) return cudaSuccess;
+    const cudaError_t e = cu_shared_bytes(&ready[a->l.w.format][height][split], kernel, SHARED_ONE);
+    if (e != cudaSuccess) return e;
     void *args[] = {a};
-    return cu_launch(s, kernels[a->l.w.format][height][p->n_rank > 1], dim3((unsigned)n_block),
+    return cu_launch(s, kernel, dim3((unsigned)n_block),
                      (unsigned)(p->n_pair * mid_parts(rows) + mid_fillers(rows)) * 32, (size_t)p->bytes, early,
                      (unsigned)p->n_rank, args);
 }
@@ -120,7 +104,7 @@ static cudaError_t launch(cudaStream_t s, mid_args *a, const mid_plan *p, int ro
 cudaError_t cu_mid_run(cudaStream_t s, const cu_job *j) {
     const int rows = j->n_row <= 16 ? 16 : j->n_row <= 32 ? 32 : 64;
     int32_t n_core;
-    cudaError_t e = device_ready(&n_core);
+    cudaError_t e = cu_core_count(&n_core);
     if (e != cudaSuccess) return e;
     if (j->x_f32) return cudaErrorInvalidValue;
     mid_args a = {};
@@ -135,7 +119,7 @@ cudaError_t cu_mid_run(cudaStream_t s, const cu_job *j) {
 cudaError_t cu_mid_grouped(cudaStream_t s, const cu_grouped_job *j) {
     const int rows = j->routes->tile_rows;
     int32_t n_core;
-    cudaError_t e = device_ready(&n_core);
+    cudaError_t e = cu_core_count(&n_core);
     if (e != cudaSuccess) return e;
     if (rows != 16 && rows != 32 && rows != 64) return cudaErrorInvalidValue;
     mid_args a = {};

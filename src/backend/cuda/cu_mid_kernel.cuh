@@ -42,11 +42,6 @@ static __host__ __device__ constexpr int mid_fillers(int rows) { return rows == 
 static __host__ __device__ constexpr int mid_warps_max(int rows) { return rows == 16 ? 8 : 8 - mid_fillers(rows); }
 static __host__ __device__ constexpr int mid_x_bytes(int rows) { return rows * CU_SEGMENT * 2; }
 
-static __device__ __forceinline__ uint32_t mid_rank(void) {
-    uint32_t r;
-    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));
-    return r;
-}
 /* The same place in the shared memory of another block of the cluster. */
 static __device__ __forceinline__ uint32_t mid_at_rank(uint32_t at, uint32_t rank) {
     uint32_t out;
@@ -207,7 +202,7 @@ __global__ void __launch_bounds__((mid_warps_max(ROWS) + mid_fillers(ROWS)) * 32
     b.slot_bytes = a.n_pair * 4 * GROUP + mid_x_bytes(ROWS);
     b.full = (uint32_t)__cvta_generic_to_shared(bars);
     b.empty = b.full + MID_SLOTS_MAX * 8;
-    b.rank = SPLIT ? (int32_t)mid_rank() : 0;
+    b.rank = SPLIT ? (int32_t)cu_cluster_rank() : 0;
     const uint32_t came = b.empty + MID_SLOTS_MAX * 8, read = came + 2 * 8; /* sums, by turn */
     if (threadIdx.x == 0) {
         for (int i = 0; i < a.n_slot; i++) {

@@ -29,6 +29,7 @@
  *   Before there is any h, x in f32 [row][D] and a row of the router [D] lie in its place. */
 #include "backend/cuda/cu_route.cuh"
 #include "backend/cuda/cu_skinny_kernel.cuh"
+#include "backend/cuda/cu_tensor.cuh"
 
 enum {
     WORKERS = 16,
@@ -97,12 +98,6 @@ typedef struct few_shared {
 
 /* ---- barriers in shared memory ----------------------------------------------------------------------------------- */
 
-static __device__ __forceinline__ void bar_init(uint64_t *bar, uint32_t count) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(skinny_shared(bar)), "r"(count) : "memory");
-}
-static __device__ __forceinline__ void bar_arrive(uint64_t *bar) {
-    asm volatile("mbarrier.arrive.release.cta.shared::cta.b64 _, [%0];" ::"r"(skinny_shared(bar)) : "memory");
-}
 /* Whether it has come: at once, and after a while of waiting if it has not. */
 #define BAR_LOOK(name, how)                                                               \
     static __device__ __forceinline__ bool name(uint64_t *bar, uint32_t parity) {         \
@@ -118,7 +113,7 @@ static __device__ __forceinline__ void bar_arrive(uint64_t *bar) {
 BAR_LOOK(bar_passed, "test_wait")
 BAR_LOOK(bar_passed_soon, "try_wait")
 /* Waits end: what has not come after so many looks never comes, and an error is better than a launch without end. */
-static __device__ __forceinline__ void bar_wait(uint64_t *bar, uint32_t parity) {
+static __device__ __forceinline__ void few_wait(uint64_t *bar, uint32_t parity) {
     for (int k = 0; !bar_passed_soon(bar, parity); k++)
         if (k > LOOKS_MAX) __trap();
 }
@@ -292,9 +287,9 @@ static __device__ __forceinline__ void few_route(few_shared *s, const few_args *
     few_meet(2, SERVANT_THREADS); /* nobody needs x or w any more */
     if (servant == 0) {
         list_experts(s, a, own, lane);
-        if (lane == 0) bar_arrive(&s->routed);
+        if (lane == 0) bar_arrive(skinny_shared(&s->routed));
     }
-    bar_wait(&s->routed, 0);
+    few_wait(&s->routed, 0);
 }
 
 /* n_row rows of n_seg segments, ldh apart, to shared memory as workers read them. */
@@ -330,7 +325,7 @@ static __device__ void few_bring(few_shared *s, const few_args *a, uint4 *shared
     if (s->run[SHARED_DOWN].from < s->run[SHARED_DOWN].to) {
         count_wait(count + COUNT_UP, a->stage[SHARED_UP].n_job);
         load_rows(shared_h, a->j.shared_hid, sd->n_seg * CU_SEGMENT, sd->n_seg, T, xl, lane);
-        if (lane == 0) bar_arrive(&s->h_here[0]);
+        if (lane == 0) bar_arrive(skinny_shared(&s->h_here[0]));
     }
     const few_run run = s->run[DOWN];
     if (run.from >= run.to) return;
@@ -341,7 +336,7 @@ static __device__ void few_bring(few_shared *s, const few_args *a, uint4 *shared
         count_wait(count + COUNT_UP + 1 + t, a->stage[UP].n_job);
         load_rows(tile_h + (t - first) * d->n_seg * 4 * xl, a->j.expert_hid + (int64_t)place * d->n_seg * CU_SEGMENT,
                   d->n_seg * CU_SEGMENT, d->n_seg, s->tile_place[t + 1] - place, xl, lane);
-        if (lane == 0) bar_arrive(&s->h_here[1 + t - first]);
+        if (lane == 0) bar_arrive(skinny_shared(&s->h_here[1 + t - first]));
     }
 }
 
@@ -385,7 +380,7 @@ static __device__ __forceinline__ void few_outputs(few_shared *s, const few_args
         by_segment[0] = o < n_seg ? scale[band * n_seg + o] : 0.0f;
         by_segment[1] = o + 16 < n_seg ? scale[band * n_seg + o + 16] : 0.0f;
     }
-    bar_wait(&s->whole[slot], seq / PARTS_AHEAD & 1);
+    few_wait(&s->whole[slot], seq / PARTS_AHEAD & 1);
 #pragma unroll 1
     for (int32_t r0 = 0; r0 < n_row; r0 += pairs ? 1 : 2) {
         const int32_t r = pairs ? r0 : r0 + half;
@@ -411,14 +406,14 @@ static __device__ __forceinline__ void few_outputs(few_shared *s, const few_args
             const float up = __shfl_down_sync(0xffffffffu, sum, CU_BAND);
             cu_bf16 *h = shared ? a->j.shared_hid : a->j.expert_hid;
             if (half == 0 && out < l->n_out)
-                h[(int64_t)(place + r) * CU_PAD(l->n_out) + out] = cu_round(skinny_swiglu(sum, up));
+                h[(int64_t)(place + r) * CU_PAD(l->n_out) + out] = cu_round(cu_swiglu(sum, up));
         } else if (r < n_row && out < l->n_out) {
             float *y = shared ? a->j.shared_y : a->j.expert_y;
             y[(int64_t)(place + r) * l->n_out + out] = sum;
         }
     }
     __syncwarp();
-    if (lane == 0) bar_arrive(&s->summed[slot]);
+    if (lane == 0) bar_arrive(skinny_shared(&s->summed[slot]));
 }
 
 /* Servants 1..3: every third job of the block, then the sum. A count costs a way to memory and back: one a tile. */
@@ -486,13 +481,11 @@ static __device__ __forceinline__ void few_ask(few_shared *s, const few_args *a,
     const unsigned char *pack = shared ? (const unsigned char *)(pairs ? a->j.shared_up.pack : a->j.shared_down.pack)
                                        : s->pack[pairs ? 0 : 1][tile];
     const unsigned char *from = pack + (int64_t)(((job << pairs) + second) * l->n_seg + seg) * unit;
-    const uint32_t bytes = min(chunk, l->n_seg - seg) * unit, bar = skinny_shared(full);
+    const int32_t bytes = min(chunk, l->n_seg - seg) * unit;
+    const uint32_t bar = skinny_shared(full);
     if (lane == 0) {
-        asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
-        asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-                         skinny_shared(slot)),
-                     "l"(from), "r"(bytes), "r"(bar)
-                     : "memory");
+        bar_arrive_expect(bar, bytes);
+        copy_bulk(skinny_shared(slot), from, bytes, bar);
     }
 }
 
@@ -540,14 +533,14 @@ static __device__ __forceinline__ void few_work(few_shared *s, const few_args *a
             walk_settle(&ask, s, known);
         }
         while (entered < w.seq) { /* this worker is done with the jobs before */
-            if (entered >= 0 && lane == 0) bar_arrive(&s->whole[entered % PARTS_AHEAD]);
+            if (entered >= 0 && lane == 0) bar_arrive(skinny_shared(&s->whole[entered % PARTS_AHEAD]));
             entered++;
             if (entered >= PARTS_AHEAD && (w.stage < STAGES || entered < w.seq))
-                bar_wait(&s->summed[entered % PARTS_AHEAD], (entered / PARTS_AHEAD - 1) & 1);
+                few_wait(&s->summed[entered % PARTS_AHEAD], (entered / PARTS_AHEAD - 1) & 1);
         }
         if (w.stage == STAGES) break;
         if (w.stage == UP && !known) { /* nothing else to do */
-            bar_wait(&s->routed, 0);
+            few_wait(&s->routed, 0);
             continue;
         }
         const few_linear *l = &a->stage[w.stage];
@@ -558,7 +551,7 @@ static __device__ __forceinline__ void few_work(few_shared *s, const few_args *a
         int32_t n_row = T, column = g;
         const uint4 *x = xs;
         if (w.stage == SHARED_DOWN) {
-            bar_wait(&s->h_here[0], 0);
+            few_wait(&s->h_here[0], 0);
             x = shared_h;
         } else if (w.stage != SHARED_UP) {
             const int32_t tile = w.job / l->n_job, place = s->tile_place[tile];
@@ -567,14 +560,14 @@ static __device__ __forceinline__ void few_work(few_shared *s, const few_args *a
                 column = g < n_row ? s->place_row[place + g] : 0;
             } else {
                 const int32_t nth = tile - s->run[DOWN].from / l->n_job;
-                bar_wait(&s->h_here[1 + nth], 0);
+                few_wait(&s->h_here[1 + nth], 0);
                 x = tile_h + nth * l->n_seg * 4 * xl;
             }
         }
         x += seg * 4 * xl + 4 * column + c;
         float *to = part + ((entered % PARTS_AHEAD) * a->n_part + second * l->n_seg + seg) * T * CU_BAND;
         const unsigned char *slot = ring + used_slot * SLOT + lane * 16;
-        bar_wait(full + used_slot, used_parity);
+        few_wait(full + used_slot, used_parity);
         if (FS == FE || !shared)
             few_products<FE>(to, slot, x, T, n_row, seg + 1 < l->n_seg, g, c);
         else
@@ -608,14 +601,14 @@ static __global__ void __launch_bounds__(THREADS, 1) moe_few(const __grid_consta
     float *const part = (float *)((unsigned char *)few_memory + a.part_at);
 
     cu_launch_next();
-    for (int k = thread; k < WORKERS * DEPTH_MAX; k += THREADS) bar_init(&s.full[k], 1);
+    for (int k = thread; k < WORKERS * DEPTH_MAX; k += THREADS) bar_init(skinny_shared(&s.full[k]), 1);
     if (thread < PARTS_AHEAD) {
-        bar_init(&s.whole[thread], WORKERS);
-        bar_init(&s.summed[thread], 1);
+        bar_init(skinny_shared(&s.whole[thread]), WORKERS);
+        bar_init(skinny_shared(&s.summed[thread]), 1);
     }
-    if (thread < 3) bar_init(&s.h_here[thread], 1);
-    if (thread == PARTS_AHEAD) bar_init(&s.routed, 1);
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    if (thread < 3) bar_init(skinny_shared(&s.h_here[thread]), 1);
+    if (thread == PARTS_AHEAD) bar_init(skinny_shared(&s.routed), 1);
+    bar_init_end();
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
     if (thread == 32)
         for (int k = 0; k < STAGES; k += 2) s.run[k] = run_even((int32_t)blockIdx.x, n_block, a.stage[k].n_job);

@@ -94,11 +94,6 @@ static __device__ __forceinline__ int32_t skinny_l2i(const int32_t *p) {
 
 /* ---- clusters ---------------------------------------------------------------------------------------------------- */
 
-static __device__ __forceinline__ uint32_t skinny_rank(void) {
-    uint32_t r;
-    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));
-    return r;
-}
 /* The same place in the shared memory of rank 0. */
 static __device__ __forceinline__ float *skinny_first_rank(float *p) {
     uint64_t out;
@@ -328,7 +323,7 @@ __global__ void __launch_bounds__(SKINNY_WARPS_MAX * 32, 3) skinny_kernel(const 
     __shared__ float row_scale[CU_SKINNY_MAX];
     const int thread = threadIdx.x, n_thread = blockDim.x, lane = thread & 31, n_warp = n_thread / 32;
     const int warp = __shfl_sync(0xffffffffu, thread / 32, 0), g = lane / 4, c = lane % 4;
-    const int32_t rank = a.n_rank > 1 ? (int32_t)skinny_rank() : 0;
+    const int32_t rank = a.n_rank > 1 ? (int32_t)cu_cluster_rank() : 0;
     const int32_t first_job = blockIdx.x / a.n_rank, step = gridDim.x / a.n_rank;
     const int32_t pairs = a.pairs, n_unit = a.n_round << pairs;
     const unsigned char *pack = a.pack;
@@ -489,7 +484,7 @@ __global__ void __launch_bounds__(SKINNY_WARPS_MAX * 32, 3) skinny_kernel(const 
             up = __fmul_rn(up, by[1]);
         }
         if (a.epilogue == CU_SWIGLU)
-            a.h[(place + r) * a.ldh + out] = cu_round(skinny_swiglu(z, up));
+            a.h[(place + r) * a.ldh + out] = cu_round(cu_swiglu(z, up));
         else
             a.y[(place + r) * a.ldy + out] = a.epilogue == CU_ADD ? __fadd_rn(old, z) : z;
     }

@@ -89,9 +89,4 @@ static __device__ __forceinline__ void skinny_put(float *p, const float acc[4], 
     }
 }
 
-/* silu(gate) * up: cu_kernels.h's formula, each step rounded. */
-static __device__ __forceinline__ float skinny_swiglu(float gate, float up) {
-    return __fmul_rn(__fdiv_rn(gate, __fadd_rn(1.0f, expf(-gate))), up);
-}
-
 #endif

@@ -6,8 +6,7 @@
 
 enum {
     WARPS = 8,
-    BLOCKS = 3, /* of a multiprocessor */
-    DEVICES_MAX = 16,
+    BLOCKS = 3,                                    /* of a multiprocessor */
     SHARED_MAX = 228 * 1024 / BLOCKS - 1024 - 512, /* of a block */
 };
 
@@ -108,22 +107,6 @@ template <cu_format F> static constexpr size_t ring_bytes(void) {
     return (size_t)WARPS * skinny_shape<F>::DEPTH * skinny_shape<F>::SLOT;
 }
 
-static cudaError_t device_ready(int32_t *n_core) {
-    static int32_t cores[DEVICES_MAX];
-    int id, n = 0;
-    cudaError_t e = cudaGetDevice(&id);
-    if (e != cudaSuccess) return e;
-    if (id >= DEVICES_MAX) return cudaErrorInvalidDevice;
-    if (!cores[id]) {
-        e = cudaDeviceGetAttribute(&n, cudaDevAttrMultiProcessorCount, id);
-        for (int f = 0; f < CU_FORMATS && e == cudaSuccess; f++)
-            e = cudaFuncSetAttribute(kernels[f], cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED_MAX);
-        if (e == cudaSuccess) cores[id] = n;
-    }
-    *n_core = cores[id];
-    return e;
-}
-
 static size_t shared_bytes(const cu_job *j) {
     const size_t ring[CU_FORMATS] = {ring_bytes<CU_BF16>(), ring_bytes<CU_I8>(), ring_bytes<CU_I4>(),
                                      ring_bytes<CU_F8>()};
@@ -132,15 +115,18 @@ static size_t shared_bytes(const cu_job *j) {
 }
 
 cudaError_t cu_tall_run(cudaStream_t s, const cu_job *j, bool *took) {
+    static uint64_t ready[CU_FORMATS];
     int32_t n_core;
     const size_t bytes = shared_bytes(j);
-    cudaError_t e = device_ready(&n_core);
+    cudaError_t e = cu_core_count(&n_core);
     *took = false;
     if (e != cudaSuccess) return e;
     if (j->n_row < 1 || j->n_row > CU_SKINNY_MAX || j->epilogue != CU_STORE || j->w.pairs || bytes > SHARED_MAX ||
         j->w.n_band < n_core * BLOCKS * WARPS)
         return cudaSuccess;
     *took = true;
+    e = cu_shared_bytes(&ready[j->w.format], kernels[j->w.format], SHARED_MAX);
+    if (e != cudaSuccess) return e;
     skinny_args a = skinny_plain(j);
     a.n_round = (a.n_seg + WARPS - 1) / WARPS;
     void *args[] = {&a};
