@@ -225,19 +225,6 @@ static __device__ __forceinline__ void publish(uint32_t *to, float x, float y) {
                  "r"(~__float_as_uint(y))
                  : "memory");
 }
-static __device__ __forceinline__ uint2 look2(const uint32_t *from) {
-    uint2 x;
-    asm volatile("ld.relaxed.gpu.global.v2.b32 {%0, %1}, [%2];" : "=r"(x.x), "=r"(x.y) : "l"(from) : "memory");
-    return x;
-}
-static __device__ __forceinline__ uint4 look4(const uint32_t *from) {
-    uint4 x;
-    asm volatile("ld.relaxed.gpu.global.v4.b32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
-                 : "l"(from)
-                 : "memory");
-    return x;
-}
 static __device__ __forceinline__ void clear2(uint32_t *to) {
     asm volatile("st.relaxed.gpu.global.v2.b32 [%0], {%1, %1};" ::"l"(to), "r"(0) : "memory");
 }
@@ -328,9 +315,9 @@ static __device__ __forceinline__ void join(const attn_args *a, const stretch *s
                     least = 0xffffffffu;
 #pragma unroll
                     for (int k = 0; k < ONCE; k++) {
-                        o[k] = look4(acc_at + slot[k]);
+                        o[k] = cu_look4(acc_at + slot[k]);
                         ml[k] = make_uint2(least, least);
-                        if (lane == 0) ml[k] = look2(ml_at + slot[k]);
+                        if (lane == 0) ml[k] = cu_look2(ml_at + slot[k]);
                     }
 #pragma unroll
                     for (int k = 0; k < ONCE; k++) least = min(min(least, min(o[k].x, o[k].y)), min(o[k].z, o[k].w));

@@ -87,19 +87,6 @@ template <cu_format F> struct chain_shape {
 
 /* ---- words between blocks ---------------------------------------------------------------------------------------- */
 
-static __device__ __forceinline__ uint4 chain_read4(const void *p) {
-    uint4 v;
-    asm volatile("ld.relaxed.gpu.global.v4.u32 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                 : "l"(p)
-                 : "memory");
-    return v;
-}
-static __device__ __forceinline__ uint2 chain_read2(const void *p) {
-    uint2 v;
-    asm volatile("ld.relaxed.gpu.global.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p) : "memory");
-    return v;
-}
 static __device__ __forceinline__ uint32_t chain_read(const void *p) {
     uint32_t v;
     asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
@@ -138,7 +125,7 @@ template <int N> static __device__ __forceinline__ void chain_await(uint4 v[N], 
         bool none = false;
 #pragma unroll
         for (int k = 0; k < N; k++)
-            if (k < count) v[k] = chain_read4(p[k]);
+            if (k < count) v[k] = cu_look4(p[k]);
 #pragma unroll
         for (int k = 0; k < N; k++)
             if (k < count) none |= chain_none(v[k]);
@@ -756,7 +743,7 @@ static __device__ __forceinline__ void chain_join(const chain_args *a, const cha
             int looks = 0;
             for (;;) {
                 uint32_t most = 0;
-                if (lane < count) bits = chain_read2(piece_ml);
+                if (lane < count) bits = cu_look2(piece_ml);
 #pragma unroll
                 for (int j = 0; j < CHAIN_ONCE; j++) {
                     o[j] = 0;

@@ -71,6 +71,23 @@ static __device__ __forceinline__ float cu_swiglu(float gate, float up) {
     return __fmul_rn(__fdiv_rn(gate, __fadd_rn(1.0f, expf(-gate))), up);
 }
 
+/* ---- words that other blocks write meanwhile: each is whole, whenever it is read ------------------------------------
+ */
+
+static __device__ __forceinline__ uint2 cu_look2(const void *p) {
+    uint2 v;
+    asm volatile("ld.relaxed.gpu.global.v2.b32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p) : "memory");
+    return v;
+}
+static __device__ __forceinline__ uint4 cu_look4(const void *p) {
+    uint4 v;
+    asm volatile("ld.relaxed.gpu.global.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(p)
+                 : "memory");
+    return v;
+}
+
 /* ---- a row's sum ------------------------------------------------------------------------------------------------- */
 
 /* x[i .. i + 3], or zeros where i >= end (x[0 .. 3] is read then: no branch). */
