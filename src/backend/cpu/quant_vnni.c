@@ -155,10 +155,7 @@ CPU_INLINE void linear_int(const cpu_linear_job *j, const bool four, bool ahead)
     }
 }
 
-static void linear_i8(const cpu_linear_job *j, bool ahead) { linear_int(j, false, ahead); }
-static void linear_i4(const cpu_linear_job *j, bool ahead) { linear_int(j, true, ahead); }
-
-void cpu_linear_i8_vnni(const cpu_linear_job *j) { linear_i8(j, false); }
-void cpu_linear_i4_vnni(const cpu_linear_job *j) { linear_i4(j, false); }
-void cpu_linear_i8_ahead(const cpu_linear_job *j) { linear_i8(j, true); }
-void cpu_linear_i4_ahead(const cpu_linear_job *j) { linear_i4(j, true); }
+void cpu_linear_i8_vnni(const cpu_linear_job *j) { linear_int(j, false, false); }
+void cpu_linear_i4_vnni(const cpu_linear_job *j) { linear_int(j, true, false); }
+void cpu_linear_i8_ahead(const cpu_linear_job *j) { linear_int(j, false, true); }
+void cpu_linear_i4_ahead(const cpu_linear_job *j) { linear_int(j, true, true); }

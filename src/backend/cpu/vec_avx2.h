@@ -10,15 +10,8 @@
 #include <string.h>
 
 #include "backend/cpu/cpu_kernels.h"
+#include "backend/cpu/vec.h"
 #include "base/half.h"
-
-#define CPU_INLINE static inline __attribute__((always_inline))
-/* Small loops over registers must be unrolled whole, or the arrays of registers go to memory. */
-#ifdef __clang__
-#define CPU_UNROLL _Pragma("unroll")
-#else
-#define CPU_UNROLL _Pragma("GCC unroll 16")
-#endif
 
 /* All ones in the first n lanes of 8; n may be below 0 or above 8. */
 CPU_INLINE __m256i cpu_lanes8(int64_t n) {

@@ -6,15 +6,8 @@
 #include <stdint.h>
 
 #include "backend/cpu/cpu_kernels.h"
+#include "backend/cpu/vec.h"
 #include "base/half.h"
-
-#define CPU_INLINE static inline __attribute__((always_inline))
-/* Small loops over registers must be unrolled whole, or the arrays of registers go to memory. */
-#ifdef __clang__
-#define CPU_UNROLL _Pragma("unroll")
-#else
-#define CPU_UNROLL _Pragma("GCC unroll 16")
-#endif
 
 /* The first n lanes of 16; n >= 16: all. */
 CPU_INLINE __mmask16 cpu_mask(int64_t n) {
