@@ -262,13 +262,13 @@ static const char *const format_name[CU_FORMATS] = {"bf16", "int8", "int4", "fp8
 
 static void check_shape(const shape *s, cu_format f, ern_kv_dtype kv, int32_t row_max, bool all) {
     static const int32_t lens[][ROWS_MAX] = {
-        {1}, {127}, {128}, {129}, {1022}, {5000}, {300, 1}, {1024, 129, 2}, {70, 1, 1, 700}, {126, 127, 128, 129},
+        {1}, {127}, {128}, {129}, {1022}, {9000}, {300, 1}, {1024, 129, 2}, {70, 1, 1, 700}, {126, 127, 128, 129},
     };
     static const int32_t n_row[] = {1, 1, 1, 1, 1, 1, 2, 3, 4, 4};
     char name[120];
     (void)snprintf(name, sizeof name, "chain %s %s kv %s", s->name, format_name[f], kv == ERN_KV_I8 ? "int8" : "bf16");
     if (!check_begin(name)) return;
-    world *w = world_new(s, f, kv, row_max, 5120, 340);
+    world *w = world_new(s, f, kv, row_max, 9216, 600);
     if (!cu_chain_fits(&w->c)) {
         check_that(name, false, "does not fit");
     } else {

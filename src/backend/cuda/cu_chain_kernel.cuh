@@ -245,7 +245,7 @@ static __device__ __forceinline__ float chain_row_scale(const float *x, float ep
     for (int k = 0; k < CHAIN_WARPS; k++) v[k] = *(const float4 *)(x + k * CU_SEGMENT + lane * 4);
 #pragma unroll
     for (int k = 0; k < CHAIN_WARPS; k++) sum = cu_add_squares(v[k], sum);
-    return cu_norm_scale(cu_warp_sum(sum), CHAIN_HIDDEN, eps);
+    return __frsqrt_rn(__fadd_rn(__fmul_rn(cu_warp_sum(sum), 1.0f / CHAIN_HIDDEN), eps)); /* 2^-10: exact */
 }
 
 /* The warp's segment of the norm of x [n_row, D]; which: the layer's first norm, or second. */
@@ -291,9 +291,10 @@ static __device__ __forceinline__ void chain_norm(const chain_args *a, const cha
 
 /* ---- linears ----------------------------------------------------------------------------------------------------- */
 
-/* Units of a warp whose codes wait in registers for x, as they are packed; their slots are free again. */
+/* Units of a warp whose codes wait in registers for x, as they are packed; their slots are free again. More of int8 and
+ * fp8 would not leave registers enough, and what is spilled costs more than a second round. */
 template <cu_format F> struct chain_units {
-    static constexpr int MOST = F == CU_BF16 ? 2 : 4, VECTORS = chain_shape<F>::UNIT / 512; /* units; a lane's of one */
+    static constexpr int MOST = F == CU_I4 ? 4 : 2, VECTORS = chain_shape<F>::UNIT / 512; /* units; a lane's of one */
     uint4 code[MOST][VECTORS];
     int32_t seg[MOST], at[MOST]; /* of x; among the block's partial sums */
 };
@@ -342,6 +343,10 @@ static __device__ __forceinline__ void chain_codes(uint32_t a[2][4], const uint4
     } else if (F == CU_I4) {
         const uint4 v = code[half / 2];
         skinny_unpack_half<F>(a, half % 2 ? make_uint4(v.z, v.w, 0, 0) : v);
+    } else if (F == CU_I8) {
+        const uint32_t word[4] = {code[half].x, code[half].y, code[half].z, code[half].w};
+#pragma unroll
+        for (int k = 0; k < 8; k++) a[k / 4][k % 4] = cu_i8_pair_fast(word[k / 2] >> (8 * (k % 2)));
     } else {
         skinny_unpack_half<F>(a, code[half]);
     }
@@ -410,11 +415,9 @@ static __device__ __forceinline__ void chain_linear(const chain_args *a, chain_b
     const int32_t row_job = t / CU_BAND / bands, sum_job = row_job / n_row, r = row_job - sum_job * n_row;
     const bool sums = t < n_sum;
     const int32_t at = sums ? r * n_out + b->jobs->job[kind][sum_job] * CU_BAND + o : 0;
-    float old = 0.0f;
+    uint32_t old = 0; /* looked at when it is needed */
     if (old_x && sums) {
-        uint32_t bits = chain_read(old_x + at);
-        for (int i = 0; bits == CHAIN_NONE; bits = chain_read(old_x + at)) chain_again(&i);
-        old = __uint_as_float(bits);
+        old = chain_read(old_x + at);
     }
     if (kind == CHAIN_QKV || kind == CHAIN_UP)
         chain_norm(a, b, (const float *)in, kind == CHAIN_UP, layer);
@@ -455,7 +458,11 @@ static __device__ __forceinline__ void chain_linear(const chain_args *a, chain_b
         const float next = __shfl_down_sync(0xffffffffu, h, 1);
         if (lane < CU_BAND && o % 2 == 0) chain_write(out + at / 2, cu_round2(h, next));
     } else {
-        chain_write(out + at, __float_as_uint(old_x ? __fadd_rn(old, total) : total));
+        if (old_x) {
+            for (int i = 0; old == CHAIN_NONE; old = chain_read(old_x + at)) chain_again(&i);
+            total = __fadd_rn(__uint_as_float(old), total);
+        }
+        chain_write(out + at, __float_as_uint(total));
     }
 }
 
@@ -824,8 +831,9 @@ __global__ void __launch_bounds__(CHAIN_THREADS + 32, 1) chain_kernel(const __gr
         return;
     }
 
-    cu_wait_previous();
+    /* Before the wait: all blocks of the step before had counted when they let others begin. */
     if (thread == 0) set = (int32_t)(atomicAdd(a.count, 1ull) / gridDim.x & 1);
+    cu_wait_previous();
     if (thread < a.n_row) pos[thread] = a.att.pos[thread];
     chain_sync(CHAIN_BAR);
     chain_line line = {pos, 0, 0, 0};
