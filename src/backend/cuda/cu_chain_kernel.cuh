@@ -488,28 +488,39 @@ static __device__ __forceinline__ chain_tile chain_tile_of(const attn_args *a, c
     return t;
 }
 
-/* This step's key or value of the row, x of the lane's four dimensions: to shared memory and to its cell. */
+/* Where this step's key or value of the row goes, the lane's four dimensions and the scale: in shared memory and in its
+ * cell (NULL: none). */
+typedef struct chain_own {
+    unsigned char *near, *far;
+    float *near_scale, *far_scale;
+} chain_own;
 template <bool I8>
-static __device__ __forceinline__ void chain_own(const chain_args *a, unsigned char *kv, unsigned char *smem,
-                                                 const chain_tile *t, int32_t cell, int which, const float x[4],
-                                                 float *scales, int lane) {
+static __device__ __forceinline__ chain_own chain_own_of(const attn_args *a, unsigned char *kv, unsigned char *smem,
+                                                         const chain_tile *t, int32_t cell, int which, float *scales,
+                                                         int lane) {
     typedef tile_shape<CHAIN_HEAD, I8, CHAIN_WARPS> sh;
-    const attn_args *at = &a->att;
     const int32_t in_tile = t->pos % CU_KEYS, byte = lane * 4 * (I8 ? 1 : 2);
-    const int32_t nth = cell / at->n_page_cell, in_page = cell - nth * at->n_page_cell;
-    unsigned char *plane = kv + nth * at->page_bytes + t->head * at->plane_bytes + which * at->value;
-    unsigned char *to = plane + (int64_t)in_page * sh::row_bytes + byte;
-    unsigned char *near = smem + (which ? sh::v_at : sh::k_at) + attn_at<sh::chunks>(in_tile, byte / 16) + byte % 16;
+    const int32_t nth = cell / a->n_page_cell, in_page = cell - nth * a->n_page_cell;
+    unsigned char *plane = kv + nth * a->page_bytes + t->head * a->plane_bytes + which * a->value;
+    chain_own own;
+    own.near = smem + (which ? sh::v_at : sh::k_at) + attn_at<sh::chunks>(in_tile, byte / 16) + byte % 16;
+    own.far = cell < 0 ? NULL : plane + (int64_t)in_page * sh::row_bytes + byte;
+    own.near_scale = scales + in_tile;
+    own.far_scale = (float *)(plane + a->scale_at) + in_page;
+    return own;
+}
+template <bool I8>
+static __device__ __forceinline__ void chain_put_own(const chain_own *to, const float x[4], int lane) {
     if (I8) {
         float scale;
         const uint32_t word = attn_codes<4>(x, &scale);
-        attn_put_codes<4>(near, word);
-        if (cell >= 0) attn_put_codes<4>(to, word);
-        if (lane == 0) scales[in_tile] = scale;
-        if (lane == 0 && cell >= 0) ((float *)(plane + at->scale_at))[in_page] = scale;
+        attn_put_codes<4>(to->near, word);
+        if (to->far) attn_put_codes<4>(to->far, word);
+        if (lane == 0) *to->near_scale = scale;
+        if (lane == 0 && to->far) *to->far_scale = scale;
     } else {
-        attn_put_bf16<4>(near, x);
-        if (cell >= 0) attn_put_bf16<4>(to, x);
+        attn_put_bf16<4>(to->near, x);
+        if (to->far) attn_put_bf16<4>(to->far, x);
     }
 }
 
@@ -536,6 +547,8 @@ static __device__ __forceinline__ void chain_make(const chain_args *a, const cha
     const uint32_t *q_at = row + (t->head * at->group + warp) * CHAIN_HEAD;
     const bool makes_q = q && warp < at->group;
     if (!own && !makes_q) return;
+    chain_own to_own = {};
+    if (own) to_own = chain_own_of<I8>(at, kv, b->smem, t, cell, warp, warp ? value_scale : key_scale, lane);
     uint4 v[2];
     const void *const from[2] = {own ? own_at : q_at, makes_q ? q_at : own_at};
     chain_await<2>(v, from, 2);
@@ -546,7 +559,7 @@ static __device__ __forceinline__ void chain_make(const chain_args *a, const cha
         else
             x[0] = __uint_as_float(v[0].x), x[1] = __uint_as_float(v[0].y), x[2] = __uint_as_float(v[0].z),
             x[3] = __uint_as_float(v[0].w);
-        chain_own<I8>(a, kv, b->smem, t, cell, warp, x, warp ? value_scale : key_scale, lane);
+        chain_put_own<I8>(&to_own, x, lane);
     }
 #pragma unroll 1
     for (int32_t r = warp; makes_q && r < at->group; r += CHAIN_WARPS) {
@@ -610,11 +623,12 @@ static __device__ __forceinline__ void chain_attend_first(const chain_args *a, c
     for (int i = b->warp * 32 + b->lane; i < (ATTN_FEW - a->att.group) * (CHAIN_HEAD / 8); i += CHAIN_THREADS)
         ((uint4 *)(b->smem + sh::q_at))[a->att.group * (CHAIN_HEAD / 8) + i] = make_uint4(0, 0, 0, 0); /* no rows */
     chain_sync(CHAIN_BAR);
-    chain_load<I8>(a, b, 0, 0, &t);
     chain_load_scales<I8>(a, b, 0, &t, cell, k->turn);
-    attn_copy_commit();
-    chain_load<I8>(a, b, 0, 1, &t);
-    attn_copy_commit();
+#pragma unroll 1
+    for (int which = 0; which < 2; which++) {
+        chain_load<I8>(a, b, 0, which, &t);
+        attn_copy_commit();
+    }
 }
 
 /* O of a tile, and its M and L. */
@@ -651,6 +665,7 @@ static __device__ __forceinline__ void chain_attend(const chain_args *a, const c
     const int warp = b->warp, lane = b->lane, g = lane / 4, c = lane % 4;
     unsigned char *smem = b->smem, *kv = a->att.kv + layer * a->layer_bytes;
     float *key_scale = (float *)(smem + sh::scale_at), *top = (float *)(smem + sh::top_at);
+    int64_t *cells = (int64_t *)(smem + sh::cell_at);
     int32_t have = -1; /* whose q is there */
     chain_tile t = chain_tile_of(&a->att, k->pos, k->first);
 #pragma unroll 1
@@ -665,7 +680,7 @@ static __device__ __forceinline__ void chain_attend(const chain_args *a, const c
         attn_copy_wait<1>();
         chain_sync(CHAIN_BAR); /* keys and q are there; nobody reads `cells` any more */
         float s[J][4], m[2] = {-INFINITY, -INFINITY};
-        tile_scores<CHAIN_HEAD, I8, CHAIN_WARPS, true>(s, smem, warp, lane);
+        tile_scores<CHAIN_HEAD, I8, CHAIN_WARPS>(s, smem, warp, lane);
 #pragma unroll
         for (int j = 0; j < J; j++) {
             const int in_tile = warp * sh::warp_keys + j * 8 + 2 * c;
@@ -683,12 +698,16 @@ static __device__ __forceinline__ void chain_attend(const chain_args *a, const c
             m[i] = fmaxf(m[i], __shfl_xor_sync(0xffffffffu, m[i], 2));
             if (c == 0) top[warp * ATTN_FEW + g + 8 * i] = m[i];
         }
-        const attn_cell cell = chain_cell<I8>(&a->att, &next, page);
-        if (threadIdx.x < CU_KEYS) ((int64_t *)(smem + sh::cell_at))[threadIdx.x] = max(cell.key, (int64_t)0);
+        /* The next layer waits until these results are on their way. */
+        attn_cell cell;
+        if (!last) {
+            cell = chain_cell<I8>(&a->att, &next, page);
+            if (threadIdx.x < CU_KEYS) cells[threadIdx.x] = max(cell.key, (int64_t)0);
+        }
         chain_sync(CHAIN_BAR); /* maxima are there; keys and q may be overwritten */
-        if (more) {
-            chain_load<I8>(a, b, next_layer, 0, &next);
-            chain_load_scales<I8>(a, b, next_layer, &next, cell, k->turn ^ 1);
+        if (!last) {
+            chain_load_scales<I8>(a, b, layer, &next, cell, k->turn ^ 1);
+            chain_load<I8>(a, b, layer, 0, &next);
         }
         attn_copy_commit();
 #pragma unroll
@@ -716,11 +735,19 @@ static __device__ __forceinline__ void chain_attend(const chain_args *a, const c
         attn_copy_wait<1>();
         chain_sync(CHAIN_BAR); /* values and weights are there */
         float o[sh::warp_units][2][4], l[4];
-        tile_weigh<CHAIN_HEAD, I8, CHAIN_WARPS, true>(o, l, smem, warp, lane);
+        tile_weigh<CHAIN_HEAD, I8, CHAIN_WARPS>(o, l, smem, warp, lane);
         chain_put_tile<I8>(a, b, layer, &t, o[0], m, l);
+        if (last) {
+            cell = chain_cell<I8>(&a->att, &next, page);
+            if (threadIdx.x < CU_KEYS) cells[threadIdx.x] = max(cell.key, (int64_t)0);
+        }
         chain_sync(CHAIN_BAR); /* values and weights may be overwritten */
-        if (more) chain_load<I8>(a, b, next_layer, 1, &next);
-        attn_copy_commit();
+        if (last && more) chain_load_scales<I8>(a, b, next_layer, &next, cell, k->turn ^ 1);
+#pragma unroll 1
+        for (int which = last ? 0 : 1; which < 2; which++) {
+            if (more) chain_load<I8>(a, b, next_layer, which, &next);
+            attn_copy_commit();
+        }
         k->turn ^= 1;
         t = next;
     }
@@ -732,65 +759,54 @@ static __device__ __forceinline__ void chain_join(const chain_args *a, const cha
     constexpr int SLICES = CHAIN_HEAD / CHAIN_SLICE;
     const int lane = b->lane;
     const int32_t H = a->att.n_head, n = a->n_row * H * SLICES, step = gridDim.x * CHAIN_WARPS;
+    /* from the last warp on: the first ones have more to do */
 #pragma unroll 1
-    for (int32_t task = b->jobs->join + gridDim.x * b->warp; task < n; task += step) {
+    for (int32_t task = b->jobs->join + gridDim.x * (CHAIN_WARPS - 1 - b->warp); task < n; task += step) {
         const int32_t slice = task % SLICES, row = task / SLICES / H, head = task / SLICES - row * H;
         const int32_t n_tile = chain_tiles(pos[row]);
         const int64_t at = chain_piece_at(a, row, head, 0);
         float *piece = a->piece[layer & 1] + at * CHAIN_HEAD + slice * CHAIN_SLICE + lane;
-        float2 *piece_ml = a->piece_ml[layer & 1] + (int64_t)slice * a->n_row_max * H * a->n_tile_max + at + lane;
+        float2 *piece_ml = a->piece_ml[layer & 1] + (int64_t)slice * a->n_row_max * H * a->n_tile_max + at;
+        uint32_t *to = out + (((int64_t)row * H + head) * CHAIN_HEAD + slice * CHAIN_SLICE + lane) / 2;
         float M = -INFINITY, L = 0.0f, acc = 0.0f;
 #pragma unroll 1
-        for (int32_t from = 0; from < n_tile;
-             from += CHAIN_ONCE, piece += CHAIN_ONCE * CHAIN_HEAD, piece_ml += CHAIN_ONCE) {
+        for (int32_t from = 0; from < n_tile; from += CHAIN_ONCE) {
             /* Factors of so many tiles at once: a largest value has no order. */
             const int32_t count = min((int32_t)CHAIN_ONCE, n_tile - from);
             uint32_t o[CHAIN_ONCE];
-            uint2 bits = make_uint2(0, 0);
+            uint2 ml[CHAIN_ONCE];
             int looks = 0;
             for (;;) {
                 uint32_t most = 0;
-                if (lane < count) bits = cu_look2(piece_ml);
 #pragma unroll
                 for (int j = 0; j < CHAIN_ONCE; j++) {
-                    o[j] = 0;
-                    if (j < count) o[j] = chain_read(piece + j * CHAIN_HEAD);
+                    o[j] = 0, ml[j] = make_uint2(__float_as_uint(-INFINITY), 0);
+                    if (j < count)
+                        ml[j] = cu_look2(piece_ml + from + j), o[j] = chain_read(piece + (from + j) * CHAIN_HEAD);
                 }
 #pragma unroll
-                for (int j = 0; j < CHAIN_ONCE; j++) most = max(most, o[j]);
-                if (!__any_sync(0xffffffffu, max(most, max(bits.x, bits.y)) == CHAIN_NONE)) break;
+                for (int j = 0; j < CHAIN_ONCE; j++) most = max(most, max(o[j], max(ml[j].x, ml[j].y)));
+                if (!__any_sync(0xffffffffu, most == CHAIN_NONE)) break;
                 chain_again(&looks);
             }
 #pragma unroll
             for (int j = 0; j < CHAIN_ONCE; j++) {
-                if (j < count) chain_write(piece + j * CHAIN_HEAD, CHAIN_NONE);
-            }
-            float2 ml = make_float2(-INFINITY, 0.0f);
-            if (lane < count) {
-                ml = make_float2(__uint_as_float(bits.x), __uint_as_float(bits.y));
-                chain_write2(piece_ml, __uint_as_float(CHAIN_NONE), __uint_as_float(CHAIN_NONE));
-            }
-            float up_to = fmaxf(M, ml.x);
-            for (int d = 1; d < 32; d <<= 1) {
-                const float other = __shfl_up_sync(0xffffffffu, up_to, d);
-                if (lane >= d) up_to = fmaxf(up_to, other);
-            }
-            float before = __shfl_up_sync(0xffffffffu, up_to, 1), f, by;
-            if (lane == 0) before = M;
-            attn_factors(&before, ml.x, &f, &by);
-            M = __shfl_sync(0xffffffffu, before, count - 1);
-#pragma unroll
-            for (int j = 0; j < CHAIN_ONCE; j++) {
                 if (j >= count) break;
-                const float fj = __shfl_sync(0xffffffffu, f, j), bj = __shfl_sync(0xffffffffu, by, j);
-                L = attn_join(L, __shfl_sync(0xffffffffu, ml.y, j), fj, bj);
-                acc = attn_join(acc, __uint_as_float(o[j]), fj, bj);
+                float f, by;
+                attn_factors(&M, __uint_as_float(ml[j].x), &f, &by);
+                L = attn_join(L, __uint_as_float(ml[j].y), f, by);
+                acc = attn_join(acc, __uint_as_float(o[j]), f, by);
             }
         }
         const float y = __fdiv_rn(acc, L), next = __shfl_down_sync(0xffffffffu, y, 1);
-        if (lane % 2 == 0)
-            chain_write(out + (((int64_t)row * H + head) * CHAIN_HEAD + slice * CHAIN_SLICE + lane) / 2,
-                        cu_round2(y, next));
+        if (lane % 2 == 0) {
+            chain_write(to, cu_round2(y, next));
+        }
+#pragma unroll 1
+        for (int32_t j = 0; j < n_tile; j++) {
+            chain_write(piece + j * CHAIN_HEAD, CHAIN_NONE);
+            if (lane == 0) chain_write2(piece_ml + j, __uint_as_float(CHAIN_NONE), __uint_as_float(CHAIN_NONE));
+        }
         __threadfence(); /* the places are filled before anything that this block makes from here on is seen */
     }
 }
