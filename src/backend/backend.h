@@ -51,11 +51,18 @@ typedef struct ern_page_pair {
  *
  *   K    [P'/16, C, 16] elements: cell p, dimension c at (p/16 * C + c) * 16 + p%16, so that 16 keys lie side by side
  *   V    [P', C] elements
- *   I8   after either: [P'] f32 scales, one a cell; the value is code * scale (docs/model.md 10). C at most 128
+ *   I8, F8  one byte an element; after either: [P'] f32 scales, one a cell; the value is code * scale (docs/model.md
+ *           10). C at most 128
  *
  * Cells that were never written, and those past P, may hold anything and are not looked at. */
-typedef enum ern_kv_dtype { ERN_KV_BF16, ERN_KV_F32, ERN_KV_I8 } ern_kv_dtype; /* F32: ref only */
-enum { ERN_KV_GROUP = 16, ERN_KV_I8_HEAD_MAX = 128 };
+typedef enum ern_kv_dtype {
+    ERN_KV_BF16,
+    ERN_KV_F32,
+    ERN_KV_I8,
+    ERN_KV_F8
+} ern_kv_dtype; /* F32: ref only; F8: not cpu */
+enum { ERN_KV_GROUP = 16, ERN_KV_CODE_HEAD_MAX = 128 };
+static inline bool ern_kv_has_codes(ern_kv_dtype t) { return t == ERN_KV_I8 || t == ERN_KV_F8; }
 
 typedef struct ern_backend_options {
     int32_t n_page;      /* pages of KV */

@@ -31,6 +31,10 @@ static uint64_t to_bytes(double gib) { return (uint64_t)(gib * GIB); }
 
 static bool is_name(const char *text, const char *name) { return strcmp(text, name) == 0; }
 
+static ern_kv_dtype kv_dtype_of(const char *name) {
+    return is_name(name, "int8") ? ERN_KV_I8 : is_name(name, "fp8") ? ERN_KV_F8 : ERN_KV_BF16;
+}
+
 /* ---- capacity and scheduling ------------------------------------------------------------------------------------- */
 
 static ern_status pick_backend(const launch *l, const options *o, const ern_backend_ops **out, ern_err *err) {
@@ -159,7 +163,7 @@ static ern_status check_capacity(launch *l, const options *o, ern_err *err) {
                             .n_seq_max = (int32_t)seqs,
                             .n_want_max = (int32_t)step,
                             .n_len_max = (int32_t)len,
-                            .kv_dtype = is_name(options_text(o, "kv-cache-dtype"), "int8") ? ERN_KV_I8 : ERN_KV_BF16,
+                            .kv_dtype = kv_dtype_of(options_text(o, "kv-cache-dtype")),
                             .level = -1},
     };
     return check_rules(l, o, chunks, err);
@@ -225,7 +229,8 @@ int32_t launch_prompt_pages(const launch *l, const ern_engine_plan *p) {
 }
 
 void launch_take_model(launch *l, const ern_model *m) {
-    if (l->kv_auto && m->kv_int8) l->engine.backend_options.kv_dtype = ERN_KV_I8;
+    if (!l->kv_auto || !m->kv_codes) return;
+    l->engine.backend_options.kv_dtype = m->kv_codes == ERN_KV_CODES_INT8 ? ERN_KV_I8 : ERN_KV_F8;
 }
 
 /* FastDeploy's rule: a share of all of the device's memory, less what is in use there when we come. */

@@ -176,10 +176,10 @@ const option option_table[] = {
     {.name = "block-size", .type = OPTION_INT, .fallback = "64", .min = 1, .max = 1024, .group = "KV cache", .tag = 'T',
      .command = CMD_SERVE, .help = "Tokens per KV page", .state = OPTION_PENDING, .fine = "64",
      .why = "other page sizes than 64 are not built; leave the flag out"},
-    {.name = "kv-cache-dtype", .type = OPTION_ENUM, .choices = "auto|bf16|int8", .fallback = "auto",
+    {.name = "kv-cache-dtype", .type = OPTION_ENUM, .choices = "auto|bf16|int8|fp8", .fallback = "auto",
      .group = "KV cache", .tag = 'E', .command = CMD_SERVE | CMD_BENCH_STEP,
-     .help = "Number format of the KV cache; int8 takes about half of the memory and reads half of it per token; auto: what "
-             "the checkpoint asks for (kv_cache_quant_type), else bf16",
+     .help = "Number format of the KV cache; int8 and fp8 (e4m3, on a GPU) take about half of the memory and read half of it "
+             "per token; auto: what the checkpoint asks for (kv_cache_quant_type), else bf16",
      .example = "--kv-cache-dtype int8"},
     {.name = "enable-prefix-caching", .type = OPTION_FLAG, .fallback = "1", .group = "KV cache", .tag = 'S',
      .command = CMD_SERVE,

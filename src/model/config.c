@@ -331,7 +331,7 @@ static void read_quant(reader *r, config_hints *h) {
     if (r->status != ERN_OK) return;
     h->quantized = found.weights;
     h->quant = found.plan;
-    h->kv_int8 = found.kv_int8;
+    h->kv_codes = found.kv_codes;
 }
 
 /* Token ids: a number, or for eos a list; merged without doubles. */

@@ -14,7 +14,7 @@ typedef struct config_hints {
     char unknown[512]; /* keys that ernest does not know, a blank between; "" when there are none */
     bool quantized;    /* the files hold tiles, by this plan */
     ern_quant_plan quant;
-    bool kv_int8; /* the KV cache is to be int8 */
+    ern_kv_codes kv_codes; /* what the KV cache is to be */
 } config_hints;
 
 /* Check the text of a config.json and fill *out and *hints (both cleared first). `what` names the file in errors.

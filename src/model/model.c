@@ -175,7 +175,7 @@ static ern_status open_all(ern_model *m, const ern_model_options *o, ern_err *er
     config_hints hints;
     XXH64_hash_t config_hash;
     ERN_TRY(config_read(m, &hints, o->config_name, &config_hash, err));
-    m->kv_int8 = hints.kv_int8;
+    m->kv_codes = hints.kv_codes;
     if (hints.quantized)
         m->quant = hints.quant;
     else if (o->quant)

@@ -92,6 +92,9 @@ enum { ERN_QUANT_TEXT_BYTES = 96 };
 /* "none", "wint8", "wint4", "block_wise_fp8"; and the weights' dtype (not for NONE). */
 const char *ern_quant_name(ern_quant q);
 ern_dtype ern_quant_dtype(ern_quant q);
+/* What a checkpoint asks of the KV cache. */
+typedef enum ern_kv_codes { ERN_KV_CODES_NONE, ERN_KV_CODES_INT8, ERN_KV_CODES_FP8 } ern_kv_codes;
+
 /* True when any class is quantized. */
 bool ern_quant_any(const ern_quant_plan *p);
 /* What --quantization and --lm-head-quantization ask for; NULL where absent. text: none, wint8, wint4 (FastDeploy's
@@ -137,7 +140,7 @@ typedef struct ern_model {
     uint64_t weight_bytes; /* bytes of all weights used, as they are computed with */
     uint64_t owned_bytes;  /* of those, memory of our own beside the files: what is quantized while loading */
     bool plan_only;        /* opened so: that memory is not taken yet */
-    bool kv_int8;          /* the checkpoint asks for an int8 KV cache (kv_cache_quant_type) */
+    ern_kv_codes kv_codes; /* what the checkpoint asks for (kv_cache_quant_type) */
     uint64_t fingerprint;  /* XXH3 over config.json, the tensor table (names, shapes, dtypes, offsets, file sizes)
                             * and a few bytes of every norm and attention output */
     char dir[1024];

@@ -145,10 +145,10 @@ static char *without_key(const char *text, size_t len) {
     return out;
 }
 
-bool quant_config_add(ern_buf *out, const char *text, size_t len, const ern_quant_plan *p, bool kv_int8) {
+bool quant_config_add(ern_buf *out, const char *text, size_t len, const ern_quant_plan *p, ern_kv_codes kv_codes) {
     char *less = without_key(text, len);
     if (less) {
-        bool done = quant_config_add(out, less, strlen(less), p, kv_int8);
+        bool done = quant_config_add(out, less, strlen(less), p, kv_codes);
         free(less);
         return done;
     }
@@ -162,7 +162,9 @@ bool quant_config_add(ern_buf *out, const char *text, size_t len, const ern_quan
         "    \"quantization\": \"%s\",\n    \"is_quantized\": true,\n    \"dense_quant_type\": \"%s\",\n"
         "    \"moe_quant_type\": \"%s\",\n    \"lm_head_quant_type\": \"%s\"%s\n  }\n}\n",
         QUANT_FORMAT, plan_name(p), name_of[p->dense], name_of[p->expert], name_of[p->head],
-        kv_int8 ? ",\n    \"kv_cache_quant_type\": \"int8\"" : "");
+        kv_codes == ERN_KV_CODES_INT8  ? ",\n    \"kv_cache_quant_type\": \"int8\""
+        : kv_codes == ERN_KV_CODES_FP8 ? ",\n    \"kv_cache_quant_type\": \"block_wise_fp8\""
+                                       : "");
 }
 
 static ern_status stored_read(ern_quant *out, const json_t *v, const char *key, const char *what, ern_err *err) {
@@ -175,14 +177,27 @@ static ern_status stored_read(ern_quant *out, const json_t *v, const char *key, 
 
 /* kv_cache_quant_type: our codes have a scale of their own for every token and head, so a checkpoint's fixed scales are
  * not needed. */
-static ern_status kv_read(bool *out, const json_t *v, const char *what, ern_err *err) {
+static ern_status kv_read(ern_kv_codes *out, const json_t *v, const char *what, ern_err *err) {
     const json_t *type = json_object_get(v, "kv_cache_quant_type");
     const char *word = json_string_value(type);
-    *out = word && (strcmp(word, "int8") == 0 || strcmp(word, "cachekv_int8") == 0);
-    if (!type || json_is_null(type) || *out || (word && strcmp(word, "none") == 0)) return ERN_OK;
+    static const struct {
+        const char *word;
+        ern_kv_codes codes;
+    } known[] = {{"none", ERN_KV_CODES_NONE},
+                 {"int8", ERN_KV_CODES_INT8},
+                 {"cachekv_int8", ERN_KV_CODES_INT8},
+                 {"block_wise_fp8", ERN_KV_CODES_FP8},
+                 {"float8_e4m3fn", ERN_KV_CODES_FP8}};
+    *out = ERN_KV_CODES_NONE;
+    if (!type || json_is_null(type)) return ERN_OK;
+    for (size_t i = 0; word && i < sizeof known / sizeof *known; i++) {
+        if (strcmp(word, known[i].word) != 0) continue;
+        *out = known[i].codes;
+        return ERN_OK;
+    }
     return ERN_FAIL(err, ERN_ERR_UNSUPPORTED,
-                    "%s: kv_cache_quant_type is %.40s; ernest keeps keys and values in int8 or bf16: take the key out, "
-                    "or write int8",
+                    "%s: kv_cache_quant_type is %.40s; ernest keeps keys and values in bf16, int8 or fp8: take the key "
+                    "out, or write int8 or block_wise_fp8",
                     what, word ? word : "no text");
 }
 
@@ -196,7 +211,7 @@ static bool is_kv_only(const json_t *v) {
 ern_status quant_config_read(quant_config *out, const json_t *v, const char *what, ern_err *err) {
     ern_quant_plan *p = &out->plan;
     *out = (quant_config){.weights = !is_kv_only(v)};
-    ERN_TRY(kv_read(&out->kv_int8, v, what, err));
+    ERN_TRY(kv_read(&out->kv_codes, v, what, err));
     if (!out->weights) return ERN_OK;
     const char *maker = json_string_value(json_object_get(v, "quant_method"));
     if (!maker || strcmp(maker, "ernest") != 0)

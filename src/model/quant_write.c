@@ -226,7 +226,7 @@ static ern_status config_write(const quant_writing *w, const char *dir, const er
     ern_buf b;
     ern_buf_init(&b, CONFIG_BYTES_MAX);
     ern_status s = ERN_OK;
-    if (!quant_config_add(&b, config->data, config->len, w->plan, w->kv_int8) || b.full)
+    if (!quant_config_add(&b, config->data, config->len, w->plan, w->kv_codes) || b.full)
         s = ERN_FAIL(err, ERN_ERR_FILE, "config.json: expected one JSON object of at most %d bytes", CONFIG_BYTES_MAX);
     if (s == ERN_OK) s = config_parse(&c, &hints, b.data, b.len, "the config.json to write", err);
     if (s == ERN_OK) s = making_text(dir, "config.json", &b, err);

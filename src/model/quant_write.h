@@ -18,8 +18,8 @@ typedef struct quant_source {
 
 typedef struct quant_writing {
     const ern_quant_plan *plan;
-    bool kv_int8;         /* the config asks for an int8 KV cache, and goes on asking */
-    uint64_t shard_bytes; /* 0: 5 GB */
+    ern_kv_codes kv_codes; /* what the config asks of the KV cache, and goes on asking */
+    uint64_t shard_bytes;  /* 0: 5 GB */
     ern_progress_fn *progress;
     void *ud;
 } quant_writing;

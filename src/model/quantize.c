@@ -60,7 +60,7 @@ static ern_status stage(const ern_model *m, const ern_quantize_options *o, const
     const ern_buf config = {.data = text, .len = len};
     const quant_source from = {.config = &m->config, .has_mtp = m->has_mtp, .model = m};
     const quant_writing w = {
-        .plan = &o->plan, .kv_int8 = m->kv_int8, .shard_bytes = o->shard_bytes, .progress = o->progress, .ud = o->ud};
+        .plan = &o->plan, .kv_codes = m->kv_codes, .shard_bytes = o->shard_bytes, .progress = o->progress, .ud = o->ud};
     ern_status s = quant_write(&from, &w, at, &config, err);
     free(text);
     return s;

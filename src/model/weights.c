@@ -396,8 +396,9 @@ static void mark_known(checkpoint *c, bool all_mtp, bool shared_with_main, bool 
         bool mtp = all_mtp && (starts(n, "model.mtp_") || starts(n, "ernie.mtp_"));
         bool twin = shared_with_main && (ends(n, ".embed_tokens.weight") || strcmp(n, "model.norm.weight") == 0 ||
                                          strcmp(n, "ernie.norm.weight") == 0 || strcmp(n, "lm_head.weight") == 0);
-        bool scale = kv_scales && (ends(n, ".cachek_matmul.activation_scale") || /* config.json asks for int8 KV */
-                                   ends(n, ".cachev_matmul.activation_scale"));
+        bool scale =
+            kv_scales && (ends(n, ".cachek_matmul.activation_scale") || /* config.json asks for a KV cache of codes */
+                          ends(n, ".cachev_matmul.activation_scale"));
         if (vision || mtp || twin || scale) c->tensor[i].used = true;
     }
 }
@@ -449,14 +450,14 @@ ern_status weights_fill(ern_model *m, const config_hints *hints, ern_err *err) {
                         f.from->label);
     bool own_mtp = m->files->mtp.n_file > 0;
     bias_find(&f, hints);
-    mark_known(f.from, own_mtp, false, hints->kv_int8);
+    mark_known(f.from, own_mtp, false, hints->kv_codes);
     ERN_TRY(fill_main(&f));
     if (!own_mtp && has_prefix(f.from, f.paddle ? "ernie.mtp_" : "model.mtp_")) ERN_TRY(fill_mtp(&f));
     ERN_TRY(refuse_extra(&f));
     if (!own_mtp) return ERN_OK;
     f.from = &m->files->mtp;
     ERN_TRY(layout_find(f.from, &f.paddle, err));
-    mark_known(f.from, false, true, hints->kv_int8);
+    mark_known(f.from, false, true, hints->kv_codes);
     ERN_TRY(fill_mtp(&f));
     return refuse_extra(&f);
 }

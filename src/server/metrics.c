@@ -222,7 +222,8 @@ static const char *yes(bool on) { return on ? "True" : "False"; }
 static void write_cache_config(ern_buf *out, ern_engine *engine) {
     const ern_engine_options *o = ern_engine_options_of(engine);
     const ern_engine_plan *p = ern_engine_plan_of(engine);
-    static const char *const dtype[] = {[ERN_KV_BF16] = "bfloat16", [ERN_KV_F32] = "float32", [ERN_KV_I8] = "int8"};
+    static const char *const dtype[] = {
+        [ERN_KV_BF16] = "bfloat16", [ERN_KV_F32] = "float32", [ERN_KV_I8] = "int8", [ERN_KV_F8] = "fp8"};
     head(out, "fastdeploy:cache_config_info", "gauge", "The KV cache's options");
     (void)ern_buf_print(out,
                         "fastdeploy:cache_config_info{block_size=\"%d\",cache_dtype=\"%s\",num_gpu_blocks=\"%d\","

@@ -58,13 +58,16 @@ static void fill_cell(const step *w, int32_t seq, int32_t pos) {
                 const int64_t at = (int64_t)cell * s->C + i;
                 if (s->dtype == ERN_KV_I8) {
                     plane[at] = (unsigned char)(signed char)nearbyintf(x * 127.0f);
+                } else if (s->dtype == ERN_KV_F8) {
+                    plane[at] = ern_e4m3_from_f32(x * 448.0f);
                 } else {
                     const cu_bf16 h = ern_bf16_from_f32(x * size);
                     memcpy(plane + at * 2, &h, 2);
                 }
             }
-            if (s->dtype == ERN_KV_I8) {
-                const float scale = size / 127.0f * (1.25f + unit(hash(w->content[seq], pos, what, 254)));
+            if (ern_kv_has_codes(s->dtype)) {
+                const float scale = size / (s->dtype == ERN_KV_I8 ? 127.0f : 448.0f) *
+                                    (1.25f + unit(hash(w->content[seq], pos, what, 254)));
                 memcpy(plane + (int64_t)plane_cells(s) * s->C + (int64_t)cell * 4, &scale, 4);
             }
         }
@@ -77,9 +80,9 @@ static float kv_number(const step *w, int32_t seq, int32_t pos, int32_t which, i
     const unsigned char *plane = plane_of(w, w->page[seq * w->n_page_max + pos / s->P], which, g);
     const int64_t at = (int64_t)cell * s->C + i;
     *scale = 1.0f;
-    if (s->dtype == ERN_KV_I8) {
+    if (ern_kv_has_codes(s->dtype)) {
         memcpy(scale, plane + (int64_t)plane_cells(s) * s->C + (int64_t)cell * 4, 4);
-        return (float)(signed char)plane[at];
+        return s->dtype == ERN_KV_I8 ? (float)(signed char)plane[at] : ern_e4m3_to_f32(plane[at]);
     }
     cu_bf16 h;
     memcpy(&h, plane + at * 2, 2);
@@ -98,7 +101,7 @@ static step *step_new(const shape *s, int32_t n_seq, const int32_t *content, con
     }
     w->n_row = w->row0[n_seq];
     w->n_page += 3;
-    w->plane_bytes = (int64_t)plane_cells(s) * (s->dtype == ERN_KV_I8 ? s->C + 4 : s->C * 2);
+    w->plane_bytes = (int64_t)plane_cells(s) * (ern_kv_has_codes(s->dtype) ? s->C + 4 : s->C * 2);
     w->page_bytes = LAYERS * 2 * s->G * w->plane_bytes;
     w->kv = must((size_t)(w->page_bytes * w->n_page));
     memset(w->kv, 0xff, (size_t)(w->page_bytes * w->n_page));
@@ -237,10 +240,10 @@ static cu_bf16 *attend(const char *name, const step *w, bool decode, int64_t scr
  * Its weight is then off by a factor within 1 + d_j, d_j = 2^-8 (rounding to bf16: 8 bits) + ln 2 * ds + 2^-22 (ex2) +
  * 2^-24 * |s - m| ln 2 (the difference), and each join of a tile, of nt, puts one more ex2 of a rounded difference on a
  * weight: nt * (2^-22 + 2^-24 * R), R the spread of scores. m itself is the same for all weights of a tile and cancels.
- * BF16: the weights that are summed are those that weigh, so O' - O = sum p_j d_j (v_j - O) / sum of weights. I8: those
- * that weigh are rounded after the value's scale, so |O' - O| <= sum p_j d_j (|v_j| + |O|). The sums: 8 products and nt
- * joins (two roundings each) of sum p |v|, the same of l for |O|. Last, one division and bf16: 2^-8 + 2^-24 of the
- * result. A weight below 2^-126 of the largest is lost, which is nothing. */
+ * BF16: the weights that are summed are those that weigh, so O' - O = sum p_j d_j (v_j - O) / sum of weights. Codes:
+ * those that weigh are rounded after the value's scale, so |O' - O| <= sum p_j d_j (|v_j| + |O|). The sums: 8 products
+ * and nt joins (two roundings each) of sum p |v|, the same of l for |O|. Last, one division and bf16: 2^-8 + 2^-24 of
+ * the result. A weight below 2^-126 of the largest is lost, which is nothing. */
 static double row_error(const step *w, const cu_bf16 *out, int32_t seq, int32_t r, int32_t head) {
     const shape *s = &w->s;
     const int32_t t = w->row0[seq] + r, n = w->pos[t] + 1, g = head / (s->H / s->G), nt = (n + CU_KEYS - 1) / CU_KEYS;
@@ -279,7 +282,7 @@ static double row_error(const step *w, const cu_bf16 *out, int32_t seq, int32_t 
         }
         for (int32_t j = 0; j < n; j++) {
             const double x = v[(size_t)j * C + i];
-            bound += score[j] / sum * off[j] * (s->dtype == ERN_KV_I8 ? fabs(x) + fabs(exact) : fabs(x - exact));
+            bound += score[j] / sum * off[j] * (ern_kv_has_codes(s->dtype) ? fabs(x) + fabs(exact) : fabs(x - exact));
         }
         bound = bound * 1.01 + (8.0 * 17.0 + 2.0 * nt + 1.0) * 0x1p-23 * (size + fabs(exact));
         bound += (0x1p-8 + 0x1p-23) * (fabs(exact) + bound) + 0x1p-120;
@@ -328,12 +331,13 @@ static bool same_bits(const step *a, const cu_bf16 *x, const step *b, const cu_b
     return same;
 }
 
+static const char *kv_name(ern_kv_dtype t) { return t == ERN_KV_I8 ? "int8" : t == ERN_KV_F8 ? "fp8" : "bf16"; }
+
 static const char *case_name(const char *what, const shape *s) {
     static char names[4][128];
     static int turn;
     char *name = names[turn++ % 4];
-    snprintf(name, sizeof names[0], "attention %s C%d H%d/%d P%d %s", what, s->C, s->H, s->G, s->P,
-             s->dtype == ERN_KV_I8 ? "int8" : "bf16");
+    snprintf(name, sizeof names[0], "attention %s C%d H%d/%d P%d %s", what, s->C, s->H, s->G, s->P, kv_name(s->dtype));
     return name;
 }
 
@@ -457,9 +461,15 @@ static void prefill_case(const shape *s) {
 /* ---- rotation and store ------------------------------------------------------------------------------------------ */
 
 /* docs/model.md 10, on the numbers that the device rotated. */
-static void put_codes(unsigned char *to, unsigned char *scale_to, const float *x, int32_t n) {
-    float amax = 0.0f;
+static void put_codes(ern_kv_dtype t, unsigned char *to, unsigned char *scale_to, const float *x, int32_t n) {
+    float amax = t == ERN_KV_I8 ? 0.0f : 1e-10f;
     for (int32_t i = 0; i < n; i++) amax = fabsf(x[i]) > amax ? fabsf(x[i]) : amax;
+    if (t == ERN_KV_F8) {
+        const float scale = amax / 448.0f, f = 448.0f / amax;
+        for (int32_t i = 0; i < n; i++) to[i] = ern_e4m3_from_f32(x[i] * f);
+        memcpy(scale_to, &scale, 4);
+        return;
+    }
     float scale = amax / 127.0f, f = amax > 0.0f ? 127.0f / amax : 0.0f;
     if (scale < 0x1p-100f) f = scale = 0.0f;
     for (int32_t i = 0; i < n; i++) to[i] = f > 0.0f ? (unsigned char)(signed char)nearbyintf(x[i] * f) : 0;
@@ -518,8 +528,8 @@ static void rope_case(const shape *s) {
             if (which) v_good = v_good && memcmp(x, y, C * 4) == 0;
             unsigned char *plane = plane_of(w, w->cell[t] / s->P, which, g);
             const size_t cell = (size_t)(w->cell[t] % s->P);
-            if (s->dtype == ERN_KV_I8) {
-                put_codes(plane + cell * C, plane + (size_t)plane_cells(s) * C + cell * 4, y, s->C);
+            if (ern_kv_has_codes(s->dtype)) {
+                put_codes(s->dtype, plane + cell * C, plane + (size_t)plane_cells(s) * C + cell * 4, y, s->C);
             } else {
                 for (size_t i = 0; i < C; i++) {
                     const cu_bf16 b = ern_bf16_from_f32(y[i]);
@@ -551,9 +561,9 @@ static void fused_case(const shape *s) {
     for (int32_t t = 0; t < w->n_row; t++) { /* what is not stored is seen */
         for (int32_t i = 0; i < 2 * s->G; i++) {
             unsigned char *plane = plane_of(w, w->cell[t] / s->P, i / s->G, i % s->G);
-            const size_t each = s->dtype == ERN_KV_I8 ? C : 2 * C, cell = (size_t)(w->cell[t] % s->P);
+            const size_t each = ern_kv_has_codes(s->dtype) ? C : 2 * C, cell = (size_t)(w->cell[t] % s->P);
             memset(plane + cell * each, 0xff, each);
-            if (s->dtype == ERN_KV_I8) memset(plane + (size_t)plane_cells(s) * C + cell * 4, 0xff, 4);
+            if (ern_kv_has_codes(s->dtype)) memset(plane + (size_t)plane_cells(s) * C + cell * 4, 0xff, 4);
         }
     }
     float *in = must(count * 4);
@@ -590,7 +600,7 @@ static void speed_case(const char *what, int32_t H, int32_t G, ern_kv_dtype dtyp
     if (!check_begin("attention speed")) return;
     const int32_t pages = (len + P - 1) / P, T = n_seq * rows, n_page = pages * n_seq;
     cu_cache c = {.n_page_cell = P, .n_kv_head = G, .n_head = H, .n_head_dim = C, .dtype = dtype};
-    c.plane_bytes = P * (dtype == ERN_KV_I8 ? C + 4 : C * 2);
+    c.plane_bytes = P * (ern_kv_has_codes(dtype) ? C + 4 : C * 2);
     c.page_bytes = 2 * G * c.plane_bytes;
     const size_t kv_bytes = (size_t)c.page_bytes * (size_t)n_page;
     size_t left = 0, all = 0;
@@ -687,9 +697,10 @@ void check_attention(void) {
         {.C = 16, .H = 10, .G = 2, .P = 48},  {.C = 64, .H = 6, .G = 2, .P = 64},   {.C = 64, .H = 4, .G = 2, .P = 7},
         {.C = 16, .H = 16, .G = 1, .P = 64},  {.C = 64, .H = 2, .G = 2, .P = 3},
     };
-    for (int i = 0; i < 16; i++) {
-        shape s = shapes[i / 2];
-        s.dtype = i % 2 ? ERN_KV_I8 : ERN_KV_BF16;
+    static const ern_kv_dtype kinds[] = {ERN_KV_BF16, ERN_KV_I8, ERN_KV_F8};
+    for (int i = 0; i < 24; i++) {
+        shape s = shapes[i / 3];
+        s.dtype = kinds[i % 3];
         rope_case(&s);
         decode_case(&s);
         verify_case(&s);
@@ -713,12 +724,13 @@ void check_attention(void) {
         {"decode 256 x 4096, 20/4", 20, 4, 256, 4096},
     };
     for (size_t i = 0; i < sizeof speed / sizeof *speed; i++) {
-        for (int k = 0; k < 2; k++) {
+        for (int k = 0; k < 3; k++) {
             char what[64];
-            snprintf(what, sizeof what, "%s, %s", speed[i].what, k ? "int8" : "bf16");
-            speed_case(what, speed[i].H, speed[i].G, k ? ERN_KV_I8 : ERN_KV_BF16, speed[i].n_seq, speed[i].len, 1);
+            snprintf(what, sizeof what, "%s, %s", speed[i].what, kv_name(kinds[k]));
+            speed_case(what, speed[i].H, speed[i].G, kinds[k], speed[i].n_seq, speed[i].len, 1);
         }
     }
     speed_case("prefill 8192, 20/4, bf16", 20, 4, ERN_KV_BF16, 1, 8192, 8192);
     speed_case("prefill 8192, 20/4, int8", 20, 4, ERN_KV_I8, 1, 8192, 8192);
+    speed_case("prefill 8192, 20/4, fp8", 20, 4, ERN_KV_F8, 1, 8192, 8192);
 }

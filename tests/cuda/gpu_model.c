@@ -1,8 +1,8 @@
 /* The cuda backend behind its door, on a machine with a GPU: gpu_model [FILTER].
  *
  * 1. Stage by stage against ref, on tiny random models: dense, experts with MTP, both layouts, every format of weights,
- *    KV in bf16 and int8; prefill, chunks, decode and mixtures over scattered pages, in a cache that is poison wherever
- *    nothing was written. After each step cuda gets ref's pages, so errors do not add up over steps.
+ *    KV in bf16, int8 and fp8; prefill, chunks, decode and mixtures over scattered pages, in a cache that is poison
+ * wherever nothing was written. After each step cuda gets ref's pages, so errors do not add up over steps.
  *
  *    Bounds. cuda rounds to bf16 what goes into a linear (two normed rows, attention's output, the product of gate and
  *    up), and q, k, v and the weights of positions: at most 8 roundings on a path through a layer. A number rounded so
@@ -11,7 +11,8 @@
  *    error of a row after n layers, relative to its rms, is in the mean square at most
  *        RMS(n) = 4 * 2^-8 / sqrt 3 * sqrt(8 n + 8)
  *    and six times that for a single number. int8 KV: its codes are amax/127 apart, amax at most sqrt(C) rms, on both
- *    sides from inputs that are RMS(n) apart: sqrt(C)/127/sqrt 12 takes the place of 2^-8/sqrt 3 for k and v.
+ *    sides from inputs that are RMS(n) apart: sqrt(C)/127/sqrt 12 takes the place of 2^-8/sqrt 3 for k and v. fp8 KV:
+ *    its codes have four bits, 2^-4/sqrt 3.
  *
  *    Where two experts' scores are nearer than the bound, the two may choose differently: that row, and the later rows
  *    of its sequence, are left out for the rest of the step; what is left must be two fifths of the rows at least.
@@ -137,7 +138,7 @@ typedef struct pair {
 
 /* cuda's own drawing of a page from ref's: keys one after the other, where ref has 16 side by side (backend.h). */
 static void turn_page(const pair *p, unsigned char *out, const unsigned char *in) {
-    const size_t C = (size_t)p->m->config.n_head_dim, e = p->o.kv_dtype == ERN_KV_I8 ? 1 : 2;
+    const size_t C = (size_t)p->m->config.n_head_dim, e = ern_kv_has_codes(p->o.kv_dtype) ? 1 : 2;
     const size_t plane = P * C * e + (e == 1 ? P * sizeof(float) : 0);
     for (size_t at = 0, k = 0; at < p->page_bytes; at += plane, k++) {
         memcpy(out + at, in + at, plane);
@@ -148,7 +149,7 @@ static void turn_page(const pair *p, unsigned char *out, const unsigned char *in
     }
 }
 
-static bool opened(pair *p, const ern_model *m, bool int8, bool graphs) {
+static bool opened(pair *p, const ern_model *m, ern_kv_dtype kv, bool graphs) {
     *p = (pair){.m = m};
     p->o = (ern_backend_options){.n_page = N_PAGE,
                                  .n_page_cell = P,
@@ -156,7 +157,7 @@ static bool opened(pair *p, const ern_model *m, bool int8, bool graphs) {
                                  .n_seq_max = STEP_SEQS,
                                  .n_want_max = STEP_ROWS,
                                  .n_len_max = 160,
-                                 .kv_dtype = int8 ? ERN_KV_I8 : ERN_KV_BF16,
+                                 .kv_dtype = kv,
                                  .level = -1,
                                  .act_exact = true,
                                  .mtp = m->has_mtp,
@@ -216,15 +217,17 @@ static const int32_t moe_cut[][3][2] = {
     {{14, 15}, {11, 12}, {8, 9}}, {{15, 17}, {12, 20}, {9, 11}}, {{17, 60}, {20, 21}, {11, 30}},
 };
 
-static void stages(const char *shape, bool paddle, const ern_quant_plan *plan, bool int8) {
+static const char *const kv_name[] = {[ERN_KV_BF16] = "bf16", [ERN_KV_I8] = "int8", [ERN_KV_F8] = "fp8"};
+
+static void stages(const char *shape, bool paddle, const ern_quant_plan *plan, ern_kv_dtype kv) {
     char name[96], quant_text[ERN_QUANT_TEXT_BYTES];
     (void)snprintf(name, sizeof name, "stages %s %s %s %s KV", shape, paddle ? "paddle" : "pt",
-                   plan ? ern_quant_text(quant_text, plan) : "bf16", int8 ? "int8" : "bf16");
+                   plan ? ern_quant_text(quant_text, plan) : "bf16", kv_name[kv]);
     if (filter && !strstr(name, filter)) return;
     made_model m = made_model_open(shape, paddle, 11);
     quant_model *quant = plan ? quant_model_make(m.model, *plan) : NULL;
     pair p;
-    if (!opened(&p, m.model, int8, true)) {
+    if (!opened(&p, m.model, kv, true)) {
         say(false, name, "pages differ in size");
         return;
     }
@@ -233,7 +236,9 @@ static void stages(const char *shape, bool paddle, const ern_quant_plan *plan, b
     int32_t text[3][129], page[3][STEP_PAGES] = {{0}};
     memset(&w, 0, sizeof w);
     w.m = m.model;
-    w.each = int8 ? fmax(sqrt(m.model->config.n_head_dim) / 127 / sqrt(12), 0x1p-8 / sqrt(3)) : 0x1p-8 / sqrt(3);
+    w.each = kv == ERN_KV_I8   ? fmax(sqrt(m.model->config.n_head_dim) / 127 / sqrt(12), 0x1p-8 / sqrt(3))
+             : kv == ERN_KV_F8 ? 0x1p-4 / sqrt(3)
+                               : 0x1p-8 / sqrt(3);
     for (int q = 0; q < 3; q++) {
         for (int i = 0; i < 129; i++) text[q][i] = (int32_t)(ern_counter64(5, (uint64_t)(q * 1000 + i)) % 1024);
         for (int i = 0; i < 8; i++) page[q][i] = (7 * (q * 8 + i) + 3) % N_PAGE;
@@ -308,7 +313,7 @@ static void add_seq(rig *g, ern_batch *in, int32_t index, int32_t pos, int32_t n
     g->want[in->n_want++] = in->n_row - 1;
 }
 
-static void serve(const ern_model *m, bool int8, const way *w, ern_sampled out[REPLY + 1]) {
+static void serve(const ern_model *m, ern_kv_dtype kv, const way *w, ern_sampled out[REPLY + 1]) {
     static rig g;
     ern_err err = {.text = ""};
     ern_backend *b;
@@ -318,7 +323,7 @@ static void serve(const ern_model *m, bool int8, const way *w, ern_sampled out[R
                                    .n_seq_max = CROWD_MAX + 1,
                                    .n_want_max = CROWD_MAX + 1,
                                    .n_len_max = LENGTH,
-                                   .kv_dtype = int8 ? ERN_KV_I8 : ERN_KV_BF16,
+                                   .kv_dtype = kv,
                                    .level = -1,
                                    .act_exact = true,
                                    .mtp = m->has_mtp,
@@ -373,7 +378,7 @@ static bool same(const ern_sampled *a, const ern_sampled *b) {
            memcmp(a->top_logprob, b->top_logprob, n * sizeof *a->top_logprob) == 0;
 }
 
-static void sameness(const char *what, const ern_model *m, bool int8) {
+static void sameness(const char *what, const ern_model *m, ern_kv_dtype kv) {
     static const way ways[] = {{PROMPT, 0, false, true, false}, {PROMPT, 0, false, false, false},
                                {1, 0, true, true, false},       {17, 0, true, true, false},
                                {128, 5, true, true, false},     {PROMPT, 63, true, true, false},
@@ -381,11 +386,10 @@ static void sameness(const char *what, const ern_model *m, bool int8) {
     ern_sampled want[REPLY + 1], have[REPLY + 1];
     for (size_t i = 0; i < sizeof ways / sizeof *ways; i++) {
         char name[96];
-        (void)snprintf(name, sizeof name, "bits %s %s: chunk %d crowd %d%s%s", what, int8 ? "int8 KV" : "",
-                       ways[i].chunk, ways[i].crowd, ways[i].scatter ? " scattered" : "",
-                       ways[i].graphs ? "" : " no graphs");
+        (void)snprintf(name, sizeof name, "bits %s %s KV: chunk %d crowd %d%s%s", what, kv_name[kv], ways[i].chunk,
+                       ways[i].crowd, ways[i].scatter ? " scattered" : "", ways[i].graphs ? "" : " no graphs");
         if (filter && !strstr(name, filter)) return;
-        serve(m, int8, &ways[i], i ? have : want);
+        serve(m, kv, &ways[i], i ? have : want);
         if (i == 0) memcpy(have, want, sizeof have);
         int bad = -1;
         for (int k = 0; k <= REPLY && bad < 0; k++)
@@ -395,21 +399,21 @@ static void sameness(const char *what, const ern_model *m, bool int8) {
             (double)want[bad < 0 ? 0 : bad].logprob);
     }
     way plain = {PROMPT, 0, false, true, true}, crowd = {64, 63, true, true, true};
-    serve(m, int8, &plain, want);
-    serve(m, int8, &crowd, have);
+    serve(m, kv, &plain, want);
+    serve(m, kv, &crowd, have);
     bool good = true;
     for (int k = 0; k <= REPLY; k++) good &= want[k].token == have[k].token && !want[k].bad;
     char name[96];
-    (void)snprintf(name, sizeof name, "bits %s %s: greedy", what, int8 ? "int8 KV" : "");
+    (void)snprintf(name, sizeof name, "bits %s %s KV: greedy", what, kv_name[kv]);
     say(good, name, "13 tokens alone and among 63");
 }
 
-static void same_made(const char *shape, int32_t n_layer, const ern_quant_plan *plan, bool int8) {
+static void same_made(const char *shape, int32_t n_layer, const ern_quant_plan *plan, ern_kv_dtype kv) {
     char what[160], text[ERN_QUANT_TEXT_BYTES];
     (void)snprintf(what, sizeof what, "%s %s", shape, plan ? ern_quant_text(text, plan) : "bf16");
     made_model m = made_model_open_layers(shape, false, 11, n_layer);
     quant_model *quant = plan ? quant_model_make(m.model, *plan) : NULL;
-    sameness(what, m.model, int8);
+    sameness(what, m.model, kv);
     quant_model_free(quant);
     made_model_close(&m);
 }
@@ -593,14 +597,16 @@ int main(int argc, char **argv) {
     static const char *const tiny[] = {"tiny-dense", "tiny-moe"};
     for (int k = 0; k < 2; k++) {
         for (int int8 = 0; int8 < 2; int8++)
-            for (int paddle = 0; paddle < 2; paddle++) stages(tiny[k], paddle, NULL, int8);
+            for (int paddle = 0; paddle < 2; paddle++) stages(tiny[k], paddle, NULL, int8 ? ERN_KV_I8 : ERN_KV_BF16);
         for (size_t i = 0; i < 3; i++)
-            stages(tiny[k], false, &(ern_quant_plan){how[i], how[(i + 1) % 3], ERN_QUANT_WINT8}, false);
+            stages(tiny[k], false, &(ern_quant_plan){how[i], how[(i + 1) % 3], ERN_QUANT_WINT8}, ERN_KV_BF16);
     }
-    for (int k = 0; k < 2; k++) same_made(tiny[k], 0, NULL, k);
+    stages("tiny-dense", false, NULL, ERN_KV_F8);
+    for (int k = 0; k < 2; k++) same_made(tiny[k], 0, NULL, k ? ERN_KV_I8 : ERN_KV_BF16);
     if (!filter || strstr("0.3b", filter)) {
-        same_made("0.3b", 2, NULL, false);
-        for (size_t i = 0; i < 3; i++) same_made("0.3b", 2, &(ern_quant_plan){how[i], how[i], ERN_QUANT_WINT8}, i == 1);
+        static const ern_kv_dtype kv[] = {ERN_KV_BF16, ERN_KV_I8, ERN_KV_F8};
+        same_made("0.3b", 2, NULL, ERN_KV_BF16);
+        for (size_t i = 0; i < 3; i++) same_made("0.3b", 2, &(ern_quant_plan){how[i], how[i], ERN_QUANT_WINT8}, kv[i]);
     }
     memory("0.3b", 4, true);
     memory("0.3b", 2, false);

@@ -10,7 +10,7 @@
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 
-static void check(const ern_quant_plan *p, bool kv_int8) {
+static void check(const ern_quant_plan *p, ern_kv_codes kv_codes) {
     ERN_ASSERT(p->dense >= ERN_QUANT_NONE && p->dense <= ERN_QUANT_FP8);
     ERN_ASSERT(p->expert >= ERN_QUANT_NONE && p->expert <= ERN_QUANT_FP8);
     ERN_ASSERT(p->head == ERN_QUANT_NONE || p->head == ERN_QUANT_WINT8);
@@ -22,12 +22,12 @@ static void check(const ern_quant_plan *p, bool kv_int8) {
     json_t *root;
     quant_config again;
     ern_buf_init(&b, 4096);
-    ERN_ASSERT(quant_config_add(&b, config, sizeof config - 1, p, kv_int8));
+    ERN_ASSERT(quant_config_add(&b, config, sizeof config - 1, p, kv_codes));
     ERN_ASSERT(ern_json_parse(&root, b.data, b.len, 8, "config.json", NULL) == ERN_OK);
     ERN_ASSERT(json_object_size(root) == 2);
     ERN_ASSERT(quant_config_read(&again, json_object_get(root, "quantization_config"), "config.json", NULL) == ERN_OK);
     const ern_quant_plan *q = &again.plan;
-    ERN_ASSERT(again.weights && again.kv_int8 == kv_int8);
+    ERN_ASSERT(again.weights && again.kv_codes == kv_codes);
     ERN_ASSERT(q->dense == p->dense && q->expert == p->expert && q->head == p->head);
     json_decref(root);
     ern_buf_free(&b);
@@ -40,7 +40,7 @@ static void flags(const char *text, size_t len) {
     ern_err err = {0};
     ern_status s = ern_quant_parse(&p, text, n < len ? text + n + 1 : NULL, &err);
     if (s == ERN_OK)
-        check(&p, len % 2 == 0);
+        check(&p, (ern_kv_codes)(len % 3));
     else
         ERN_ASSERT(s == ERN_ERR_USAGE && err.code == s && strlen(err.text) > 16);
 }
@@ -52,7 +52,7 @@ static void stored(const char *text, size_t len) {
     if (ern_json_parse(&v, text, len, 8, "config.json", NULL) != ERN_OK) return;
     ern_status s = quant_config_read(&c, v, "config.json", &err);
     if (s == ERN_OK) {
-        check(&c.plan, c.kv_int8);
+        check(&c.plan, c.kv_codes);
         ERN_ASSERT(ern_quant_any(&c.plan) == c.weights);
     } else {
         ERN_ASSERT((s == ERN_ERR_FILE || s == ERN_ERR_UNSUPPORTED) && err.code == s && strlen(err.text) > 16);

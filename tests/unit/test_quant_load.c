@@ -368,17 +368,24 @@ static void kv_wish(void **state) {
                "{\n  \"quantization_config\": {\"quantization\": \"kvcache\", \"kv_cache_quant_type\": "
                "\"cachekv_int8\"},");
     ern_model *m = open_as(plain, NULL);
-    assert_true(m->kv_int8 && !ern_quant_any(&m->quant));
+    assert_true(m->kv_codes == ERN_KV_CODES_INT8 && !ern_quant_any(&m->quant));
     ern_model_close(m);
     const ern_quant_plan p = plan_of("wint8", NULL);
     if (quantize(plain, to, &p, &err) != ERN_OK) fail_msg("%s", err.text);
     m = open_as(to, NULL);
-    assert_true(m->kv_int8 && m->quant.dense == ERN_QUANT_WINT8);
+    assert_true(m->kv_codes == ERN_KV_CODES_INT8 && m->quant.dense == ERN_QUANT_WINT8);
     ern_model_close(m);
     config_put(to, ",\n    \"kv_cache_quant_type\": \"int8\"", "");
     m = open_as(to, NULL);
-    assert_false(m->kv_int8);
+    assert_false(m->kv_codes);
     ern_model_close(m);
+    config_put(plain, "cachekv_int8", "block_wise_fp8");
+    made_dir_remove(to);
+    if (quantize(plain, to, &p, &err) != ERN_OK) fail_msg("%s", err.text);
+    m = open_as(to, NULL);
+    assert_true(m->kv_codes == ERN_KV_CODES_FP8 && m->quant.dense == ERN_QUANT_WINT8);
+    ern_model_close(m);
+    config_put(plain, "block_wise_fp8", "cachekv_int8");
     st_list l = st_list_new();
     st_list_read(&l, plain, "model.safetensors");
     const float scale[16] = {1};

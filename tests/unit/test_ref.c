@@ -198,15 +198,16 @@ static void test_pages(void **state) {
     (void)state;
     static gather before, after;
     static step s;
-    for (int kv = ERN_KV_BF16; kv <= ERN_KV_I8; kv++) {
-        static const int cell_bytes[] = {2, 4, 1}; /* of a number; an int8 cell has a scale as well */
+    for (int kv = ERN_KV_BF16; kv <= ERN_KV_F8; kv++) {
+        static const int cell_bytes[] = {2, 4, 1, 1}; /* of a number; a cell of codes has a scale as well */
         bench x = bench_open("tiny-moe", true, (ern_kv_dtype)kv);
         ern_err err;
         ern_backend_plan plan;
         made_check(ref_backend_ops.plan(&plan, x.m.model, &x.o, &err), &err, "plan");
         const ern_config *c = &x.m.model->config;
-        assert_int_equal(plan.page_bytes, (c->n_layer + 1) * 2 * c->n_kv_head * P *
-                                              (c->n_head_dim * cell_bytes[kv] + (kv == ERN_KV_I8 ? 4 : 0)));
+        assert_int_equal(plan.page_bytes,
+                         (c->n_layer + 1) * 2 * c->n_kv_head * P *
+                             (c->n_head_dim * cell_bytes[kv] + (ern_kv_has_codes((ern_kv_dtype)kv) ? 4 : 0)));
         int32_t text[40], page[STEP_PAGES] = {3, 9}, moved[STEP_PAGES] = {11, 30};
         make_text(text, 40, 77);
         step_clear(&s);

@@ -44,7 +44,7 @@ static void store_head(const cpu_backend *b, unsigned char *plane, const float *
         for (int32_t c = 0; c < C; c++) to[c * step] = ern_bf16_from_f32(x[c]);
         return;
     }
-    int8_t code[ERN_KV_I8_HEAD_MAX], *to = (int8_t *)plane + i;
+    int8_t code[ERN_KV_CODE_HEAD_MAX], *to = (int8_t *)plane + i;
     float *scale = (float *)(void *)(plane + cpu_kv_cells(b->o.n_page_cell) * C);
     quant_act_int8(code, scale + cell, x, C);
     for (int32_t c = 0; c < C; c++) to[c * step] = code[c];

@@ -64,10 +64,14 @@ ern_status cpu_state_init(cpu_backend *b, const ern_model *m, const ern_backend_
     if (o->kv_dtype == ERN_KV_F32)
         return ERN_FAIL(err, ERN_ERR_UNSUPPORTED,
                         "the cpu backend keeps its KV cache in bf16 or int8; f32 is the ref backend's");
-    if (o->kv_dtype == ERN_KV_I8 && c->n_head_dim > ERN_KV_I8_HEAD_MAX)
+    if (o->kv_dtype == ERN_KV_F8)
+        return ERN_FAIL(err, ERN_ERR_UNSUPPORTED,
+                        "the cpu backend keeps its KV cache in bf16 or int8; fp8 is the cuda backend's: give "
+                        "--kv-cache-dtype int8, or run on a GPU");
+    if (o->kv_dtype == ERN_KV_I8 && c->n_head_dim > ERN_KV_CODE_HEAD_MAX)
         return ERN_FAIL(err, ERN_ERR_UNSUPPORTED,
                         "an int8 KV cache needs a head size of at most %d; this model has %d, so leave it in bf16",
-                        ERN_KV_I8_HEAD_MAX, c->n_head_dim);
+                        ERN_KV_CODE_HEAD_MAX, c->n_head_dim);
     if (o->level > (int32_t)here)
         return ERN_FAIL(err, ERN_ERR_USAGE, "the cpu level %s was asked for, but this processor (%s) reaches %s",
                         ern_cpu_level_name((ern_cpu_level)o->level), ern_cpu_name(), ern_cpu_level_name(here));

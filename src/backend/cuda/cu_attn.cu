@@ -22,7 +22,7 @@ typedef struct rope_args {
 
 /* A block a row, a warp a head, `per` neighbouring dimensions a lane; BATCH heads of a warp are on their way at once.
  */
-template <int C, bool I8> static __global__ void __launch_bounds__(256) rope_kernel(const rope_args a) {
+template <int C, int CODES> static __global__ void __launch_bounds__(256) rope_kernel(const rope_args a) {
     constexpr int per = C >= 128 ? 4 : 2, BATCH = 4;
     __shared__ float2 turn[C / 2];
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
@@ -71,9 +71,9 @@ template <int C, bool I8> static __global__ void __launch_bounds__(256) rope_ker
                 if (!page) continue; /* a row that only fills a graph */
                 unsigned char *plane =
                     page + (h < H + G ? (h - H) * a.plane_bytes : (h - H - G) * a.plane_bytes + a.value);
-                if (I8) {
+                if (CODES) {
                     float scale;
-                    const uint32_t word = attn_codes<per>(x[k], &scale);
+                    const uint32_t word = attn_codes<per, CODES>(x[k], &scale);
                     if (mine) attn_put_codes<per>(plane + at * C + first, word);
                     if (lane == 0) ((float *)(plane + a.scale_at))[at] = scale;
                     continue;
@@ -103,17 +103,17 @@ cudaError_t cu_rope_store(cudaStream_t s, float *qkv, bool write_back, cu_bf16 *
     a.n_kv_head = c->n_kv_head;
     a.cell = seqs->cell;
     a.write_back = write_back;
-    const bool i8 = c->dtype == ERN_KV_I8;
-    const void *fn;
-    switch (c->n_head_dim * 2 + i8) {
-    case 32: fn = (const void *)rope_kernel<16, false>; break;
-    case 33: fn = (const void *)rope_kernel<16, true>; break;
-    case 128: fn = (const void *)rope_kernel<64, false>; break;
-    case 129: fn = (const void *)rope_kernel<64, true>; break;
-    case 256: fn = (const void *)rope_kernel<128, false>; break;
-    case 257: fn = (const void *)rope_kernel<128, true>; break;
-    default: return cudaErrorInvalidValue;
-    }
+    static const void *const kernels[][3] = {
+        {(const void *)rope_kernel<16, 0>, (const void *)rope_kernel<16, ATTN_I8>,
+         (const void *)rope_kernel<16, ATTN_F8>},
+        {(const void *)rope_kernel<64, 0>, (const void *)rope_kernel<64, ATTN_I8>,
+         (const void *)rope_kernel<64, ATTN_F8>},
+        {(const void *)rope_kernel<128, 0>, (const void *)rope_kernel<128, ATTN_I8>,
+         (const void *)rope_kernel<128, ATTN_F8>},
+    };
+    const int32_t C = c->n_head_dim;
+    if (C != 16 && C != 64 && C != 128) return cudaErrorInvalidValue;
+    const void *fn = kernels[C / 64][attn_codes_of(c->dtype)];
     void *args[] = {&a};
     return cu_launch(s, fn, dim3((unsigned)seqs->n_row), 256, 0, true, 1, args);
 }
@@ -303,7 +303,7 @@ cudaError_t cu_attn_plan(cudaStream_t s, const cu_cache *c, const cu_seqs *seqs,
     a.group = c->n_head / c->n_kv_head;
     a.n_kv_head = c->n_kv_head;
     a.half = c->n_head_dim / 2;
-    a.n_block = attn_decode_blocks(c->n_head_dim, c->dtype == ERN_KV_I8);
+    a.n_block = attn_decode_blocks(c->n_head_dim, attn_codes_of(c->dtype));
     a.pos = seqs->pos;
     a.row0 = seqs->row0;
     a.kv_len = seqs->kv_len;
@@ -358,8 +358,8 @@ cudaError_t cu_attend(cudaStream_t s, cu_bf16 *out, const cu_bf16 *q, const floa
     a.out = out;
     a.scratch = (float *)scratch;
     a.n_scratch = scratch_bytes / (int64_t)sizeof(float);
-    const bool i8 = c->dtype == ERN_KV_I8;
-    cudaError_t e = attn_decode(s, &a, c->n_head_dim, i8);
-    if (e == cudaSuccess && !decode) e = attn_prefill(s, &a, c->n_head_dim, i8);
+    const int codes = attn_codes_of(c->dtype);
+    cudaError_t e = attn_decode(s, &a, c->n_head_dim, codes);
+    if (e == cudaSuccess && !decode) e = attn_prefill(s, &a, c->n_head_dim, codes);
     return e;
 }

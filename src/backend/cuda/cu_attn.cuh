@@ -5,13 +5,14 @@
  * group = H/G. Lane 4 g + c of a warp owns rows g and g + 8 of a tile of 16.
  *
  * The law (both kernels, bit for bit), for a row and the keys of a tile of CU_KEYS:
- *   S = q k by products over C, first first; s = S * scale (I8: S * scale of the key, then * scale); base 2
+ *   S = q k by products over C, first first; s = S * scale (codes: S * scale of the key, then * scale); base 2
  *   m = the largest s that the row sees; p = 2^(s - m), 0 where it sees nothing
- *   l = the sum of bf16(p) and O = sum of bf16(p) v, by products over the keys, first first (I8: O of bf16(p * scale of
- *   the value), 0 where p is 0)
+ *   l = the sum of bf16(p) and O = sum of bf16(p) v, by products over the keys, first first (codes: O of bf16(p * scale
+ *   of the value), 0 where p is 0)
  *   M' = max(M, m), a = 2^(M - M'), b = 2^(m - M'): L = L a + l b, Acc = Acc a + O b, from M = -inf, L = Acc = 0
- * A tile in which the row sees no key is passed over. I8 takes the 16 inputs of a product over C in the order that
- * codes come out of a word: places 2c, 2c+1, 2c+8, 2c+9 hold inputs 4c, 4c+2, 4c+1, 4c+3. */
+ * A tile in which the row sees no key is passed over. Codes, of int8 or e4m3, go in as exact bf16; with them the 16
+ * inputs of a product over C are taken in the order that codes come out of a word: places 2c, 2c+1, 2c+8, 2c+9 hold
+ * inputs 4c, 4c+2, 4c+1, 4c+3. */
 #ifndef ERN_BACKEND_CUDA_CU_ATTN_CUH
 #define ERN_BACKEND_CUDA_CU_ATTN_CUH
 
@@ -25,6 +26,10 @@ enum {
     ATTN_ROWS = 128,        /* packed rows of a block that walks the keys */
     ATTN_BLOCKS_MOST = 640, /* of the kernel for short sequences */
 };
+
+/* Template parameter CODES, and what is passed on for it: keys and values as codes, and which; 0: as bf16. */
+enum { ATTN_I8 = 1, ATTN_F8 = 2 };
+static inline int attn_codes_of(ern_kv_dtype t) { return t == ERN_KV_I8 ? ATTN_I8 : t == ERN_KV_F8 ? ATTN_F8 : 0; }
 
 /* seqs->work: a head, then arrays; S and T are the step's. */
 enum {
@@ -130,8 +135,21 @@ static __device__ __forceinline__ float2 attn_angle(int32_t pos, float inv_freq)
     sincosf(__fmul_rn((float)pos, inv_freq), &s, &c);
     return make_float2(c, s);
 }
-/* Codes and scale of a vector of which each lane of a warp has `per` numbers: quant_act_int8 with one group. */
-template <int per> static __device__ __forceinline__ uint32_t attn_codes(const float x[per], float *scale_out) {
+/* The nearest code. */
+template <int CODES> static __device__ __forceinline__ uint32_t attn_code(float x) {
+    if (CODES != ATTN_F8) return (uint32_t)__float2int_rn(x) & 0xffu;
+    uint16_t two;
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(two) : "f"(0.0f), "f"(x));
+    return two;
+}
+/* Codes in bits 0..7 and 16..23 as bf16. */
+template <int CODES> static __device__ __forceinline__ uint32_t attn_pair(uint32_t w) {
+    return CODES == ATTN_F8 ? cu_f8_pair(w) : cu_i8_pair_fast(w);
+}
+/* Codes and scale of a vector of which each lane of a warp has `per` numbers: quant_act_int8 or quant_act_fp8 with one
+ * group. */
+template <int per, int CODES = ATTN_I8>
+static __device__ __forceinline__ uint32_t attn_codes(const float x[per], float *scale_out) {
     float amax = 0.0f;
     bool good = true;
 #pragma unroll
@@ -141,7 +159,9 @@ template <int per> static __device__ __forceinline__ uint32_t attn_codes(const f
     }
     good = __all_sync(0xffffffffu, good);
     for (int d = 16; d > 0; d >>= 1) amax = fmaxf(amax, __shfl_xor_sync(0xffffffffu, amax, d));
-    float scale = __fdiv_rn(amax, 127.0f), f = amax > 0.0f ? __fdiv_rn(127.0f, amax) : 0.0f;
+    if (CODES == ATTN_F8) amax = fmaxf(amax, 1e-10f);
+    constexpr float most = CODES == ATTN_F8 ? 448.0f : 127.0f;
+    float scale = __fdiv_rn(amax, most), f = amax > 0.0f ? __fdiv_rn(most, amax) : 0.0f;
     if (scale < 0x1p-100f) f = scale = 0.0f;
     if (!good) {
         f = 0.0f;
@@ -150,7 +170,7 @@ template <int per> static __device__ __forceinline__ uint32_t attn_codes(const f
     uint32_t word = 0;
 #pragma unroll
     for (int i = 0; i < per; i++)
-        if (f > 0.0f) word |= ((uint32_t)__float2int_rn(__fmul_rn(x[i], f)) & 0xffu) << (8 * i);
+        if (f > 0.0f) word |= attn_code<CODES>(__fmul_rn(x[i], f)) << (8 * i);
     *scale_out = scale;
     return word;
 }
@@ -182,8 +202,8 @@ static __device__ __forceinline__ float attn_ex2(float x) {
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
-template <bool I8> static __device__ __forceinline__ float attn_score(float dot, float key_scale, float scale) {
-    return __fmul_rn(I8 ? __fmul_rn(dot, key_scale) : dot, scale);
+template <int CODES> static __device__ __forceinline__ float attn_score(float dot, float key_scale, float scale) {
+    return __fmul_rn(CODES ? __fmul_rn(dot, key_scale) : dot, scale);
 }
 /* The value's scale on a weight; a weight of nothing stays nothing whatever the scale. */
 static __device__ __forceinline__ float attn_scaled(float p, float value_scale) {
@@ -267,13 +287,13 @@ template <bool QUICK>
 static __device__ __forceinline__ int32_t attn_page_of(const attn_args *a, int32_t seq, int32_t at, int32_t len) {
     return at < len ? a->page[(int64_t)seq * a->n_page_max + attn_nth_page<QUICK>(a, at)] : -1;
 }
-template <int C, bool I8, bool QUICK>
+template <int C, int CODES, bool QUICK>
 static __device__ __forceinline__ attn_cell attn_cell_of(const attn_args *a, int32_t page, int32_t head, int32_t at) {
     attn_cell out = {-1, -1};
     if (page < 0) return out;
     const int32_t cell = at - attn_nth_page<QUICK>(a, at) * a->n_page_cell;
     const int64_t plane = page * a->page_bytes + head * a->plane_bytes;
-    out.key = plane + (int64_t)cell * (C * (I8 ? 1 : 2));
+    out.key = plane + (int64_t)cell * (C * (CODES ? 1 : 2));
     out.scale = plane + a->scale_at + (int64_t)cell * 4;
     return out;
 }
@@ -289,8 +309,8 @@ int32_t attn_sm_count(void);
  */
 int64_t attn_decode_floats(int64_t n_tile, int64_t n_unit, int32_t n_row, int32_t C);
 /* Blocks of the launch. */
-int32_t attn_decode_blocks(int32_t C, bool i8);
-cudaError_t attn_decode(cudaStream_t s, const attn_args *a, int32_t C, bool i8);
-cudaError_t attn_prefill(cudaStream_t s, const attn_args *a, int32_t C, bool i8);
+int32_t attn_decode_blocks(int32_t C, int codes);
+cudaError_t attn_decode(cudaStream_t s, const attn_args *a, int32_t C, int codes);
+cudaError_t attn_prefill(cudaStream_t s, const attn_args *a, int32_t C, int codes);
 
 #endif

@@ -22,10 +22,10 @@ enum { THREADS = 128, WARPS = 4 };
 enum { POLLS_MOST = 1 << 20, ONCE = 4 }; /* ONCE: results of a thread on their way when it joins */
 
 /* Blocks that share a multiprocessor. */
-static __host__ __device__ constexpr int blocks_each(int C, bool i8) { return !i8 && C == 128 ? 3 : 4; }
+static __host__ __device__ constexpr int blocks_each(int C, int codes) { return !codes && C == 128 ? 3 : 4; }
 
-template <int C, bool I8> struct decode_shape : tile_shape<C, I8, WARPS> {
-    static constexpr int bytes = tile_shape<C, I8, WARPS>::end_at;
+template <int C, int CODES> struct decode_shape : tile_shape<C, CODES, WARPS> {
+    static constexpr int bytes = tile_shape<C, CODES, WARPS>::end_at;
     static constexpr int q_turns = (ATTN_FEW * (C / 8) + THREADS - 1) / THREADS; /* chunks of q of a thread */
 };
 
@@ -95,10 +95,10 @@ static __device__ __forceinline__ unit unit_nth(const attn_args *a, int32_t n) {
 }
 /* Keys and values (kinds 2), keys or values (1, from `kind` on) of this step in a tile: rotated, to their cells and to
  * shared memory; a warp a row. scales [][CU_KEYS]: in shared memory, of the first kind and the next. */
-template <int C, bool I8>
+template <int C, int CODES>
 static __device__ __forceinline__ void make_rows(const attn_args *a, unsigned char *smem, float *scales, int kind,
                                                  int kinds, const unit *u, int32_t tile) {
-    typedef decode_shape<C, I8> sh;
+    typedef decode_shape<C, CODES> sh;
     constexpr int per = C >= 128 ? 4 : 2;
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
     const bool mine = lane * per < C;
@@ -121,13 +121,14 @@ static __device__ __forceinline__ void make_rows(const attn_args *a, unsigned ch
         }
         if (!mine)
             for (int i = 0; i < per; i++) x[i] = 0.0f;
-        const int32_t nth = cell / a->n_page_cell, in_page = cell - nth * a->n_page_cell, byte = first * (I8 ? 1 : 2);
+        const int32_t nth = cell / a->n_page_cell, in_page = cell - nth * a->n_page_cell,
+                      byte = first * (CODES ? 1 : 2);
         unsigned char *plane = a->kv + nth * a->page_bytes + u->head * a->plane_bytes + which * a->value;
         unsigned char *to = plane + (int64_t)in_page * sh::row_bytes + byte;
         unsigned char *near = smem + (which ? sh::v_at : sh::k_at) + attn_at<sh::chunks>(at, byte / 16) + byte % 16;
-        if (I8) {
+        if (CODES) {
             float scale;
-            const uint32_t word = attn_codes<per>(x, &scale);
+            const uint32_t word = attn_codes<per, CODES>(x, &scale);
             if (mine) attn_put_codes<per>(near, word);
             if (mine && cell >= 0) attn_put_codes<per>(to, word);
             if (lane == 0) scales[(which - kind) * CU_KEYS + at] = scale;
@@ -139,11 +140,12 @@ static __device__ __forceinline__ void make_rows(const attn_args *a, unsigned ch
     }
 }
 
-/* Eight numbers of a row of q; I8: in the order of the codes, places of cu_attn.cuh. */
-template <int C, bool I8> static __device__ __forceinline__ void put_q(unsigned char *smem, int r, int chunk, uint4 x) {
-    typedef decode_shape<C, I8> sh;
+/* Eight numbers of a row of q; codes: in the order of the codes, places of cu_attn.cuh. */
+template <int C, int CODES>
+static __device__ __forceinline__ void put_q(unsigned char *smem, int r, int chunk, uint4 x) {
+    typedef decode_shape<C, CODES> sh;
     unsigned char *q = smem + sh::q_at;
-    if (!I8) {
+    if (!CODES) {
         *(uint4 *)(q + attn_at<sh::q_chunks>(r, chunk)) = x;
         return;
     }
@@ -155,9 +157,9 @@ template <int C, bool I8> static __device__ __forceinline__ void put_q(unsigned 
 }
 
 /* Angles of a thread's chunks of q. */
-template <int C, bool I8>
+template <int C, int CODES>
 static __device__ __forceinline__ void q_turns(const attn_args *a, const unit *u, float4 turn[][2]) {
-    typedef decode_shape<C, I8> sh;
+    typedef decode_shape<C, CODES> sh;
 #pragma unroll
     for (int i = 0; i < sh::q_turns; i++) {
         const int n = threadIdx.x + i * THREADS, r = n / sh::q_chunks, chunk = n % sh::q_chunks;
@@ -167,9 +169,9 @@ static __device__ __forceinline__ void q_turns(const attn_args *a, const unit *u
     }
 }
 /* The chunks as they are. */
-template <int C, bool I8>
+template <int C, int CODES>
 static __device__ __forceinline__ void read_q(const attn_args *a, const unit *u, float4 x[][2]) {
-    typedef decode_shape<C, I8> sh;
+    typedef decode_shape<C, CODES> sh;
 #pragma unroll
     for (int i = 0; i < sh::q_turns; i++) {
         const int n = threadIdx.x + i * THREADS, r = n / sh::q_chunks, chunk = n % sh::q_chunks;
@@ -181,10 +183,10 @@ static __device__ __forceinline__ void read_q(const attn_args *a, const unit *u,
     }
 }
 /* Rows of q, rotated; those that the sequence lacks are zero. */
-template <int C, bool I8>
+template <int C, int CODES>
 static __device__ __forceinline__ void make_q(const attn_args *a, unsigned char *smem, const unit *u,
                                               const float4 turn[][2], const float4 from[][2]) {
-    typedef decode_shape<C, I8> sh;
+    typedef decode_shape<C, CODES> sh;
 #pragma unroll
     for (int i = 0; i < sh::q_turns; i++) {
         const int n = threadIdx.x + i * THREADS, r = n / sh::q_chunks, chunk = n % sh::q_chunks;
@@ -201,21 +203,21 @@ static __device__ __forceinline__ void make_q(const attn_args *a, unsigned char 
             x = attn_turn(hi.z, hi.w, make_float2(turn[i][1].z, turn[i][1].w));
             out.w = cu_round2(x.x, x.y);
         }
-        put_q<C, I8>(smem, r, chunk, out);
+        put_q<C, CODES>(smem, r, chunk, out);
     }
 }
 
 /* Rows of q that are rotated already. */
-template <int C, bool I8>
+template <int C, int CODES>
 static __device__ __forceinline__ void load_q(const attn_args *a, unsigned char *smem, const unit *u) {
-    typedef decode_shape<C, I8> sh;
+    typedef decode_shape<C, CODES> sh;
 #pragma unroll 1
     for (int n = threadIdx.x; n < ATTN_FEW * sh::q_chunks; n += THREADS) {
         const int r = n / sh::q_chunks, chunk = n % sh::q_chunks;
         const int32_t t = attn_token(a, r), h = u->head * a->group + r - t * a->group;
         uint4 x = make_uint4(0, 0, 0, 0);
         if (r < u->n_row) x = *(const uint4 *)(a->q + ((int64_t)(u->row0 + t) * a->n_head + h) * C + chunk * 8);
-        put_q<C, I8>(smem, r, chunk, x);
+        put_q<C, CODES>(smem, r, chunk, x);
     }
 }
 
@@ -233,11 +235,11 @@ static __device__ __forceinline__ void clear4(uint32_t *to) {
 }
 
 /* Results of a part or tile: to out, or to a slot (>= 0), of the rows of whom there is one. */
-template <int C, bool I8>
+template <int C, int CODES>
 static __device__ __forceinline__ void finish(const attn_args *a, const stretch *s, const unit *p, int32_t slot,
                                               const bool is[2], const float acc[][2][4], const float M[2],
                                               const float L[2], int warp, int lane) {
-    typedef decode_shape<C, I8> sh;
+    typedef decode_shape<C, CODES> sh;
     constexpr int slices = slices_of(C);
     const int g = lane >> 2, c = lane & 3;
     uint32_t *at = (uint32_t *)a->scratch + slot;
@@ -254,9 +256,9 @@ static __device__ __forceinline__ void finish(const attn_args *a, const stretch 
             const int unit = warp * sh::warp_units + u;
             if (unit >= sh::units) continue;
             /* two pairs of dimensions that lie together */
-            float x[4] = {acc[u][0][2 * i], acc[u][I8 ? 1 : 0][2 * i + (I8 ? 0 : 1)],
-                          acc[u][I8 ? 0 : 1][2 * i + (I8 ? 1 : 0)], acc[u][1][2 * i + 1]};
-            const int first = unit * 16 + (I8 ? 4 * c : 2 * c), second = first + (I8 ? 2 : 8);
+            float x[4] = {acc[u][0][2 * i], acc[u][CODES ? 1 : 0][2 * i + (CODES ? 0 : 1)],
+                          acc[u][CODES ? 0 : 1][2 * i + (CODES ? 1 : 0)], acc[u][1][2 * i + 1]};
+            const int first = unit * 16 + (CODES ? 4 * c : 2 * c), second = first + (CODES ? 2 : 8);
             if (slot >= 0) {
                 publish(part + first, x[0], x[1]);
                 publish(part + second, x[2], x[3]);
@@ -358,10 +360,10 @@ static __device__ __forceinline__ void join(const attn_args *a, const stretch *s
     }
 }
 
-template <int C, bool I8>
-static __global__ void __launch_bounds__(THREADS, (blocks_each(C, I8)))
+template <int C, int CODES>
+static __global__ void __launch_bounds__(THREADS, (blocks_each(C, CODES)))
     decode_kernel(const __grid_constant__ attn_args a) {
-    typedef decode_shape<C, I8> sh;
+    typedef decode_shape<C, CODES> sh;
     extern __shared__ __align__(128) unsigned char smem[];
     int64_t *cells = (int64_t *)(smem + sh::cell_at);
     float *top = (float *)(smem + sh::top_at), *key_scale = (float *)(smem + sh::scale_at);
@@ -394,22 +396,22 @@ static __global__ void __launch_bounds__(THREADS, (blocks_each(C, I8)))
         const int32_t nth = attn_nth_page<true>(&a, at) - attn_nth_page<true>(&a, tile * CU_KEYS);
         int32_t page = nth == 0 ? pages.x : nth == 1 ? pages.y : nth == 2 ? pages.z : pages.w;
         if (!s.cut || nth >= ATTN_START_PAGES || tid >= count) page = attn_page_of<true>(&a, cur.seq, at, cur.len);
-        const attn_cell cell = attn_cell_of<C, I8, true>(&a, page, cur.head, at);
+        const attn_cell cell = attn_cell_of<C, CODES, true>(&a, page, cur.head, at);
         cells[tid] = max(cell.key, (int64_t)0);
         __syncthreads();
-        tile_load<C, I8, WARPS>(&a, a.kv, smem, 0, count, own);
-        if (I8) tile_load_scales(&a, a.kv, key_scale, key_scale + CU_KEYS, cell, own);
-        if (!makes) load_q<C, I8>(&a, smem, &cur);
+        tile_load<C, CODES, WARPS>(&a, a.kv, smem, 0, count, own);
+        if (CODES) tile_load_scales(&a, a.kv, key_scale, key_scale + CU_KEYS, cell, own);
+        if (!makes) load_q<C, CODES>(&a, smem, &cur);
         attn_copy_commit();
-        tile_load<C, I8, WARPS>(&a, a.kv, smem, 1, count, own);
+        tile_load<C, CODES, WARPS>(&a, a.kv, smem, 1, count, own);
         attn_copy_commit();
         if (makes) {
             float4 angle[sh::q_turns][2], x[sh::q_turns][2];
-            q_turns<C, I8>(&a, &cur, angle);
+            q_turns<C, CODES>(&a, &cur, angle);
             cu_wait_previous();
-            read_q<C, I8>(&a, &cur, x);
-            make_rows<C, I8>(&a, smem, key_scale, 0, 2, &cur, tile);
-            make_q<C, I8>(&a, smem, &cur, angle, x);
+            read_q<C, CODES>(&a, &cur, x);
+            make_rows<C, CODES>(&a, smem, key_scale, 0, 2, &cur, tile);
+            make_q<C, CODES>(&a, smem, &cur, angle, x);
         }
     }
 
@@ -442,15 +444,15 @@ static __global__ void __launch_bounds__(THREADS, (blocks_each(C, I8)))
         attn_copy_wait<1>();
         __syncthreads(); /* keys and q are there; nobody reads `cells` any more */
         float score[4][4];
-        tile_scores<C, I8, WARPS>(score, smem, warp, lane);
+        tile_scores<C, CODES, WARPS>(score, smem, warp, lane);
         float m[2] = {-INFINITY, -INFINITY};
 #pragma unroll
         for (int j = 0; j < 4; j++) {
             const int in_tile = warp * 32 + j * 8 + 2 * c;
 #pragma unroll
             for (int e = 0; e < 4; e++) {
-                const float scale = I8 ? key_scale[in_tile + (e & 1)] : 1.0f;
-                score[j][e] = attn_score<I8>(score[j][e], scale, a.scale);
+                const float scale = CODES ? key_scale[in_tile + (e & 1)] : 1.0f;
+                score[j][e] = attn_score<CODES>(score[j][e], scale, a.scale);
             }
         }
         if (key0 + CU_KEYS - 1 > cur.pos0) { /* else all rows see all keys */
@@ -468,25 +470,25 @@ static __global__ void __launch_bounds__(THREADS, (blocks_each(C, I8)))
             m[i] = fmaxf(m[i], __shfl_xor_sync(0xffffffffu, m[i], 2));
             if (c == 0) top[warp * ATTN_FEW + g + 8 * i] = m[i];
         }
-        const attn_cell cell = attn_cell_of<C, I8, true>(&a, page, next.head, next_at);
+        const attn_cell cell = attn_cell_of<C, CODES, true>(&a, page, next.head, next_at);
         cells[tid] = max(cell.key, (int64_t)0);
         __syncthreads(); /* maxima are there; keys and q may be overwritten */
         const int32_t next_count = next.len - next_tile * CU_KEYS;
         const int32_t next_own = makes ? next.pos0 - next_tile * CU_KEYS : CU_KEYS;
         if (more) {
-            tile_load<C, I8, WARPS>(&a, a.kv, smem, 0, next_count, next_own);
-            if (I8) tile_load_scales(&a, a.kv, key_scale, key_scale + (2 - turn) * CU_KEYS, cell, next_own);
-            if (last && !makes) load_q<C, I8>(&a, smem, &next);
+            tile_load<C, CODES, WARPS>(&a, a.kv, smem, 0, next_count, next_own);
+            if (CODES) tile_load_scales(&a, a.kv, key_scale, key_scale + (2 - turn) * CU_KEYS, cell, next_own);
+            if (last && !makes) load_q<C, CODES>(&a, smem, &next);
         }
         attn_copy_commit();
         if (makes && more) {
             if (last) {
                 float4 angle[sh::q_turns][2], x[sh::q_turns][2];
-                q_turns<C, I8>(&a, &next, angle);
-                read_q<C, I8>(&a, &next, x);
-                make_q<C, I8>(&a, smem, &next, angle, x);
+                q_turns<C, CODES>(&a, &next, angle);
+                read_q<C, CODES>(&a, &next, x);
+                make_q<C, CODES>(&a, smem, &next, angle, x);
             }
-            if (next_own < CU_KEYS) make_rows<C, I8>(&a, smem, key_scale, 0, 1, &next, next_tile);
+            if (next_own < CU_KEYS) make_rows<C, CODES>(&a, smem, key_scale, 0, 1, &next, next_tile);
         }
 
         bool seen[2];
@@ -508,7 +510,7 @@ static __global__ void __launch_bounds__(THREADS, (blocks_each(C, I8)))
                 const float p1 = attn_ex2(__fsub_rn(score[j][2 * i + 1], base[i]));
                 const uint32_t at = attn_at<16>(g + 8 * i, chunk) + c * 4;
                 *(uint32_t *)(smem + sh::l_at + at) = cu_round2(p0, p1);
-                if (I8) {
+                if (CODES) {
                     const float *scale = value_scale + chunk * 8 + 2 * c;
                     *(uint32_t *)(smem + sh::p_at + at) =
                         cu_round2(attn_scaled(p0, scale[0]), attn_scaled(p1, scale[1]));
@@ -519,7 +521,7 @@ static __global__ void __launch_bounds__(THREADS, (blocks_each(C, I8)))
         __syncthreads(); /* values and weights are there */
         float o[sh::warp_units][2][4], l[4];
         if (warp * sh::warp_units < sh::units) {
-            tile_weigh<C, I8, WARPS>(o, l, smem, warp, lane);
+            tile_weigh<C, CODES, WARPS>(o, l, smem, warp, lane);
 #pragma unroll
             for (int i = 0; i < 2; i++) {
                 if (!seen[i]) continue;
@@ -537,7 +539,7 @@ static __global__ void __launch_bounds__(THREADS, (blocks_each(C, I8)))
             const bool whole = !alone && end == cur.n_tile;
             const bool is[2] = {!alone || seen[0], !alone || seen[1]};
             const int32_t slot = whole ? -1 : (alone ? cur.x0 + tile : s.line.n_tile + unit_index(&a, &cur)) * s.slot;
-            if (warp * sh::warp_units < sh::units) finish<C, I8>(&a, &s, &cur, slot, is, acc, M, L, warp, lane);
+            if (warp * sh::warp_units < sh::units) finish<C, CODES>(&a, &s, &cur, slot, is, acc, M, L, warp, lane);
 #pragma unroll
             for (int i = 0; i < 2; i++) {
                 M[i] = -INFINITY, L[i] = 0.0f;
@@ -547,11 +549,11 @@ static __global__ void __launch_bounds__(THREADS, (blocks_each(C, I8)))
         }
         if (!more) break;
         __syncthreads(); /* values and weights may be overwritten */
-        tile_load<C, I8, WARPS>(&a, a.kv, smem, 1, next_count, next_own);
+        tile_load<C, CODES, WARPS>(&a, a.kv, smem, 1, next_count, next_own);
         attn_copy_commit();
         turn ^= 1;
         if (makes && next_own < CU_KEYS)
-            make_rows<C, I8>(&a, smem, key_scale + (1 + turn) * CU_KEYS, 1, 1, &next, next_tile);
+            make_rows<C, CODES>(&a, smem, key_scale + (1 + turn) * CU_KEYS, 1, 1, &next, next_tile);
         if (last) {
             alone = false;
             end = s.cut ? min(next.n_tile, stop - next.x0) : next.n_tile;
@@ -567,29 +569,35 @@ static __global__ void __launch_bounds__(THREADS, (blocks_each(C, I8)))
 
 /* ---- launches ---------------------------------------------------------------------------------------------------- */
 
-template <int C, bool I8> static cudaError_t run(cudaStream_t s, const attn_args *a) {
-    typedef decode_shape<C, I8> sh;
+template <int C, int CODES> static cudaError_t run_codes(cudaStream_t s, const attn_args *a) {
+    typedef decode_shape<C, CODES> sh;
     static bool ready[64];
     int device = 0;
     cudaError_t e = cudaGetDevice(&device);
     if (e != cudaSuccess) return e;
     if (!ready[device & 63]) {
-        e = cudaFuncSetAttribute(decode_kernel<C, I8>, cudaFuncAttributeMaxDynamicSharedMemorySize, sh::bytes);
+        e = cudaFuncSetAttribute(decode_kernel<C, CODES>, cudaFuncAttributeMaxDynamicSharedMemorySize, sh::bytes);
         if (e != cudaSuccess) return e;
         /* room for all blocks that registers allow */
-        e = cudaFuncSetAttribute(decode_kernel<C, I8>, cudaFuncAttributePreferredSharedMemoryCarveout,
+        e = cudaFuncSetAttribute(decode_kernel<C, CODES>, cudaFuncAttributePreferredSharedMemoryCarveout,
                                  cudaSharedmemCarveoutMaxShared);
         if (e != cudaSuccess) return e;
         ready[device & 63] = true;
     }
     attn_args args = *a;
     void *list[] = {&args};
-    return cu_launch(s, (const void *)decode_kernel<C, I8>, dim3((unsigned)attn_decode_blocks(C, I8)), THREADS,
+    return cu_launch(s, (const void *)decode_kernel<C, CODES>, dim3((unsigned)attn_decode_blocks(C, CODES)), THREADS,
                      sh::bytes, true, 1, list);
 }
 
-int32_t attn_decode_blocks(int32_t C, bool i8) {
-    const int32_t n = attn_sm_count() * blocks_each(C, i8);
+template <int C> static cudaError_t run(cudaStream_t s, const attn_args *a, int codes) {
+    return codes == ATTN_I8   ? run_codes<C, ATTN_I8>(s, a)
+           : codes == ATTN_F8 ? run_codes<C, ATTN_F8>(s, a)
+                              : run_codes<C, 0>(s, a);
+}
+
+int32_t attn_decode_blocks(int32_t C, int codes) {
+    const int32_t n = attn_sm_count() * blocks_each(C, codes);
     return n < ATTN_BLOCKS_MOST ? n : ATTN_BLOCKS_MOST;
 }
 
@@ -597,11 +605,11 @@ int64_t attn_decode_floats(int64_t n_tile, int64_t n_unit, int32_t n_row, int32_
     return (n_tile + n_unit) * slot_words(n_row, C);
 }
 
-cudaError_t attn_decode(cudaStream_t s, const attn_args *a, int32_t C, bool i8) {
+cudaError_t attn_decode(cudaStream_t s, const attn_args *a, int32_t C, int codes) {
     switch (C) {
-    case 16: return i8 ? run<16, true>(s, a) : run<16, false>(s, a);
-    case 64: return i8 ? run<64, true>(s, a) : run<64, false>(s, a);
-    case 128: return i8 ? run<128, true>(s, a) : run<128, false>(s, a);
+    case 16: return run<16>(s, a, codes);
+    case 64: return run<64>(s, a, codes);
+    case 128: return run<128>(s, a, codes);
     default: return cudaErrorInvalidValue;
     }
 }

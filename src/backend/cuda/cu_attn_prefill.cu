@@ -3,34 +3,34 @@
  * while one is worked on. Blocks take (sequence, rows, head) from a list with the longest walks first.
  *
  * C = 128, which the models have: wide_kernel of cu_attn_wide.cuh. Other sizes: prefill_kernel, eight warps of 16 rows.
- * There BF16 tiles are copied into two buffers in turn. I8 tiles are copied as codes and made bf16 once for all warps,
- * keys in the order of inputs that cu_attn.cuh has for I8, so that the products see what the other kernels' see. */
+ * There BF16 tiles are copied into two buffers in turn. Others are copied as codes and made bf16 once for all warps,
+ * keys in the order of inputs that cu_attn.cuh has for codes, so that the products see what the other kernels' see. */
 #include "backend/cuda/cu_attn.cuh"
 #include "backend/cuda/cu_attn_wide.cuh"
 #include "backend/cuda/cu_map.cuh"
 
 enum { THREADS = 256 };
 
-template <int C, bool I8> struct prefill_shape {
-    static constexpr int row_bytes = C * (I8 ? 1 : 2), chunks = row_bytes / 16; /* in the cache */
-    static constexpr int wide = C / 8;                                          /* chunks of a bf16 row */
+template <int C, int CODES> struct prefill_shape {
+    static constexpr int row_bytes = C * (CODES ? 1 : 2), chunks = row_bytes / 16; /* in the cache */
+    static constexpr int wide = C / 8;                                             /* chunks of a bf16 row */
     static constexpr int units = C / 16;
     static constexpr int group = units < 4 ? units : 4; /* units of O at a time */
     static constexpr int side = CU_KEYS * C * 2;        /* bytes of bf16 keys or values */
     static constexpr int code_side = CU_KEYS * C;
-    /* shared memory: BF16: two times keys, values. I8: keys, values; codes of keys, values; scales of two tiles */
+    /* shared memory: BF16: two times keys, values. Codes: keys, values; codes of keys, values; scales of two tiles */
     static constexpr int code_at = 2 * side;
-    static constexpr int scale_at = I8 ? code_at + 2 * code_side : 4 * side; /* [2][2][128] f32 */
-    static constexpr int cell_at = scale_at + (I8 ? 4 * CU_KEYS * 4 : 0);    /* [2][128] attn_cell */
+    static constexpr int scale_at = CODES ? code_at + 2 * code_side : 4 * side; /* [2][2][128] f32 */
+    static constexpr int cell_at = scale_at + (CODES ? 4 * CU_KEYS * 4 : 0);    /* [2][128] attn_cell */
     static constexpr int next_at = cell_at + 2 * CU_KEYS * (int)sizeof(attn_cell);
     static constexpr int bytes = next_at + 16;
 };
 
-/* Start copying a tile. to_k, to_v: shared memory; scales (I8): [2][128]. */
-template <int C, bool I8>
+/* Start copying a tile. to_k, to_v: shared memory; scales (codes): [2][128]. */
+template <int C, int CODES>
 static __device__ __forceinline__ void load_tile(const attn_args *a, const attn_cell *cell, uint32_t to_k,
                                                  uint32_t to_v, float *scale) {
-    typedef prefill_shape<C, I8> sh;
+    typedef prefill_shape<C, CODES> sh;
 #pragma unroll
     for (int i = 0; i < CU_KEYS * sh::chunks / THREADS; i++) {
         const int n = threadIdx.x + i * THREADS, row = n / sh::chunks, chunk = n % sh::chunks;
@@ -39,7 +39,7 @@ static __device__ __forceinline__ void load_tile(const attn_args *a, const attn_
         attn_copy16(to_k + attn_at<sh::chunks>(row, chunk), from, at >= 0);
         attn_copy16(to_v + attn_at<sh::chunks>(row, chunk), from + a->value, at >= 0);
     }
-    /* C = 16 in I8: one chunk a row, 128 of them for 256 threads */
+    /* C = 16 in codes: one chunk a row, 128 of them for 256 threads */
     if (CU_KEYS * sh::chunks < THREADS && threadIdx.x < CU_KEYS * sh::chunks) {
         const int row = threadIdx.x / sh::chunks, chunk = threadIdx.x % sh::chunks;
         const int64_t at = cell[row].key;
@@ -47,7 +47,7 @@ static __device__ __forceinline__ void load_tile(const attn_args *a, const attn_
         attn_copy16(to_k + attn_at<sh::chunks>(row, chunk), from, at >= 0);
         attn_copy16(to_v + attn_at<sh::chunks>(row, chunk), from + a->value, at >= 0);
     }
-    if (I8) {
+    if (CODES) {
         const int row = threadIdx.x & (CU_KEYS - 1), which = threadIdx.x / CU_KEYS;
         const int64_t at = cell[row].scale;
         attn_copy4(attn_smem(scale + which * CU_KEYS + row), a->kv + (which ? a->value : 0) + (at < 0 ? 0 : at),
@@ -58,8 +58,8 @@ static __device__ __forceinline__ void load_tile(const attn_args *a, const attn_
 
 /* Codes to bf16. A word of codes d0..d3 gives pairs (d0, d2) and (d1, d3): keys keep them, eight places apart; values
  * are put back in order. */
-template <int C> static __device__ __forceinline__ void widen(unsigned char *smem) {
-    typedef prefill_shape<C, true> sh;
+template <int C, int CODES> static __device__ __forceinline__ void widen(unsigned char *smem) {
+    typedef prefill_shape<C, CODES> sh;
     for (int n = threadIdx.x; n < 2 * CU_KEYS * sh::chunks; n += THREADS) {
         const int which = n / (CU_KEYS * sh::chunks), rest = n % (CU_KEYS * sh::chunks);
         const int row = rest / sh::chunks, chunk = rest % sh::chunks;
@@ -68,8 +68,8 @@ template <int C> static __device__ __forceinline__ void widen(unsigned char *sme
         uint32_t even[4], odd[4], lo[4], hi[4];
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            even[i] = cu_i8_pair(in[i]);
-            odd[i] = cu_i8_pair(in[i] >> 8);
+            even[i] = CODES == ATTN_F8 ? cu_f8_pair(in[i]) : cu_i8_pair(in[i]);
+            odd[i] = CODES == ATTN_F8 ? cu_f8_pair(in[i] >> 8) : cu_i8_pair(in[i] >> 8);
         }
 #pragma unroll
         for (int i = 0; i < 4; i++) {
@@ -98,10 +98,10 @@ template <int C> struct rows {
 };
 
 /* One tile of 128 keys for the warp's rows. k, v: bf16 in shared memory. CUT: some row does not see all of it. */
-template <int C, bool I8, bool CUT>
+template <int C, int CODES, bool CUT>
 static __device__ __forceinline__ void walk_tile(rows<C> *w, uint32_t k, uint32_t v, const float *key_scale,
                                                  int32_t key0, float score_scale) {
-    typedef prefill_shape<C, I8> sh;
+    typedef prefill_shape<C, CODES> sh;
     const int lane = threadIdx.x & 31, mi = lane >> 3, l7 = lane & 7, c = lane & 3;
     float s[16][4];
 #pragma unroll
@@ -126,10 +126,10 @@ static __device__ __forceinline__ void walk_tile(rows<C> *w, uint32_t k, uint32_
 #pragma unroll
     for (int j = 0; j < 16; j++) {
         float2 scale = make_float2(1.0f, 1.0f);
-        if (I8) scale = *(const float2 *)(key_scale + j * 8 + 2 * c);
+        if (CODES) scale = *(const float2 *)(key_scale + j * 8 + 2 * c);
 #pragma unroll
         for (int e = 0; e < 4; e++) {
-            s[j][e] = attn_score<I8>(s[j][e], e & 1 ? scale.y : scale.x, score_scale);
+            s[j][e] = attn_score<CODES>(s[j][e], e & 1 ? scale.y : scale.x, score_scale);
             if (CUT && key0 + j * 8 + 2 * c + (e & 1) > w->pos[e >> 1]) s[j][e] = -INFINITY;
             m[e >> 1] = fmaxf(m[e >> 1], s[j][e]);
         }
@@ -155,7 +155,7 @@ static __device__ __forceinline__ void walk_tile(rows<C> *w, uint32_t k, uint32_
             const float p0 = attn_ex2(__fsub_rn(s[j][2 * i], base[i]));
             const float p1 = attn_ex2(__fsub_rn(s[j][2 * i + 1], base[i]));
             pl[x] = cu_round2(p0, p1);
-            if (I8) {
+            if (CODES) {
                 const float2 scale = *(const float2 *)(key_scale + CU_KEYS + j * 8 + 2 * c);
                 p[kk][x] = cu_round2(attn_scaled(p0, scale.x), attn_scaled(p1, scale.y));
             } else {
@@ -202,8 +202,8 @@ static __device__ __forceinline__ void walk_tile(rows<C> *w, uint32_t k, uint32_
     }
 }
 
-template <int C, bool I8> static __global__ void __launch_bounds__(THREADS, 1) prefill_kernel(const attn_args a) {
-    typedef prefill_shape<C, I8> sh;
+template <int C, int CODES> static __global__ void __launch_bounds__(THREADS, 1) prefill_kernel(const attn_args a) {
+    typedef prefill_shape<C, CODES> sh;
     extern __shared__ __align__(128) unsigned char smem[];
     attn_cell *cells = (attn_cell *)(smem + sh::cell_at);
     float *scales = (float *)(smem + sh::scale_at);
@@ -245,7 +245,7 @@ template <int C, bool I8> static __global__ void __launch_bounds__(THREADS, 1) p
             for (int x = 0; x < 2; x++) {
                 w.q[i][x] = w.q[i][2 + x] = 0;
                 if (!q[x]) continue;
-                if (I8) {
+                if (CODES) {
                     const uint2 d = *(const uint2 *)(q[x] + i * 16 + 4 * c);
                     w.q[i][x] = __byte_perm(d.x, d.y, 0x5410);
                     w.q[i][2 + x] = __byte_perm(d.x, d.y, 0x7632);
@@ -257,34 +257,34 @@ template <int C, bool I8> static __global__ void __launch_bounds__(THREADS, 1) p
         }
 
         /* The cells of tiles 0 and 1, then tile 0. */
-        cells[tid] = attn_cell_of<C, I8, false>(&a, attn_page_of<false>(&a, seq, tid, len), head, tid);
+        cells[tid] = attn_cell_of<C, CODES, false>(&a, attn_page_of<false>(&a, seq, tid, len), head, tid);
         __syncthreads();
-        load_tile<C, I8>(&a, cells, base + (I8 ? sh::code_at : 0), base + (I8 ? sh::code_at + sh::code_side : sh::side),
-                         scales);
+        load_tile<C, CODES>(&a, cells, base + (CODES ? sh::code_at : 0),
+                            base + (CODES ? sh::code_at + sh::code_side : sh::side), scales);
         for (int32_t tile = 0; tile < n_tile; tile++) {
             const int turn = tile & 1;
             attn_cell later = {-1, -1};
             if (tid < CU_KEYS && tile + 2 < n_tile) {
                 const int32_t at = (tile + 2) * CU_KEYS + tid;
-                later = attn_cell_of<C, I8, false>(&a, attn_page_of<false>(&a, seq, at, len), head, at);
+                later = attn_cell_of<C, CODES, false>(&a, attn_page_of<false>(&a, seq, at, len), head, at);
             }
             attn_copy_wait<0>();
             __syncthreads(); /* the tile is there; nobody works on the one before, so its place is free */
-            if (I8) {
-                widen<C>(smem);
+            if (CODES) {
+                widen<C, CODES>(smem);
                 __syncthreads();
             }
             if (tile + 1 < n_tile) {
-                const uint32_t to = base + (I8 ? sh::code_at : (turn ^ 1) * 2 * sh::side);
-                load_tile<C, I8>(&a, cells + (turn ^ 1) * CU_KEYS, to, to + (I8 ? sh::code_side : sh::side),
-                                 scales + (turn ^ 1) * 2 * CU_KEYS);
+                const uint32_t to = base + (CODES ? sh::code_at : (turn ^ 1) * 2 * sh::side);
+                load_tile<C, CODES>(&a, cells + (turn ^ 1) * CU_KEYS, to, to + (CODES ? sh::code_side : sh::side),
+                                    scales + (turn ^ 1) * 2 * CU_KEYS);
             }
             const int32_t key0 = tile * CU_KEYS;
-            const uint32_t k = base + (I8 ? 0 : turn * 2 * sh::side);
+            const uint32_t k = base + (CODES ? 0 : turn * 2 * sh::side);
             if (key0 + CU_KEYS - 1 <= w.low)
-                walk_tile<C, I8, false>(&w, k, k + sh::side, scales + turn * 2 * CU_KEYS, key0, a.scale);
+                walk_tile<C, CODES, false>(&w, k, k + sh::side, scales + turn * 2 * CU_KEYS, key0, a.scale);
             else if (key0 <= w.top)
-                walk_tile<C, I8, true>(&w, k, k + sh::side, scales + turn * 2 * CU_KEYS, key0, a.scale);
+                walk_tile<C, CODES, true>(&w, k, k + sh::side, scales + turn * 2 * CU_KEYS, key0, a.scale);
             /* all copies of this tile's cells are under way since before the barrier */
             if (tid < CU_KEYS) cells[turn * CU_KEYS + tid] = later;
         }
@@ -315,35 +315,44 @@ static int32_t block_count(const attn_args *a) {
     return most < n ? (int32_t)most : n;
 }
 
-template <int C, bool I8> static cudaError_t run(cudaStream_t s, const attn_args *a) {
-    typedef prefill_shape<C, I8> sh;
+template <int C, int CODES> static cudaError_t run_codes(cudaStream_t s, const attn_args *a) {
+    typedef prefill_shape<C, CODES> sh;
     static uint64_t ready;
-    cudaError_t e = cu_shared_bytes(&ready, (const void *)prefill_kernel<C, I8>, sh::bytes);
+    cudaError_t e = cu_shared_bytes(&ready, (const void *)prefill_kernel<C, CODES>, sh::bytes);
     if (e != cudaSuccess) return e;
-    prefill_kernel<C, I8><<<block_count(a), THREADS, sh::bytes, s>>>(*a);
+    prefill_kernel<C, CODES><<<block_count(a), THREADS, sh::bytes, s>>>(*a);
     return cudaGetLastError();
 }
 
-template <bool I8> static cudaError_t run_wide(cudaStream_t s, const attn_args *a) {
+template <int C> static cudaError_t run(cudaStream_t s, const attn_args *a, int codes) {
+    return codes == ATTN_I8   ? run_codes<C, ATTN_I8>(s, a)
+           : codes == ATTN_F8 ? run_codes<C, ATTN_F8>(s, a)
+                              : run_codes<C, 0>(s, a);
+}
+
+template <int CODES> static cudaError_t run_wide(cudaStream_t s, const attn_args *a) {
     static uint64_t ready;
-    constexpr int bytes = wide_bytes(I8);
-    cudaError_t e = cu_shared_bytes(&ready, (const void *)wide_kernel<I8>, bytes);
+    constexpr int bytes = wide_bytes(CODES);
+    cudaError_t e = cu_shared_bytes(&ready, (const void *)wide_kernel<CODES>, bytes);
     CUtensorMap map = {};
     int32_t run = 64; /* cells of a page that a tile takes together */
     while (a->n_page_cell % run) run /= 2;
-    if (!I8 && run < 8) run = 0;        /* a turn of the swizzle */
-    if (e == cudaSuccess && !I8 && run) /* the cache as rows of a cell's numbers from a->kv on, half of each a box */
+    if (!CODES && run < 8) run = 0;        /* a turn of the swizzle */
+    if (e == cudaSuccess && !CODES && run) /* the cache as rows of a cell's numbers from a->kv on, half of each a box */
         e = cu_map_rows(&map, a->kv, WIDE_C, INT32_MAX, WIDE_C * 2, WIDE_C / 2, (uint32_t)run);
     if (e != cudaSuccess) return e;
-    wide_kernel<I8><<<block_count(a), WIDE_THREADS, bytes, s>>>(*a, map, run);
+    wide_kernel<CODES><<<block_count(a), WIDE_THREADS, bytes, s>>>(*a, map, run);
     return cudaGetLastError();
 }
 
-cudaError_t attn_prefill(cudaStream_t s, const attn_args *a, int32_t C, bool i8) {
+cudaError_t attn_prefill(cudaStream_t s, const attn_args *a, int32_t C, int codes) {
     switch (C) {
-    case 16: return i8 ? run<16, true>(s, a) : run<16, false>(s, a);
-    case 64: return i8 ? run<64, true>(s, a) : run<64, false>(s, a);
-    case 128: return i8 ? run_wide<true>(s, a) : run_wide<false>(s, a);
+    case 16: return run<16>(s, a, codes);
+    case 64: return run<64>(s, a, codes);
+    case 128:
+        return codes == ATTN_I8   ? run_wide<ATTN_I8>(s, a)
+               : codes == ATTN_F8 ? run_wide<ATTN_F8>(s, a)
+                                  : run_wide<0>(s, a);
     default: return cudaErrorInvalidValue;
     }
 }

@@ -13,8 +13,8 @@ static __device__ __forceinline__ void attn_load2(uint32_t r[2], uint32_t at) {
                  : "memory");
 }
 
-template <int C, bool I8, int WARPS> struct tile_shape {
-    static constexpr int row_bytes = C * (I8 ? 1 : 2);
+template <int C, int CODES, int WARPS> struct tile_shape {
+    static constexpr int row_bytes = C * (CODES ? 1 : 2);
     static constexpr int chunks = row_bytes / 16; /* of a key or value */
     static constexpr int threads = WARPS * 32;
     static constexpr int q_chunks = C / 8;
@@ -24,20 +24,20 @@ template <int C, bool I8, int WARPS> struct tile_shape {
     static constexpr int copies = CU_KEYS * chunks / threads; /* of 16 bytes, a thread's of keys */
     /* shared memory */
     static constexpr int k_at = 0, v_at = k_at + CU_KEYS * row_bytes, q_at = v_at + CU_KEYS * row_bytes;
-    static constexpr int p_at = q_at + ATTN_FEW * C * 2;           /* weights for O, [16][128] bf16 */
-    static constexpr int l_at = p_at + (I8 ? ATTN_FEW * 256 : 0);  /* weights for l (bf16: the same) */
-    static constexpr int cell_at = l_at + ATTN_FEW * 256;          /* [128] int64 key of the tile to load */
-    static constexpr int top_at = cell_at + CU_KEYS * 8;           /* [WARPS][16] maxima */
-    static constexpr int scale_at = top_at + WARPS * ATTN_FEW * 4; /* I8: [128] keys', [2][128] values' */
-    static constexpr int end_at = scale_at + (I8 ? 3 * CU_KEYS * 4 : 0);
+    static constexpr int p_at = q_at + ATTN_FEW * C * 2;             /* weights for O, [16][128] bf16 */
+    static constexpr int l_at = p_at + (CODES ? ATTN_FEW * 256 : 0); /* weights for l (bf16: the same) */
+    static constexpr int cell_at = l_at + ATTN_FEW * 256;            /* [128] int64 key of the tile to load */
+    static constexpr int top_at = cell_at + CU_KEYS * 8;             /* [WARPS][16] maxima */
+    static constexpr int scale_at = top_at + WARPS * ATTN_FEW * 4;   /* codes: [128] keys', [2][128] values' */
+    static constexpr int end_at = scale_at + (CODES ? 3 * CU_KEYS * 4 : 0);
 };
 
 /* Keys (which 0) or values (1) of a tile, from the cells in shared memory; zeros beyond the first `count`. Those from
  * `own` on are not loaded: this step makes them. SHORT: in little code. */
-template <int C, bool I8, int WARPS, bool SHORT = false>
+template <int C, int CODES, int WARPS, bool SHORT = false>
 static __device__ __forceinline__ void tile_load(const attn_args *a, const unsigned char *kv, unsigned char *smem,
                                                  int which, int32_t count, int32_t own) {
-    typedef tile_shape<C, I8, WARPS> sh;
+    typedef tile_shape<C, CODES, WARPS> sh;
     const int64_t *cell = (const int64_t *)(smem + sh::cell_at);
     const uint32_t to = attn_smem(smem + (which ? sh::v_at : sh::k_at)), chunk = threadIdx.x % sh::chunks;
     const unsigned char *from = kv + (which ? a->value : 0) + chunk * 16;
@@ -56,7 +56,7 @@ static __device__ __forceinline__ void tile_load(const attn_args *a, const unsig
         attn_copy16_if(!real || (int32_t)row < own, to + attn_at<sh::chunks>(row, chunk), from + cell[row], real);
     }
 }
-/* I8: the scales of a tile's keys and values, by the first CU_KEYS threads. */
+/* Codes: the scales of a tile's keys and values, by the first CU_KEYS threads. */
 static __device__ __forceinline__ void tile_load_scales(const attn_args *a, const unsigned char *kv, float *key,
                                                         float *value, attn_cell cell, int32_t own) {
     const bool real = cell.scale >= 0;
@@ -67,9 +67,9 @@ static __device__ __forceinline__ void tile_load_scales(const attn_args *a, cons
 }
 
 /* Scores of 16 rows and this warp's keys, unscaled; [8 keys][4]. SHORT: in little code. */
-template <int C, bool I8, int WARPS, bool SHORT = false>
+template <int C, int CODES, int WARPS, bool SHORT = false>
 static __device__ __forceinline__ void tile_scores(float s[][4], const unsigned char *smem, int warp, int lane) {
-    typedef tile_shape<C, I8, WARPS> sh;
+    typedef tile_shape<C, CODES, WARPS> sh;
     const uint32_t k = attn_smem(smem + sh::k_at), q = attn_smem(smem + sh::q_at);
     const int mi = lane >> 3, l7 = lane & 7;
     constexpr int J = sh::warp_keys / 8;
@@ -80,16 +80,16 @@ static __device__ __forceinline__ void tile_scores(float s[][4], const unsigned 
     for (int i = 0; i < sh::units; i++) {
         uint32_t a[4];
         attn_load4(a, q + attn_at<sh::q_chunks>((mi & 1) * 8 + l7, 2 * i + (mi >> 1)));
-        if (I8 && J == 4) {
+        if (CODES && J == 4) {
             uint32_t b[4];
             attn_load4(b, k + attn_at<sh::chunks>(warp * 32 + mi * 8 + l7, i));
 #pragma unroll
-            for (int j = 0; j < J; j++) cu_mma(s[j], a, cu_i8_pair_fast(b[j]), cu_i8_pair_fast(b[j] >> 8));
-        } else if (I8) {
+            for (int j = 0; j < J; j++) cu_mma(s[j], a, attn_pair<CODES>(b[j]), attn_pair<CODES>(b[j] >> 8));
+        } else if (CODES) {
             uint32_t b[2];
             attn_load2(b, k + attn_at<sh::chunks>(warp * 16 + (mi & 1) * 8 + l7, i));
 #pragma unroll
-            for (int j = 0; j < J; j++) cu_mma(s[j], a, cu_i8_pair_fast(b[j]), cu_i8_pair_fast(b[j] >> 8));
+            for (int j = 0; j < J; j++) cu_mma(s[j], a, attn_pair<CODES>(b[j]), attn_pair<CODES>(b[j] >> 8));
         } else {
 #pragma unroll
             for (int j = 0; j < J; j += 2) {
@@ -103,12 +103,12 @@ static __device__ __forceinline__ void tile_scores(float s[][4], const unsigned 
     }
 }
 
-/* O [unit][half][4] of this warp's dimensions, and l (rows g, g, g+8, g+8). I8: half 0 has the even dimensions of the
- * unit, half 1 the odd ones; else the lower and upper eight. */
-template <int C, bool I8, int WARPS, bool SHORT = false>
+/* O [unit][half][4] of this warp's dimensions, and l (rows g, g, g+8, g+8). Codes: half 0 has the even dimensions of
+ * the unit, half 1 the odd ones; else the lower and upper eight. */
+template <int C, int CODES, int WARPS, bool SHORT = false>
 static __device__ __forceinline__ void tile_weigh(float o[][2][4], float l[4], const unsigned char *smem, int warp,
                                                   int lane) {
-    typedef tile_shape<C, I8, WARPS> sh;
+    typedef tile_shape<C, CODES, WARPS> sh;
     const uint32_t v = attn_smem(smem + sh::v_at), p = attn_smem(smem + sh::p_at), q = attn_smem(smem + sh::l_at);
     const int mi = lane >> 3, l7 = lane & 7;
 #pragma unroll
@@ -122,15 +122,15 @@ static __device__ __forceinline__ void tile_weigh(float o[][2][4], float l[4], c
 #pragma unroll
         for (int u = 0; u < sh::warp_units; u++) {
             const int unit = warp * sh::warp_units + u;
-            if (I8) {
+            if (CODES) {
                 uint32_t w[4];
                 attn_load4_t(w, v + attn_at<sh::chunks>(pair * 32 + mi * 8 + l7, unit));
 #pragma unroll
                 for (int half = 0; half < 2; half++) {
-                    b[u][half * 4 + 0] = cu_i8_pair_fast(w[half * 2]),
-                                    b[u][half * 4 + 1] = cu_i8_pair_fast(w[half * 2 + 1]);
-                    b[u][half * 4 + 2] = cu_i8_pair_fast(w[half * 2] >> 8);
-                    b[u][half * 4 + 3] = cu_i8_pair_fast(w[half * 2 + 1] >> 8);
+                    b[u][half * 4 + 0] = attn_pair<CODES>(w[half * 2]),
+                                    b[u][half * 4 + 1] = attn_pair<CODES>(w[half * 2 + 1]);
+                    b[u][half * 4 + 2] = attn_pair<CODES>(w[half * 2] >> 8);
+                    b[u][half * 4 + 3] = attn_pair<CODES>(w[half * 2 + 1] >> 8);
                 }
             } else {
 #pragma unroll
@@ -144,7 +144,7 @@ static __device__ __forceinline__ void tile_weigh(float o[][2][4], float l[4], c
             const int kk = pair * 2 + half;
             uint32_t a[4], al[4];
             attn_load4(a, p + attn_at<16>((mi & 1) * 8 + l7, 2 * kk + (mi >> 1)));
-            if (I8) {
+            if (CODES) {
                 attn_load4(al, q + attn_at<16>((mi & 1) * 8 + l7, 2 * kk + (mi >> 1)));
                 cu_mma(l, al, 0x3f803f80u, 0x3f803f80u);
             } else {

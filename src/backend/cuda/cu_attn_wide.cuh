@@ -14,7 +14,7 @@
  * turn. Only by halves do S, O, the totals and the weights fit the registers: S takes those of the first half.
  *
  * Shared memory: 4 slots (keys, values, keys, values) of [2 halves of the dimensions][128 keys][128 bytes]; q [2
- * warpgroups][2 halves][64 rows][128 bytes]; ones; I8: codes on their way, [2][128 keys][128 bytes]. Piece i of 16
+ * warpgroups][2 halves][64 rows][128 bytes]; ones; codes on their way, [2][128 keys][128 bytes]. Piece i of 16
  * bytes of a row sits at i ^ (row & 7): the 128-byte swizzle of the descriptors, keys and q read along a row, values
  * across.
  *
@@ -35,8 +35,8 @@ enum {
     WIDE_ONES_AT = WIDE_Q_AT + ATTN_ROWS * WIDE_C * 2,
     WIDE_CODE_AT = WIDE_ONES_AT + 2048,
 };
-static constexpr int wide_bytes(bool i8) {
-    return WIDE_CODE_AT + (i8 ? 2 * CU_KEYS * WIDE_C : 0) + 1024; /* the slots start at a multiple of 1024 */
+static constexpr int wide_bytes(int codes) {
+    return WIDE_CODE_AT + (codes ? 2 * CU_KEYS * WIDE_C : 0) + 1024; /* the slots start at a multiple of 1024 */
 }
 
 typedef struct wide_item {
@@ -46,7 +46,7 @@ typedef struct wide_item {
     int32_t row0, pos0, head;
 } wide_item;
 typedef struct wide_shared {
-    float scale[2][2][CU_KEYS]; /* I8: of keys and values of the tile whose keys are in slots 0 and 2 */
+    float scale[2][2][CU_KEYS]; /* codes: of keys and values of the tile whose keys are in slots 0 and 2 */
     uint64_t full[WIDE_SLOTS], empty[WIDE_SLOTS], q_free, codes[2];
     wide_item item[2]; /* of the first keys in slots 0 and 2 */
     int32_t handed;
@@ -183,7 +183,7 @@ static __device__ __forceinline__ void wide_copy(const unsigned char *kv, int32_
 
 /* Warpgroup 2 alone. */
 static __device__ __forceinline__ void wide_meet(void) { asm volatile("bar.sync 1, 128;" ::: "memory"); }
-/* I8: the codes of a tile's keys or values by the copy engine, as they lie; plane: of page 0. What is beyond len stays
+/* The codes of a tile's keys or values by the copy engine, as they lie; plane: of page 0. What is beyond len stays
  * as it was: codes are numbers whatever they are, and their weights are 0. */
 static __device__ __forceinline__ void wide_copy_codes(const attn_args *a, int64_t plane, int32_t seq, int32_t key0,
                                                        int32_t len, int32_t run, uint32_t to, uint32_t bar,
@@ -206,7 +206,7 @@ static __device__ __forceinline__ void wide_copy_codes(const attn_args *a, int64
 }
 /* Codes to bf16. A word of codes d0..d3 gives pairs (d0, d2) and (d1, d3): keys keep them, eight places apart; values
  * are put back in order. */
-template <bool VALUES>
+template <int CODES, bool VALUES>
 static __device__ __forceinline__ void wide_widen(const unsigned char *codes, unsigned char *to, int thread) {
     /* Eight lanes a row; those of the second half store their two pieces the other way round, so that all banks are
      * touched once. */
@@ -214,14 +214,15 @@ static __device__ __forceinline__ void wide_widen(const unsigned char *codes, un
     codes += thread * 16;
     to += swap * WIDE_HALF + row * 128;
     const int first = (((2 * piece + swap) ^ swirl) & 7) << 4, second = (((2 * piece + 1 - swap) ^ swirl) & 7) << 4;
-#pragma unroll 4
+#pragma unroll(CODES == ATTN_F8 ? 1 : 4)
     for (int i = 0; i < 8; i++) {
         const uint4 w = *(const uint4 *)(codes + i * 2048);
         const uint32_t in[4] = {w.x, w.y, w.z, w.w};
         uint32_t out[8];
 #pragma unroll
         for (int k = 0; k < 4; k++) {
-            const uint32_t even = cu_i8_pair(in[k]), odd = cu_i8_pair(in[k] >> 8);
+            const uint32_t even = CODES == ATTN_F8 ? cu_f8_pair(in[k]) : cu_i8_pair(in[k]);
+            const uint32_t odd = CODES == ATTN_F8 ? cu_f8_pair(in[k] >> 8) : cu_i8_pair(in[k] >> 8);
             out[VALUES ? 2 * k : k] = VALUES ? __byte_perm(even, odd, 0x5410) : even;
             out[VALUES ? 2 * k + 1 : k + 4] = VALUES ? __byte_perm(even, odd, 0x7632) : odd;
         }
@@ -230,7 +231,7 @@ static __device__ __forceinline__ void wide_widen(const unsigned char *codes, un
         *(uint4 *)(to + i * 2048 + second) = swap ? lo : hi;
     }
 }
-/* q in the order of inputs that I8 has, by way of the place for codes. */
+/* q in the order of inputs that codes have, by way of the place for codes. */
 static __device__ __forceinline__ void wide_turn_q(const attn_args *a, const wide_item *it, unsigned char *smem,
                                                    uint32_t q_free, uint32_t parity, int thread) {
     unsigned char *mine = smem + WIDE_CODE_AT + thread * 16;
@@ -259,7 +260,7 @@ static __device__ __forceinline__ void wide_turn_q(const attn_args *a, const wid
     }
 }
 
-template <bool I8>
+template <int CODES>
 static __device__ __forceinline__ void wide_fill(const attn_args *a, const CUtensorMap *cells, int32_t run,
                                                  wide_shared *sh, unsigned char *smem, int thread) {
     const uint32_t ring = attn_smem(smem), full = attn_smem(sh->full), empty = attn_smem(sh->empty);
@@ -280,13 +281,13 @@ static __device__ __forceinline__ void wide_fill(const attn_args *a, const CUten
         it.n = (a->row0[seq + 1] - it.row0) * a->group;
         it.n_tile = (it.pos0 + (min(it.first + ATTN_ROWS, it.n) - 1) / a->group) / CU_KEYS + 1;
 
-        if (I8) wide_turn_q(a, &it, smem, attn_smem(&sh->q_free), q_parity, thread);
+        if (CODES) wide_turn_q(a, &it, smem, attn_smem(&sh->q_free), q_parity, thread);
         const int64_t plane = it.head * a->plane_bytes;
-        if (I8) wide_copy_codes(a, plane, seq, 0, len, run, ring + WIDE_CODE_AT, codes, thread);
+        if (CODES) wide_copy_codes(a, plane, seq, 0, len, run, ring + WIDE_CODE_AT, codes, thread);
         for (int32_t tile = 0; tile < it.n_tile; tile++) {
             const uint32_t slot = wide_slot(piece), parity = wide_parity(piece) ^ 1;
             const uint32_t to = ring + slot * WIDE_SIDE;
-            if (I8) {
+            if (CODES) {
                 /* the values' codes are asked for before the keys are made, the next keys' before the values are */
                 wide_copy_codes(a, plane + a->value, seq, tile * CU_KEYS, len, run,
                                 ring + WIDE_CODE_AT + CU_KEYS * WIDE_C, codes + 8, thread);
@@ -299,14 +300,14 @@ static __device__ __forceinline__ void wide_fill(const attn_args *a, const CUten
                 attn_copy4(scale + CU_KEYS * 4, a->kv + a->value + (at < 0 ? 0 : at), at >= 0);
                 attn_copy_commit();
                 bar_wait(codes, piece >> 1 & 1);
-                wide_widen<false>(smem + WIDE_CODE_AT, smem + slot * WIDE_SIDE, thread);
+                wide_widen<CODES, false>(smem + WIDE_CODE_AT, smem + slot * WIDE_SIDE, thread);
                 attn_copy_wait<0>();
                 wide_give(full + slot * 8);
                 if (tile + 1 < it.n_tile)
                     wide_copy_codes(a, plane, seq, (tile + 1) * CU_KEYS, len, run, ring + WIDE_CODE_AT, codes, thread);
                 bar_wait(empty + slot * 8 + 8, parity);
                 bar_wait(codes + 8, piece >> 1 & 1);
-                wide_widen<true>(smem + WIDE_CODE_AT + CU_KEYS * WIDE_C, smem + (slot + 1) * WIDE_SIDE, thread);
+                wide_widen<CODES, true>(smem + WIDE_CODE_AT + CU_KEYS * WIDE_C, smem + (slot + 1) * WIDE_SIDE, thread);
                 wide_give(full + slot * 8 + 8);
             } else {
                 const int32_t key0 = tile * CU_KEYS;
@@ -384,11 +385,11 @@ static __device__ __forceinline__ void wide_join_sum(wide_rows *w, const float *
 }
 /* Scores of a tile become weights. cut: some row of the warpgroup does not see all of it. A row that sees nothing gets
  * factors 1 and -0, which leave any total as it is, for its O is 0. */
-template <bool I8>
+template <int CODES>
 static __device__ __forceinline__ void wide_soften(float *s, uint32_t p[8][4], wide_rows *w, const float *key_scale,
                                                    const float *value_scale, int32_t key0, bool cut, float scale) {
     const int c = threadIdx.x & 3;
-    if (I8)
+    if (CODES)
 #pragma unroll
         for (int j = 0; j < 16; j++) {
             const float2 of = *(const float2 *)(key_scale + j * 8 + 2 * c);
@@ -429,28 +430,28 @@ static __device__ __forceinline__ void wide_soften(float *s, uint32_t p[8][4], w
             const float p0 = attn_ex2(__fsub_rn(__fmul_rn(s[4 * j + 2 * i], scale), base[i]));
             const float p1 = attn_ex2(__fsub_rn(__fmul_rn(s[4 * j + 2 * i + 1], scale), base[i]));
             pl[x] = cu_round2(p0, p1);
-            if (I8) {
+            if (CODES) {
                 const float2 of = *(const float2 *)(value_scale + j * 8 + 2 * c);
                 p[kk][x] = cu_round2(attn_scaled(p0, of.x), attn_scaled(p1, of.y));
             } else {
                 p[kk][x] = pl[x];
             }
         }
-        if (I8) cu_mma(l, pl, 0x3f803f80u, 0x3f803f80u);
+        if (CODES) cu_mma(l, pl, 0x3f803f80u, 0x3f803f80u);
     }
 #pragma unroll
     for (int i = 0; i < 2; i++) {
         w->f[i] = 1.0f, w->b[i] = -0.0f;
         if (key0 <= w->pos[i]) attn_factors(&w->M[i], m[i], &w->f[i], &w->b[i]);
     }
-    if (I8) wide_join_sum(w, l);
+    if (CODES) wide_join_sum(w, l);
 }
 static __device__ __forceinline__ void wide_join(float *acc, const float *o, const wide_rows *w) {
 #pragma unroll
     for (int i = 0; i < 32; i++) acc[i] = attn_join(acc[i], o[i], w->f[i >> 1 & 1], w->b[i >> 1 & 1]);
 }
 
-template <bool I8>
+template <int CODES>
 static __device__ __forceinline__ void wide_walk(const attn_args *a, wide_shared *sh, uint32_t ring, int group,
                                                  int thread) {
     const int warp = thread / 32, lane = thread % 32, g = lane >> 2, c = lane & 3;
@@ -474,7 +475,7 @@ static __device__ __forceinline__ void wide_walk(const attn_args *a, wide_shared
             w.M[i] = -INFINITY;
             w.L[i] = 0.0f;
         }
-        float acc[64] = {}, s[64] = {}, upper[I8 ? 32 : 36] = {}, *lower = s;
+        float acc[64] = {}, s[64] = {}, upper[CODES ? 32 : 36] = {}, *lower = s;
         uint32_t p[8][4];
 
         wide_my_turn(group);
@@ -483,7 +484,7 @@ static __device__ __forceinline__ void wide_walk(const attn_args *a, wide_shared
         wide_your_turn(group);
         wide_wait<0>();
         wide_hold<64>(s);
-        wide_soften<I8>(s, p, &w, sh->scale[slot / 2][0], sh->scale[slot / 2][1], 0, CU_KEYS - 1 > low, a->scale);
+        wide_soften<CODES>(s, p, &w, sh->scale[slot / 2][0], sh->scale[slot / 2][1], 0, CU_KEYS - 1 > low, a->scale);
         __syncwarp();
         if (lane == 0) {
             bar_arrive(empty + slot * 8);
@@ -500,7 +501,7 @@ static __device__ __forceinline__ void wide_walk(const attn_args *a, wide_shared
             wide_hold_weights(p);
             wide_fence();
             wide_values<false>(lower, p, values, ones);
-            wide_values<!I8>(upper, p, values + WIDE_HALF, ones);
+            wide_values<!CODES>(upper, p, values + WIDE_HALF, ones);
             wide_wait<1>();
             wide_hold<32>(lower);
             wide_join(acc, lower, &w);
@@ -508,20 +509,20 @@ static __device__ __forceinline__ void wide_walk(const attn_args *a, wide_shared
             wide_scores(s, q, keys);
             wide_your_turn(group);
             wide_wait<1>();
-            wide_hold<I8 ? 32 : 36>(upper);
+            wide_hold<CODES ? 32 : 36>(upper);
             wide_hold_weights(p);
             __syncwarp();
             if (lane == 0) bar_arrive(empty + slot * 8 + 8);
             wide_join(acc + 32, upper, &w);
-            if (!I8) wide_join_sum(&w, upper + 32);
+            if (!CODES) wide_join_sum(&w, upper + 32);
             wide_wait<0>();
             wide_hold<64>(s);
             slot = next;
-            if (!I8 && lane == 0) bar_arrive(empty + slot * 8);
+            if (!CODES && lane == 0) bar_arrive(empty + slot * 8);
             if (lane == 0 && tile + 1 == it.n_tile) bar_arrive(q_free);
-            wide_soften<I8>(s, p, &w, sh->scale[slot / 2][0], sh->scale[slot / 2][1], tile * CU_KEYS,
-                            tile * CU_KEYS + CU_KEYS - 1 > low, a->scale);
-            if (I8) {
+            wide_soften<CODES>(s, p, &w, sh->scale[slot / 2][0], sh->scale[slot / 2][1], tile * CU_KEYS,
+                               tile * CU_KEYS + CU_KEYS - 1 > low, a->scale);
+            if (CODES) {
                 __syncwarp();
                 if (lane == 0) bar_arrive(empty + slot * 8);
             }
@@ -533,17 +534,17 @@ static __device__ __forceinline__ void wide_walk(const attn_args *a, wide_shared
         wide_hold_weights(p);
         wide_fence();
         wide_values<false>(lower, p, values, ones);
-        wide_values<!I8>(upper, p, values + WIDE_HALF, ones);
+        wide_values<!CODES>(upper, p, values + WIDE_HALF, ones);
         wide_your_turn(group);
         wide_wait<1>();
         wide_hold<32>(lower);
         wide_join(acc, lower, &w);
         wide_wait<0>();
-        wide_hold<I8 ? 32 : 36>(upper);
+        wide_hold<CODES ? 32 : 36>(upper);
         __syncwarp();
         if (lane == 0) bar_arrive(empty + slot * 8 + 8);
         wide_join(acc + 32, upper, &w);
-        if (!I8) wide_join_sum(&w, upper + 32);
+        if (!CODES) wide_join_sum(&w, upper + 32);
 #pragma unroll
         for (int i = 0; i < 2; i++) {
             if (w.pos[i] < 0) continue;
@@ -559,7 +560,7 @@ static __device__ __forceinline__ void wide_walk(const attn_args *a, wide_shared
     if (group == 0) wide_my_turn(group); /* the last one that the other gave */
 }
 
-template <bool I8>
+template <int CODES>
 static __global__ void __launch_bounds__(WIDE_THREADS, 1)
     wide_kernel(const __grid_constant__ attn_args a, const __grid_constant__ CUtensorMap cells, int32_t run) {
     extern __shared__ __align__(1024) unsigned char memory[];
@@ -580,17 +581,17 @@ static __global__ void __launch_bounds__(WIDE_THREADS, 1)
     __syncthreads();
     attn_wait_launch();
     if (group == 2) {
-        if (I8)
+        if (CODES)
             asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
         else
             asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
-        wide_fill<I8>(&a, &cells, run, &sh, smem, thread);
+        wide_fill<CODES>(&a, &cells, run, &sh, smem, thread);
     } else {
-        if (I8)
+        if (CODES)
             asm volatile("setmaxnreg.inc.sync.aligned.u32 224;");
         else
             asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
-        wide_walk<I8>(&a, &sh, attn_smem(smem), group, thread);
+        wide_walk<CODES>(&a, &sh, attn_smem(smem), group, thread);
     }
 }
 

@@ -231,14 +231,15 @@ cudaError_t cu_mtp_in(cudaStream_t s, cu_bf16 *z, int32_t *next_out, const float
 
 /* ---- attention (cu_attn.cu) ----------------------------------------------------------------------------------------
  *
- * The cache: a page is [L', 2 (K, V), G] planes of [P', C] elements, then for I8 [P'] f32 scales; P' is P rounded up to
+ * The cache: a page is [L', 2 (K, V), G] planes of [P', C] elements, then for I8 and F8 [P'] f32 scales; P' is P
+ * rounded up to
  * 16. This layout is the cuda backend's own; kv_read and kv_write move it as it is. */
 typedef struct cu_cache {
     unsigned char *kv;
     int64_t page_bytes, plane_bytes;
     int32_t n_page_cell; /* P */
     int32_t n_kv_head, n_head, n_head_dim;
-    ern_kv_dtype dtype; /* BF16 or I8 */
+    ern_kv_dtype dtype; /* BF16, I8 or F8 */
 } cu_cache;
 
 /* The arrays of the step that attention needs, in device memory. */
@@ -249,8 +250,9 @@ typedef struct cu_seqs {
 } cu_seqs;
 
 /* After cu_attn_plan: q and k of qkv f32 [T, (H + 2G) C] (q heads, k heads, v heads) are rotated (pairs 2i, 2i+1; f32
- * arithmetic), q is written to q_out bf16 [T, H*C] scaled by nothing, k and v to their cells. I8: per row and head as
- * quant_act_int8 with one group of C (docs/model.md 10). write_back: the rotated q and k go back to qkv as well. */
+ * arithmetic), q is written to q_out bf16 [T, H*C] scaled by nothing, k and v to their cells. I8, F8: per row and head
+ * as quant_act_int8 or quant_act_fp8 with one group of C (docs/model.md 10). write_back: the rotated q and k go back to
+ * qkv as well. */
 cudaError_t cu_rope_store(cudaStream_t s, float *qkv, bool write_back, cu_bf16 *q_out, const cu_cache *c, int32_t layer,
                           const cu_seqs *seqs);
 

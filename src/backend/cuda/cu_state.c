@@ -88,9 +88,9 @@ static ern_status weights_check(const ern_model *m, bool mtp, ern_err *err) {
 }
 
 static ern_status shape_check(const ern_config *c, const ern_backend_options *o, ern_err *err) {
-    if (o->kv_dtype != ERN_KV_BF16 && o->kv_dtype != ERN_KV_I8)
+    if (o->kv_dtype == ERN_KV_F32)
         return ERN_FAIL(err, ERN_ERR_UNSUPPORTED,
-                        "the cuda backend keeps its KV cache in bf16 or int8; f32 is the ref backend's");
+                        "the cuda backend keeps its KV cache in bf16, int8 or fp8; f32 is the ref backend's");
     if (c->n_head_dim != 16 && c->n_head_dim != 64 && c->n_head_dim != 128)
         return ERN_FAIL(err, ERN_ERR_UNSUPPORTED,
                         "the cuda backend has attention for head sizes 16, 64 and 128; this model has %d",
@@ -114,13 +114,13 @@ static ern_status shape_check(const ern_config *c, const ern_backend_options *o,
 /* ---- derived numbers --------------------------------------------------------------------------------------------- */
 
 static cu_cache cache_of(const ern_config *c, const ern_backend_options *o, int32_t n_kv_layer) {
-    const int64_t cells = (o->n_page_cell + 15) / 16 * 16, int8 = o->kv_dtype == ERN_KV_I8;
+    const int64_t cells = (o->n_page_cell + 15) / 16 * 16, codes = ern_kv_has_codes(o->kv_dtype);
     cu_cache k = {.n_page_cell = o->n_page_cell,
                   .n_kv_head = c->n_kv_head,
                   .n_head = c->n_head,
                   .n_head_dim = c->n_head_dim,
                   .dtype = o->kv_dtype};
-    k.plane_bytes = cells * c->n_head_dim * (int8 ? 1 : 2) + (int8 ? cells * (int64_t)sizeof(float) : 0);
+    k.plane_bytes = cells * c->n_head_dim * (codes ? 1 : 2) + (codes ? cells * (int64_t)sizeof(float) : 0);
     k.page_bytes = n_kv_layer * 2 * c->n_kv_head * k.plane_bytes;
     return k;
 }
@@ -144,6 +144,7 @@ static cu_chain chain_of(const ern_model *m, const ern_backend_options *o) {
                   .eps = c->rms_eps,
                   .n_row_max = o->n_seq_max < CU_CHAIN_ROWS ? o->n_seq_max : CU_CHAIN_ROWS,
                   .n_len_max = o->n_len_max};
+    if (o->kv_dtype == ERN_KV_F8) return none;
     for (int32_t i = 0; i < c->n_layer; i++) {
         const ern_layer *w = &m->layer[i];
         if (w->is_moe) return none;

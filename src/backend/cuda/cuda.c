@@ -153,8 +153,8 @@ static ern_status take_streams(cu_backend *b, ern_err *err) {
 /* Pads of every row are zero from here on, and no cell holds what another program left. */
 static ern_status clear(cu_backend *b, ern_err *err) {
     const ern_config *m = &b->model->config;
-    float inv_freq[ERN_KV_I8_HEAD_MAX / 2];
-    ERN_ASSERT(m->n_head_dim <= ERN_KV_I8_HEAD_MAX);
+    float inv_freq[ERN_KV_CODE_HEAD_MAX / 2];
+    ERN_ASSERT(m->n_head_dim <= ERN_KV_CODE_HEAD_MAX);
     for (int32_t j = 0; j < m->n_head_dim / 2; j++)
         inv_freq[j] = 1.0f / (float)pow(m->rope_theta, (double)((float)(2 * j) / (float)m->n_head_dim));
     CU_TRY(cudaMemsetAsync(b->scratch, 0, b->scratch_bytes, b->stream), err);

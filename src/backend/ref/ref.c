@@ -72,13 +72,15 @@ static ern_status prepare(ref *b, const ern_model *m, const ern_backend_options 
     b->m = m;
     b->o = *o;
     b->n_kv_layer = m->config.n_layer + (o->mtp ? 1 : 0);
-    if (o->kv_dtype == ERN_KV_I8 && m->config.n_head_dim > ERN_KV_I8_HEAD_MAX)
-        return ERN_FAIL(err, ERN_ERR_UNSUPPORTED,
-                        "an int8 KV cache needs a head size of at most %d; this model has %d, so leave it in bf16",
-                        ERN_KV_I8_HEAD_MAX, m->config.n_head_dim);
-    static const size_t each[] = {[ERN_KV_BF16] = sizeof(ern_bf16), [ERN_KV_F32] = sizeof(float), [ERN_KV_I8] = 1};
+    if (ern_kv_has_codes(o->kv_dtype) && m->config.n_head_dim > ERN_KV_CODE_HEAD_MAX)
+        return ERN_FAIL(
+            err, ERN_ERR_UNSUPPORTED,
+            "an int8 or fp8 KV cache needs a head size of at most %d; this model has %d, so leave it in bf16",
+            ERN_KV_CODE_HEAD_MAX, m->config.n_head_dim);
+    static const size_t each[] = {
+        [ERN_KV_BF16] = sizeof(ern_bf16), [ERN_KV_F32] = sizeof(float), [ERN_KV_I8] = 1, [ERN_KV_F8] = 1};
     b->plane_bytes = ref_plane_cells(b) * ((size_t)m->config.n_head_dim * each[o->kv_dtype] +
-                                           (o->kv_dtype == ERN_KV_I8 ? sizeof(float) : 0));
+                                           (ern_kv_has_codes(o->kv_dtype) ? sizeof(float) : 0));
     b->page_bytes = (size_t)b->n_kv_layer * 2 * (size_t)m->config.n_kv_head * b->plane_bytes;
     return ERN_OK;
 }

@@ -138,7 +138,7 @@ static size_t kv_element(const ref *b, int32_t which, size_t cell, size_t i) {
     return which == 0 ? (cell - lane) * C + i * ERN_KV_GROUP + lane : cell * C + i;
 }
 
-/* The scale of a cell of an I8 plane. */
+/* The scale of a cell of a plane of codes. */
 static float *kv_scale(const ref *b, unsigned char *plane, size_t cell) {
     size_t codes = ref_plane_cells(b) * (size_t)b->m->config.n_head_dim;
     return (float *)(void *)(plane + codes) + cell;
@@ -154,6 +154,7 @@ static void kv_get(const ref *b, double *out, int32_t layer, int32_t which, int3
         case ERN_KV_F32: out[i] = (double)((const float *)(void *)plane)[e]; break;
         case ERN_KV_BF16: out[i] = (double)ern_bf16_to_f32(((const ern_bf16 *)(void *)plane)[e]); break;
         case ERN_KV_I8: out[i] = (double)((const int8_t *)plane)[e] * (double)*kv_scale(b, plane, at); break;
+        case ERN_KV_F8: out[i] = (double)ern_e4m3_to_f32(plane[e]) * (double)*kv_scale(b, plane, at); break;
         }
     }
 }
@@ -161,14 +162,17 @@ static void kv_get(const ref *b, double *out, int32_t layer, int32_t which, int3
 static void kv_put(ref *b, const float *x, int32_t layer, int32_t which, int32_t g, int32_t cell) {
     size_t at;
     unsigned char *plane = kv_plane(b, layer, which, g, cell, &at);
-    int8_t code[ERN_KV_I8_HEAD_MAX];
+    int8_t code[ERN_KV_CODE_HEAD_MAX];
+    uint8_t code8[ERN_KV_CODE_HEAD_MAX];
     if (b->o.kv_dtype == ERN_KV_I8) quant_act_int8(code, kv_scale(b, plane, at), x, b->m->config.n_head_dim);
+    if (b->o.kv_dtype == ERN_KV_F8) quant_act_fp8(code8, kv_scale(b, plane, at), x, b->m->config.n_head_dim);
     for (size_t i = 0; i < (size_t)b->m->config.n_head_dim; i++) {
         size_t e = kv_element(b, which, at, i);
         switch (b->o.kv_dtype) {
         case ERN_KV_F32: ((float *)(void *)plane)[e] = x[i]; break;
         case ERN_KV_BF16: ((ern_bf16 *)(void *)plane)[e] = ern_bf16_from_f32(x[i]); break;
         case ERN_KV_I8: ((int8_t *)plane)[e] = code[i]; break;
+        case ERN_KV_F8: plane[e] = code8[i]; break;
         }
     }
 }
