@@ -7,7 +7,7 @@
 
 #include <float.h>
 
-enum { LAYERS = 2, LAYER = 1, SEQS_MAX = 64 };
+enum { LAYERS = 2, LAYER = 1, SEQS_MAX = 140 };
 
 typedef struct shape {
     int32_t C, H, G, P;
@@ -377,7 +377,7 @@ static void verify_case(const shape *s) {
     /* the same rows one a sequence, and more rows than the kernel for few takes */
     int32_t c1[SEQS_MAX], l1[SEQS_MAX], r1[SEQS_MAX], n1 = 0;
     for (int32_t i = 0; i < n; i++)
-        for (int32_t r = 0; r < rows[i] && n1 < SEQS_MAX; r++, n1++)
+        for (int32_t r = 0; r < rows[i] && n1 < 64; r++, n1++)
             c1[n1] = content[i], l1[n1] = len[i] - rows[i] + 1 + r, r1[n1] = 1;
     step *ones = step_new(s, n1, c1, l1, r1);
     cu_bf16 *y = attend(name, ones, true, BIG);
@@ -456,6 +456,29 @@ static void prefill_case(const shape *s) {
     check_that(case_name("prefill and decode: bits", s), same && compared == n1, "differ");
     free(out), free(x), free(y);
     step_free(w), step_free(chunk), step_free(ones);
+}
+
+/* A prompt among many short ones, so that blocks take one after the other: planned and launched again and again, the
+ * same bits each time, and those of the prompt alone. */
+static void many_case(const shape *s) {
+    const char *name = case_name("prefill among many", s);
+    if (!check_begin(name)) return;
+    enum { MANY = 131, TIMES = 10, WHICH = 43 };
+    int32_t content[MANY], len[MANY];
+    for (int32_t i = 0; i < MANY; i++) content[i] = i, len[i] = i == WHICH ? 256 : 2 + i % 4;
+    step *w = step_new(s, MANY, content, len, len), *alone = step_new(s, 1, content + WHICH, len + WHICH, len + WHICH);
+    cu_bf16 *first = attend(name, w, false, BIG), *by_itself = attend(name, alone, false, BIG);
+    check_step(name, w, first, 2);
+    int32_t compared = 0;
+    bool same = same_bits(w, first, alone, by_itself, &compared);
+    for (int i = 0; i < TIMES; i++) {
+        cu_bf16 *again = attend(name, w, false, BIG);
+        same = same && memcmp(first, again, (size_t)w->n_row * (size_t)CU_PAD(s->H * s->C) * 2) == 0;
+        free(again);
+    }
+    check_that(case_name("prefill among many, again and alone: bits", s), same && compared == 256, "differ");
+    free(first), free(by_itself);
+    step_free(w), step_free(alone);
 }
 
 /* ---- rotation and store ------------------------------------------------------------------------------------------ */
@@ -714,6 +737,7 @@ void check_attention(void) {
     const shape codes = {.C = 128, .H = 16, .G = 2, .P = 64, .dtype = ERN_KV_I8};
     long_case(&wide);
     long_case(&codes);
+    for (int i = 0; i < 3; i++) many_case(&(shape){.C = 128, .H = 16, .G = 2, .P = 16, .dtype = kinds[i]});
     static const struct {
         const char *what;
         int32_t H, G, n_seq, len;

@@ -214,7 +214,7 @@ static __device__ __forceinline__ void wide_widen(const unsigned char *codes, un
     codes += thread * 16;
     to += swap * WIDE_HALF + row * 128;
     const int first = (((2 * piece + swap) ^ swirl) & 7) << 4, second = (((2 * piece + 1 - swap) ^ swirl) & 7) << 4;
-#pragma unroll(CODES == ATTN_F8 ? 1 : 4)
+#pragma unroll(CODES == ATTN_F8 ? 2 : 1)
     for (int i = 0; i < 8; i++) {
         const uint4 w = *(const uint4 *)(codes + i * 2048);
         const uint32_t in[4] = {w.x, w.y, w.z, w.w};
@@ -258,6 +258,8 @@ static __device__ __forceinline__ void wide_turn_q(const attn_args *a, const wid
             make_uint4(__byte_perm(lo.x, lo.y, 0x7632), __byte_perm(lo.z, lo.w, 0x7632),
                        __byte_perm(hi.x, hi.y, 0x7632), __byte_perm(hi.z, hi.w, 0x7632));
     }
+    /* the copy engine is to write next where q was */
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
 template <int CODES>
