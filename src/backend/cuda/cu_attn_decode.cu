@@ -11,12 +11,17 @@
  * In a step of such sequences alone the kernel also rotates q and k and stores k and v (a->qkv). It is launched early:
  * keys and values of earlier steps are on their way before the kernel that makes q, k and v is done.
  *
- * Bound by memory: while the block works on a tile's keys its values are on their way, and the next tile's keys while
+ * Bound by memory: codes in pages of whole runs are brought by the copy engine (BULK), all else by copies of 16 bytes.
+ * While the block works on a tile's keys its values are on their way, and the next tile's keys while
  * it works on the values; several blocks share a multiprocessor.
  *
  * A tile, by warp w: scores of 16 rows and keys 32 w .. 32 w + 31; maxima meet in shared memory; weights go there as
  * bf16; then dimensions w * C/4 .. of O over all 128 keys in order. */
+#include <cuda.h>
+
 #include "backend/cuda/cu_attn_tile.cuh"
+#include "backend/cuda/cu_map.cuh"
+#include "backend/cuda/cu_tensor.cuh"
 
 enum { THREADS = 128, WARPS = 4 };
 enum { POLLS_MOST = 1 << 20, ONCE = 4 }; /* ONCE: results of a thread on their way when it joins */
@@ -340,7 +345,7 @@ static __device__ __forceinline__ void join(const attn_args *a, const stretch *s
                 }
             }
             __syncthreads();
-#pragma unroll 2
+#pragma unroll 8
             for (int32_t p = 0; p < (sub == 0 ? count : 0); p++) {
                 const float2 ml = ml_room[(p << bits) + nth];
                 const float4 o = acc_room[((p << bits) + nth) * lanes + lane];
@@ -360,17 +365,66 @@ static __device__ __forceinline__ void join(const attn_args *a, const stretch *s
     }
 }
 
+/* BULK, of codes: the copy engine brings a tile's keys (and all its scales) or values, runs of cells that follow one
+ * another in a page, a lane of warp 0 each; copies of 16 bytes keep all threads busy for longer than memory takes. It
+ * brings what lies in the cells: rows of this step are made when it is done, and what is beyond the end has no weight,
+ * for codes are numbers whatever they are. */
+typedef struct bulk {
+    const CUtensorMap *cells; /* rows of a cell's codes from a->kv on */
+    int32_t run;
+    uint32_t bar[2]; /* keys or values of a tile are there */
+} bulk;
+/* What threads wrote where the copy engine writes next. */
+static __device__ __forceinline__ void bulk_fence(void) { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+/* Page of the lane's run, or -1. */
+
+static __device__ __forceinline__ int32_t bulk_page(const attn_args *a, const bulk *b, int32_t seq, int32_t key0,
+                                                    int32_t len) {
+    const int32_t in_tile = (int32_t)threadIdx.x * b->run;
+    return in_tile < CU_KEYS ? attn_page_of<true>(a, seq, key0 + in_tile, len) : -1;
+}
 template <int C, int CODES>
-static __global__ void __launch_bounds__(THREADS, (blocks_each(C, CODES)))
-    decode_kernel(const __grid_constant__ attn_args a) {
+static __device__ __forceinline__ void bulk_load(const attn_args *a, const bulk *b, unsigned char *smem, int which,
+                                                 float *value_scale, int32_t page, int32_t head, int32_t key0,
+                                                 int32_t count) {
     typedef decode_shape<C, CODES> sh;
-    extern __shared__ __align__(128) unsigned char smem[];
+    const int32_t lane = (int32_t)threadIdx.x, in_tile = lane * b->run, at = key0 + in_tile;
+    const int32_t n = (min(count, CU_KEYS) + b->run - 1) / b->run * b->run;
+    const uint32_t bar = b->bar[which];
+    if (lane == 0) bar_arrive_expect(bar, n * (which ? C : C + 8));
+    __syncwarp();
+    if (page < 0) return;
+    const int32_t cell = at - attn_nth_page<true>(a, at) * a->n_page_cell;
+    const int64_t plane = page * a->page_bytes + head * a->plane_bytes + (which ? a->value : 0);
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], "
+                 "[%4];" ::"r"(attn_smem(smem + (which ? sh::v_at : sh::k_at)) + in_tile * C),
+                 "l"(b->cells), "r"(0), "r"((int32_t)(plane / C) + cell), "r"(bar)
+                 : "memory");
+    if (which) return;
+    const unsigned char *scale = a->kv + plane + a->scale_at + cell * 4;
+    copy_bulk(attn_smem(smem + sh::scale_at) + in_tile * 4, scale, b->run * 4, bar);
+    copy_bulk(attn_smem(value_scale) + in_tile * 4, scale + a->value, b->run * 4, bar);
+}
+
+template <int C, int CODES, bool BULK>
+static __global__ void __launch_bounds__(THREADS, (blocks_each(C, CODES)))
+    decode_kernel(const __grid_constant__ attn_args a, const __grid_constant__ CUtensorMap map, int32_t run) {
+    typedef decode_shape<C, CODES> sh;
+    extern __shared__ __align__(1024) unsigned char smem[];
+    __shared__ uint64_t bar_words[2];
+    const bulk b = {&map, run, {attn_smem(bar_words), attn_smem(bar_words + 1)}};
+    uint32_t parity = 0;
     int64_t *cells = (int64_t *)(smem + sh::cell_at);
     float *top = (float *)(smem + sh::top_at), *key_scale = (float *)(smem + sh::scale_at);
     const int tid = threadIdx.x, warp = tid >> 5, lane = tid & 31, g = lane >> 2, c = lane & 3;
     const bool makes = a.qkv != NULL;
 
     cu_launch_next();
+    if (BULK && tid == 0) {
+        bar_init(b.bar[0], 1), bar_init(b.bar[1], 1);
+        bar_init_end();
+    }
     if (!makes) {
         cu_wait_previous();
         if (blockIdx.x == 0 && tid == 0) a.work[ATTN_WIDE_TAKEN] = 0;
@@ -390,27 +444,40 @@ static __global__ void __launch_bounds__(THREADS, (blocks_each(C, CODES)))
     bool alone = tile > 0; /* each tile by itself */
 
     int turn = 0;
+    bool first = true;
     {
-        const int32_t at = tile * CU_KEYS + tid, count = cur.len - tile * CU_KEYS;
+        const int32_t in_tile = BULK ? tid * run : tid, at = tile * CU_KEYS + in_tile, count = cur.len - tile * CU_KEYS;
         const int32_t own = makes ? cur.pos0 - tile * CU_KEYS : CU_KEYS;
         const int32_t nth = attn_nth_page<true>(&a, at) - attn_nth_page<true>(&a, tile * CU_KEYS);
         int32_t page = nth == 0 ? pages.x : nth == 1 ? pages.y : nth == 2 ? pages.z : pages.w;
-        if (!s.cut || nth >= ATTN_START_PAGES || tid >= count) page = attn_page_of<true>(&a, cur.seq, at, cur.len);
+        if (!s.cut || nth >= ATTN_START_PAGES || in_tile >= count) page = attn_page_of<true>(&a, cur.seq, at, cur.len);
+        if (in_tile >= CU_KEYS) page = -1;
         const attn_cell cell = attn_cell_of<C, CODES, true>(&a, page, cur.head, at);
-        cells[tid] = max(cell.key, (int64_t)0);
-        __syncthreads();
-        tile_load<C, CODES, WARPS>(&a, a.kv, smem, 0, count, own);
-        if (CODES) tile_load_scales(&a, a.kv, key_scale, key_scale + CU_KEYS, cell, own);
-        if (!makes) load_q<C, CODES>(&a, smem, &cur);
-        attn_copy_commit();
-        tile_load<C, CODES, WARPS>(&a, a.kv, smem, 1, count, own);
-        attn_copy_commit();
+        if (BULK) {
+            if (warp == 0) {
+                bulk_load<C, CODES>(&a, &b, smem, 0, key_scale + CU_KEYS, page, cur.head, tile * CU_KEYS, count);
+                bulk_load<C, CODES>(&a, &b, smem, 1, NULL, page, cur.head, tile * CU_KEYS, count);
+            }
+            __syncthreads();
+            if (!makes) load_q<C, CODES>(&a, smem, &cur);
+        } else {
+            cells[tid] = max(cell.key, (int64_t)0);
+            __syncthreads();
+            tile_load<C, CODES, WARPS>(&a, a.kv, smem, 0, count, own);
+            if (CODES) tile_load_scales(&a, a.kv, key_scale, key_scale + CU_KEYS, cell, own);
+            if (!makes) load_q<C, CODES>(&a, smem, &cur);
+            attn_copy_commit();
+            tile_load<C, CODES, WARPS>(&a, a.kv, smem, 1, count, own);
+            attn_copy_commit();
+        }
         if (makes) {
             float4 angle[sh::q_turns][2], x[sh::q_turns][2];
             q_turns<C, CODES>(&a, &cur, angle);
             cu_wait_previous();
             read_q<C, CODES>(&a, &cur, x);
+            if (BULK && own < CU_KEYS) bar_wait(b.bar[0], 0), bar_wait(b.bar[1], 0);
             make_rows<C, CODES>(&a, smem, key_scale, 0, 2, &cur, tile);
+            if (BULK) bulk_fence();
             make_q<C, CODES>(&a, smem, &cur, angle, x);
         }
     }
@@ -434,14 +501,27 @@ static __global__ void __launch_bounds__(THREADS, (blocks_each(C, CODES)))
         }
         /* asked for early, used after the scores */
         const int32_t next_at = next_tile * CU_KEYS + tid;
-        const int32_t page = attn_page_of<true>(&a, next.seq, next_at, more ? next.len : 0);
+        const int32_t page = !BULK               ? attn_page_of<true>(&a, next.seq, next_at, more ? next.len : 0)
+                             : more && warp == 0 ? bulk_page(&a, &b, next.seq, next_tile * CU_KEYS, next.len)
+                                                 : -1;
 
         int32_t pos[2]; /* of the lane's rows; -1: no such row */
 #pragma unroll
         for (int i = 0; i < 2; i++) pos[i] = g + 8 * i < cur.n_row ? cur.pos0 + token[i] : -1;
         const int32_t key0 = tile * CU_KEYS;
 
-        attn_copy_wait<1>();
+        const bool late = BULK && makes && !first && key0 + CU_KEYS > cur.pos0; /* this step's rows are to be made */
+        if (BULK) {
+            bar_wait(b.bar[0], parity);
+            if (late) {
+                bar_wait(b.bar[1], parity);
+                make_rows<C, CODES>(&a, smem, key_scale, 0, 1, &cur, tile);
+                make_rows<C, CODES>(&a, smem, key_scale + (1 + turn) * CU_KEYS, 1, 1, &cur, tile);
+                bulk_fence();
+            }
+        } else {
+            attn_copy_wait<1>();
+        }
         __syncthreads(); /* keys and q are there; nobody reads `cells` any more */
         float score[4][4];
         tile_scores<C, CODES, WARPS>(score, smem, warp, lane);
@@ -470,17 +550,25 @@ static __global__ void __launch_bounds__(THREADS, (blocks_each(C, CODES)))
             m[i] = fmaxf(m[i], __shfl_xor_sync(0xffffffffu, m[i], 2));
             if (c == 0) top[warp * ATTN_FEW + g + 8 * i] = m[i];
         }
-        const attn_cell cell = attn_cell_of<C, CODES, true>(&a, page, next.head, next_at);
-        cells[tid] = max(cell.key, (int64_t)0);
+        attn_cell cell;
+        if (!BULK) {
+            cell = attn_cell_of<C, CODES, true>(&a, page, next.head, next_at);
+            cells[tid] = max(cell.key, (int64_t)0);
+        }
         __syncthreads(); /* maxima are there; keys and q may be overwritten */
         const int32_t next_count = next.len - next_tile * CU_KEYS;
         const int32_t next_own = makes ? next.pos0 - next_tile * CU_KEYS : CU_KEYS;
-        if (more) {
+        if (more && BULK) {
+            if (warp == 0)
+                bulk_load<C, CODES>(&a, &b, smem, 0, key_scale + (2 - turn) * CU_KEYS, page, next.head,
+                                    next_tile * CU_KEYS, next_count);
+            if (last && !makes) load_q<C, CODES>(&a, smem, &next);
+        } else if (more) {
             tile_load<C, CODES, WARPS>(&a, a.kv, smem, 0, next_count, next_own);
             if (CODES) tile_load_scales(&a, a.kv, key_scale, key_scale + (2 - turn) * CU_KEYS, cell, next_own);
             if (last && !makes) load_q<C, CODES>(&a, smem, &next);
         }
-        attn_copy_commit();
+        if (!BULK) attn_copy_commit();
         if (makes && more) {
             if (last) {
                 float4 angle[sh::q_turns][2], x[sh::q_turns][2];
@@ -488,7 +576,7 @@ static __global__ void __launch_bounds__(THREADS, (blocks_each(C, CODES)))
                 read_q<C, CODES>(&a, &next, x);
                 make_q<C, CODES>(&a, smem, &next, angle, x);
             }
-            if (next_own < CU_KEYS) make_rows<C, CODES>(&a, smem, key_scale, 0, 1, &next, next_tile);
+            if (!BULK && next_own < CU_KEYS) make_rows<C, CODES>(&a, smem, key_scale, 0, 1, &next, next_tile);
         }
 
         bool seen[2];
@@ -517,7 +605,10 @@ static __global__ void __launch_bounds__(THREADS, (blocks_each(C, CODES)))
                 }
             }
         }
-        attn_copy_wait<1>();
+        if (BULK)
+            bar_wait(b.bar[1], parity);
+        else
+            attn_copy_wait<1>();
         __syncthreads(); /* values and weights are there */
         float o[sh::warp_units][2][4], l[4];
         if (warp * sh::warp_units < sh::units) {
@@ -549,10 +640,16 @@ static __global__ void __launch_bounds__(THREADS, (blocks_each(C, CODES)))
         }
         if (!more) break;
         __syncthreads(); /* values and weights may be overwritten */
-        tile_load<C, CODES, WARPS>(&a, a.kv, smem, 1, next_count, next_own);
-        attn_copy_commit();
+        if (BULK) {
+            if (warp == 0) bulk_load<C, CODES>(&a, &b, smem, 1, NULL, page, next.head, next_tile * CU_KEYS, next_count);
+        } else {
+            tile_load<C, CODES, WARPS>(&a, a.kv, smem, 1, next_count, next_own);
+            attn_copy_commit();
+        }
         turn ^= 1;
-        if (makes && next_own < CU_KEYS)
+        parity ^= 1;
+        first = false;
+        if (!BULK && makes && next_own < CU_KEYS)
             make_rows<C, CODES>(&a, smem, key_scale + (1 + turn) * CU_KEYS, 1, 1, &next, next_tile);
         if (last) {
             alone = false;
@@ -569,27 +666,40 @@ static __global__ void __launch_bounds__(THREADS, (blocks_each(C, CODES)))
 
 /* ---- launches ---------------------------------------------------------------------------------------------------- */
 
-template <int C, int CODES> static cudaError_t run_codes(cudaStream_t s, const attn_args *a) {
+template <int C, int CODES, bool BULK>
+static cudaError_t run_bulk(cudaStream_t s, const attn_args *a, const CUtensorMap *map, int32_t run) {
     typedef decode_shape<C, CODES> sh;
     static bool ready[64];
     int device = 0;
     cudaError_t e = cudaGetDevice(&device);
     if (e != cudaSuccess) return e;
     if (!ready[device & 63]) {
-        e = cudaFuncSetAttribute(decode_kernel<C, CODES>, cudaFuncAttributeMaxDynamicSharedMemorySize, sh::bytes);
+        e = cudaFuncSetAttribute(decode_kernel<C, CODES, BULK>, cudaFuncAttributeMaxDynamicSharedMemorySize, sh::bytes);
         if (e != cudaSuccess) return e;
         /* room for all blocks that registers allow */
-        e = cudaFuncSetAttribute(decode_kernel<C, CODES>, cudaFuncAttributePreferredSharedMemoryCarveout,
+        e = cudaFuncSetAttribute(decode_kernel<C, CODES, BULK>, cudaFuncAttributePreferredSharedMemoryCarveout,
                                  cudaSharedmemCarveoutMaxShared);
         if (e != cudaSuccess) return e;
         ready[device & 63] = true;
     }
     attn_args args = *a;
-    void *list[] = {&args};
-    return cu_launch(s, (const void *)decode_kernel<C, CODES>, dim3((unsigned)attn_decode_blocks(C, CODES)), THREADS,
-                     sh::bytes, true, 1, list);
+    void *list[] = {&args, (void *)map, &run};
+    return cu_launch(s, (const void *)decode_kernel<C, CODES, BULK>, dim3((unsigned)attn_decode_blocks(C, CODES)),
+                     THREADS, sh::bytes, true, 1, list);
 }
 
+template <int C, int CODES> static cudaError_t run_codes(cudaStream_t s, const attn_args *a) {
+    CUtensorMap map = {};
+    int32_t run = 64;
+    while (a->n_page_cell % run) run /= 2;
+    if constexpr (C == 128 && CODES != 0) { /* what the 128-byte swizzle is for */
+        if (run >= 8 && a->plane_bytes % C == 0) {
+            const cudaError_t e = cu_map_rows(&map, a->kv, 64, INT32_MAX, C, 64, (uint32_t)run);
+            return e != cudaSuccess ? e : run_bulk<C, CODES, true>(s, a, &map, run);
+        }
+    }
+    return run_bulk<C, CODES, false>(s, a, &map, run);
+}
 template <int C> static cudaError_t run(cudaStream_t s, const attn_args *a, int codes) {
     return codes == ATTN_I8   ? run_codes<C, ATTN_I8>(s, a)
            : codes == ATTN_F8 ? run_codes<C, ATTN_F8>(s, a)
