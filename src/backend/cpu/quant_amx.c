@@ -1,122 +1,172 @@
-/* Quantized linears on int8 activations for many rows, AMX: an I8 tile is a tile of B as it lies.
+/* Quantized linears on int8 activations for many rows, AMX: an I8 tile is a tile of B as it lies, but for the sign.
  *
- *   C [16 rows, 16 outputs] += A [16 rows, 64 inputs: s8] . B [64 inputs, 16 outputs: u8]        tdpbsud
+ *   C [16 rows, 16 outputs] += A [16 rows, 64 inputs: s8] . B [64 inputs, 16 outputs: s8]        tdpbssd
  *
- * 32 rows by 32 outputs at a time (vec_amx.h draws the block). After each group of 128 inputs (two tiles of B) the
- * sums, exact as everywhere, leave the tiles and are scaled into f32 with the instructions of quant_vnni.c: the bits
- * are the same, so rows that do not fill a tile go there. */
+ * The weights of a group of 128 inputs and 32 outputs, four tiles, stay in tile registers while PASS tiles of rows go
+ * by. The integer sums of 16 rows, exact as everywhere, are stored; while the tiles multiply the next 16 rows, the
+ * vectors scale them and add them to the f32 sums with the instructions of quant_vnni.c: the bits are the same, so rows
+ * that do not fill a tile go there.
+ *
+ *          B:  4 5     6 7
+ *      A: 2 3  [ 0 ]   [ 1 ]
+ *
+ * A block is PASS tiles of rows by 32 * PAIRS outputs, group after group: what it works with stays in L1. */
 #include "backend/cpu/table_avx512.h"
 #include "backend/cpu/vec_amx.h"
 
 #include <string.h>
 
-enum { ROWS = 16, BLOCK = 2 * ROWS };
+enum {
+    ROWS = 16,
+    PASS = 4,            /* tiles of rows */
+    PAIRS = 2,           /* of bands */
+    KEPT = 24,           /* groups whose signed weights are kept for the rows that follow */
+    NEAR_BYTES = 1 << 20 /* of activations that stay in L2 while all outputs pass */
+};
 
 static int32_t least(int32_t a, int32_t b) { return a < b ? a : b; }
 
-/* An I4 tile as the I8 tile of the same codes. */
-static void unpack(uint8_t *out, const uint8_t *tile) {
-    const __m512i low = _mm512_set1_epi8(15);
-    for (int l = 0; l < 8; l++) {
-        const __m512i v = _mm512_loadu_si512(tile + 64 * l);
-        _mm512_storeu_si512(out + 128 * l, _mm512_and_si512(v, low));
-        _mm512_storeu_si512(out + 128 * l + 64, _mm512_and_si512(_mm512_srli_epi16(v, 4), low));
-    }
-}
-
-/* What a block works with: where its A and B tiles of one group lie, and its sums. */
-typedef struct block {
-    _Alignas(64) int32_t c[2][2][2][ROWS][ERN_TILE_OUT]; /* group, odd or even; row tile, band */
-    _Alignas(64) float acc[2][2][ROWS][ERN_TILE_OUT];
-    _Alignas(64) uint8_t b[2][2][ERN_TILE_OUT * ERN_TILE_IN]; /* I4 unpacked: band, tile of the group */
-    _Alignas(64) int8_t a[BLOCK][ERN_ACT_GROUP];              /* gathered rows */
-} block;
-
-/* Tile t of band `band` as I8. The first rows to pass fetch the same tile two bands on. */
-CPU_INLINE const uint8_t *b_tile(block *k, const ern_linear *w, int32_t band, int32_t t, int b, const bool four,
-                                 const bool first) {
-    const uint8_t *p = cpu_band(w, band + b) + (size_t)t * cpu_tile_bytes(w->dtype);
-    for (size_t i = 0; first && i < cpu_tile_bytes(w->dtype); i += 64)
-        _mm_prefetch((const char *)((uintptr_t)p + 2 * cpu_band_bytes(w) + i), _MM_HINT_T1);
-    if (!four) return p;
-    unpack(k->b[b][t % 2], p);
-    return k->b[b][t % 2];
-}
-
-/* Rows r..r+n-1 of the block: the sums of group g scaled and added. */
-CPU_INLINE void scale_rows(block *k, const cpu_linear_job *j, int32_t r0, int32_t g, int32_t r, int32_t n, const int nb,
-                           const bool four) {
-    const int32_t n_group = cpu_groups(j->w->n_in);
-    for (; n > 0; n--, r++) {
-        const int64_t at = cpu_job_act(j, r0 + r) * n_group + g;
-        const __m512i off = _mm512_set1_epi32((four ? -8 : -128) * j->act.sum[at]);
-        const __m512 s = _mm512_set1_ps(j->act.scale[at]);
-        CPU_UNROLL for (int b = 0; b < nb; b++) {
-            float *acc = k->acc[r / ROWS][b][r % ROWS];
-            const __m512i sum = _mm512_add_epi32(_mm512_load_si512(k->c[g % 2][r / ROWS][b][r % ROWS]), off);
-            _mm512_store_ps(acc, _mm512_fmadd_ps(s, _mm512_cvtepi32_ps(sum), _mm512_load_ps(acc)));
+/* A tile of stored codes as signed ones: products of them want no correction by the sum of a row. */
+CPU_INLINE void unpack(int8_t *out, const uint8_t *tile, const bool four) {
+    const __m512i low = _mm512_set1_epi8(15), eight = _mm512_set1_epi8(8), top = _mm512_set1_epi8(-128);
+    for (int l = 0; l < 16; l += 2) {
+        if (four) {
+            const __m512i v = _mm512_loadu_si512(tile + 32 * l);
+            _mm512_store_si512(out + 64 * l, _mm512_sub_epi8(_mm512_and_si512(v, low), eight));
+            _mm512_store_si512(out + 64 * l + 64,
+                               _mm512_sub_epi8(_mm512_and_si512(_mm512_srli_epi16(v, 4), low), eight));
+        } else {
+            _mm512_store_si512(out + 64 * l, _mm512_xor_si512(_mm512_loadu_si512(tile + 64 * l), top));
+            _mm512_store_si512(out + 64 * l + 64, _mm512_xor_si512(_mm512_loadu_si512(tile + 64 * l + 64), top));
         }
     }
 }
 
-/* c = the integer sums of group g. Those of the group before are scaled meanwhile, a share beside each product: the
- * tiles and the vectors work at one time. */
-CPU_INLINE void group_sums(block *k, const cpu_linear_job *j, int32_t r0, int32_t band, int32_t g, const int nr,
-                           const int nb, const bool four, const bool first) {
-    enum { SHARE = BLOCK / 8 };
-    const ern_linear *w = j->w;
-    const int64_t stride = cpu_act_stride(w->n_in);
-    const int32_t n_tile = least(2, cpu_tiles(w->n_in) - 2 * g), last = g > 0 ? nr * ROWS : 0;
-    const int8_t *a = (const int8_t *)j->act.q + r0 * stride + g * ERN_ACT_GROUP;
-    int64_t step = stride;
-    if (j->x_row) { /* a tile's rows lie at one distance */
-        for (int32_t r = 0; r < nr * ROWS; r++)
-            memcpy(k->a[r], (const int8_t *)j->act.q + cpu_job_act(j, r0 + r) * stride + g * ERN_ACT_GROUP,
-                   (size_t)(n_tile * ERN_TILE_IN));
-        a = k->a[0], step = ERN_ACT_GROUP;
+typedef int8_t tile_s8[ERN_TILE_OUT * ERN_TILE_IN];
+typedef float sums[2][ERN_TILE_OUT]; /* of a row: two bands */
+
+/* What a call works with. */
+typedef struct room {
+    _Alignas(64) sums acc[PAIRS][PASS * ROWS];
+    _Alignas(64) int32_t c[2][2][ROWS][ERN_TILE_OUT]; /* integer sums: of this tile of rows or the one before; band */
+    _Alignas(64) int8_t a[ROWS][ERN_ACT_GROUP];       /* gathered rows */
+    _Alignas(64) tile_s8 b[KEPT][PAIRS][2][2];        /* band, tile of the group */
+} room;
+
+/* Integer sums that wait in c[turn] for their scales. */
+typedef struct waiting {
+    sums *acc;
+    const float *scale;
+    const int32_t *x_row;
+    int turn;
+} waiting;
+
+/* Stores before it are seen by tile loads after it, of which the compiler does not know what they read. */
+CPU_INLINE void stored(void) { __asm__ volatile("" : : : "memory"); }
+
+/* The weights of group g. */
+CPU_INLINE void take_weights(room *k, const ern_linear *w, int32_t band, int p, int32_t g, const int nb,
+                             const bool four) {
+    const size_t each = cpu_tile_bytes(w->dtype);
+    for (int32_t t = 2 * g; t < least(2 * g + 2, cpu_tiles(w->n_in)); t++) {
+        CPU_UNROLL for (int b = 0; b < nb; b++) {
+            const uint8_t *from = cpu_band(w, band + 2 * p + b) + (size_t)t * each;
+            unpack(k->b[g % KEPT][p][b][t % 2], from, four);
+            for (size_t i = 0; i < each; i += 64) /* the same of the next block */
+                _mm_prefetch((const char *)((uintptr_t)from + 2 * PAIRS * cpu_band_bytes(w) + i), _MM_HINT_T1);
+        }
     }
-    int32_t done = 0;
-    _tile_zero(0);
-    if (nb > 1) _tile_zero(1);
-    if (nr > 1) _tile_zero(2);
-    if (nr > 1 && nb > 1) _tile_zero(3);
-    for (int32_t t = 0; t < n_tile; t++) {
-        for (int32_t r = 0; !j->x_row && r < nr * ROWS; r++)
-            _mm_prefetch((const char *)(a + r * step + (t + 2) * ERN_TILE_IN), _MM_HINT_T0);
-        _tile_loadd(4, a + t * ERN_TILE_IN, step);
-        if (nr > 1) _tile_loadd(5, a + ROWS * step + t * ERN_TILE_IN, step);
-        _tile_loadd(6, b_tile(k, w, band, 2 * g + t, 0, four, first), 64);
-        if (nb > 1) _tile_loadd(7, b_tile(k, w, band, 2 * g + t, 1, four, first), 64);
-        _tile_dpbsud(0, 4, 6);
-        if (done < last) scale_rows(k, j, r0, g - 1, done, SHARE, nb, four), done += SHARE;
-        if (nb > 1) _tile_dpbsud(1, 4, 7);
-        if (done < last) scale_rows(k, j, r0, g - 1, done, SHARE, nb, four), done += SHARE;
-        if (nr > 1) _tile_dpbsud(2, 5, 6);
-        if (done < last) scale_rows(k, j, r0, g - 1, done, SHARE, nb, four), done += SHARE;
-        if (nr > 1 && nb > 1) _tile_dpbsud(3, 5, 7);
-        if (done < last) scale_rows(k, j, r0, g - 1, done, SHARE, nb, four), done += SHARE;
-    }
-    if (done < last) scale_rows(k, j, r0, g - 1, done, last - done, nb, four);
-    _tile_stored(0, k->c[g % 2][0][0], 64);
-    if (nb > 1) _tile_stored(1, k->c[g % 2][0][1], 64);
-    if (nr > 1) _tile_stored(2, k->c[g % 2][1][0], 64);
-    if (nr > 1 && nb > 1) _tile_stored(3, k->c[g % 2][1][1], 64);
+    stored();
 }
 
-CPU_INLINE void amx_block(const cpu_linear_job *j, int32_t r0, int32_t band, const int nr, const int nb,
-                          const bool four, const bool first) {
+/* acc += scale * the integer sums. */
+CPU_INLINE void scale_rows(room *k, const waiting *at, int64_t n_group, const int nb, const bool routed) {
+    CPU_UNROLL for (int r = 0; r < ROWS; r++) {
+        const __m512 s = _mm512_set1_ps(at->scale[(routed ? at->x_row[r] : r) * n_group]);
+        CPU_UNROLL for (int b = 0; b < nb; b++) {
+            const __m512 sum = _mm512_cvtepi32_ps(_mm512_load_si512(k->c[at->turn][b][r]));
+            _mm512_store_ps(at->acc[r][b], _mm512_fmadd_ps(s, sum, _mm512_load_ps(at->acc[r][b])));
+        }
+    }
+}
+
+/* 16 rows from r on, inputs of group g, where a tile's rows lie at one distance. */
+CPU_INLINE const int8_t *take_rows(room *k, const cpu_linear_job *j, int32_t r, int32_t g, int64_t *step,
+                                   const bool routed) {
+    const int64_t stride = cpu_act_stride(j->w->n_in);
+    const int8_t *q = (const int8_t *)j->act.q + g * ERN_ACT_GROUP;
+    *step = routed ? ERN_ACT_GROUP : stride;
+    if (!routed) return q + r * stride;
+    const bool both = g * ERN_ACT_GROUP + ERN_TILE_IN < cpu_act_width(j->w->n_in);
+    CPU_UNROLL for (int i = 0; i < ROWS; i++) { /* by whole lines: a tile load waits for smaller stores */
+        const int8_t *from = q + j->x_row[r + i] * stride;
+        _mm512_store_si512(k->a[i], _mm512_loadu_si512(from));
+        if (both) _mm512_store_si512(k->a[i] + ERN_TILE_IN, _mm512_loadu_si512(from + ERN_TILE_IN));
+    }
+    stored();
+    return k->a[0];
+}
+
+/* Where the sums of 16 rows are soon to go. */
+CPU_INLINE void fetch_outputs(const cpu_linear_job *j, int32_t r, int32_t o, const int nb) {
+    for (int i = 0; i < ROWS; i++) {
+        const float *y = cpu_job_y(j, r + i) + o;
+        _mm_prefetch((const char *)y, _MM_HINT_T1);
+        if (nb > 1) _mm_prefetch((const char *)(y + ERN_TILE_OUT), _MM_HINT_T1);
+    }
+}
+
+/* Rows r0..r0+16*n-1, bands from `band` on. fill: the weights are to be taken, or there are more than can be kept. */
+CPU_INLINE void block(room *k, const cpu_linear_job *j, int32_t r0, int32_t n, int32_t band, bool fill, const int pairs,
+                      const int nb, const bool four, const bool routed) {
     const ern_linear *w = j->w;
-    const int32_t n_group = cpu_groups(w->n_in);
-    block k;
-    memset(k.acc, 0, sizeof k.acc);
-    for (int32_t g = 0; g < n_group; g++) group_sums(&k, j, r0, band, g, nr, nb, four, first);
-    scale_rows(&k, j, r0, n_group - 1, 0, nr * ROWS, nb, four);
-    for (int b = 0; b < nb; b++) {
-        const int32_t o = (band + b) * ERN_TILE_OUT;
-        const __mmask16 m = cpu_mask(w->n_out - o);
-        const __m512 scale = cpu_load_bf16_mask((const ern_bf16 *)w->scale + o, m);
-        for (int32_t r = 0; r < nr * ROWS; r++)
-            cpu_put_band(j, r0 + r, o, m, _mm512_mul_ps(_mm512_load_ps(k.acc[r / ROWS][b][r % ROWS]), scale));
+    const int32_t n_group = cpu_groups(w->n_in), n_tile = cpu_tiles(w->n_in);
+    waiting last = {.acc = NULL};
+    for (int p = 0; p < pairs; p++) {
+        memset(k->acc[p], 0, (size_t)n * ROWS * sizeof k->acc[p][0]);
+        if (fill) take_weights(k, w, band, p, 0, nb, four);
+    }
+    for (int32_t g = 0; g < n_group; g++) {
+        const bool both = 2 * g + 1 < n_tile; /* tiles of the group */
+        for (int p = 0; p < pairs; p++) {
+            tile_s8(*b)[2] = k->b[g % KEPT][p];
+            _tile_loadd(4, b[0][0], 64);
+            if (both) _tile_loadd(5, b[0][1], 64);
+            if (nb > 1) _tile_loadd(6, b[1][0], 64);
+            if (nb > 1 && both) _tile_loadd(7, b[1][1], 64);
+            for (int32_t t = 0; t < n; t++) {
+                const int32_t r = r0 + t * ROWS;
+                int64_t step;
+                const int8_t *a = take_rows(k, j, r, g, &step, routed);
+                _tile_zero(0);
+                if (nb > 1) _tile_zero(1);
+                _tile_loadd(2, a, step);
+                if (both) _tile_loadd(3, a + ERN_TILE_IN, step);
+                _tile_dpbssd(0, 2, 4);
+                if (nb > 1) _tile_dpbssd(1, 2, 6);
+                if (both) _tile_dpbssd(0, 3, 5);
+                if (nb > 1 && both) _tile_dpbssd(1, 3, 7);
+                if (last.acc) scale_rows(k, &last, n_group, nb, routed);
+                last = (waiting){.acc = k->acc[p] + t * ROWS,
+                                 .scale = j->act.scale + (routed ? 0 : (int64_t)r * n_group) + g,
+                                 .x_row = routed ? j->x_row + r : NULL,
+                                 .turn = !last.turn};
+                _tile_stored(0, k->c[last.turn][0], 64);
+                if (nb > 1) _tile_stored(1, k->c[last.turn][1], 64);
+                if (g == n_group - 1) fetch_outputs(j, r, (band + 2 * p) * ERN_TILE_OUT, nb);
+                if (t == 0 && fill && g + 1 < n_group) take_weights(k, w, band, p, g + 1, nb, four);
+            }
+        }
+    }
+    scale_rows(k, &last, n_group, nb, routed);
+    for (int p = 0; p < pairs; p++) {
+        CPU_UNROLL for (int b = 0; b < nb; b++) {
+            const int32_t o = (band + 2 * p + b) * ERN_TILE_OUT;
+            const __mmask16 m = cpu_mask(w->n_out - o);
+            const __m512 scale = cpu_load_bf16_mask((const ern_bf16 *)w->scale + o, m);
+            for (int32_t r = 0; r < n * ROWS; r++)
+                cpu_put_band(j, r0 + r, o, m, _mm512_mul_ps(_mm512_load_ps(k->acc[p][r][b]), scale));
+        }
     }
 }
 
@@ -139,33 +189,46 @@ static cpu_linear_job rows_of(const cpu_linear_job *j, int32_t r0, int32_t n) {
     return part;
 }
 
-/* Bands that stay in L2 while all rows pass are two: 2 * 16 * n_in bytes. */
-CPU_INLINE void linear_amx(const cpu_linear_job *j, const bool four) {
-    const int32_t end = (j->to + ERN_TILE_OUT - 1) / ERN_TILE_OUT, n = j->n_row / ROWS * ROWS;
-    cpu_tiles_begin(ROWS, ROWS);
-    for (int32_t band = j->from / ERN_TILE_OUT; band < end; band += 2) {
-        const bool two = band + 1 < end;
-        int32_t r = 0;
-        for (; r + BLOCK <= n; r += BLOCK) {
-            if (two)
-                amx_block(j, r, band, 2, 2, four, r == 0);
+/* n tiles of rows from r0 on. */
+CPU_INLINE void outputs(room *k, const cpu_linear_job *j, int32_t r0, int32_t n, const bool four, const bool routed) {
+    const int32_t end = (j->to + ERN_TILE_OUT - 1) / ERN_TILE_OUT;
+    for (int32_t band = j->from / ERN_TILE_OUT, step; band < end; band += step) {
+        step = end - band >= 2 * PAIRS ? 2 * PAIRS : end - band >= 2 ? 2 : 1;
+        for (int32_t t = 0; t < n; t += PASS) {
+            const bool fill = t == 0 || cpu_groups(j->w->n_in) > KEPT;
+            const int32_t r = r0 + t * ROWS, m = least(PASS, n - t);
+            if (step == 2 * PAIRS)
+                block(k, j, r, m, band, fill, PAIRS, 2, four, routed);
+            else if (step == 2)
+                block(k, j, r, m, band, fill, 1, 2, four, routed);
             else
-                amx_block(j, r, band, 2, 1, four, r == 0);
+                block(k, j, r, m, band, fill, 1, 1, four, routed);
         }
-        if (r < n && two) amx_block(j, r, band, 1, 2, four, r == 0);
-        if (r < n && !two) amx_block(j, r, band, 1, 1, four, r == 0);
     }
+}
+
+CPU_INLINE void linear_amx(const cpu_linear_job *j, const bool four, const bool routed) {
+    const int64_t bytes = j->n_row * cpu_act_stride(j->w->n_in);
+    const int32_t n = j->n_row / ROWS, parts = (int32_t)((bytes + NEAR_BYTES - 1) / NEAR_BYTES);
+    const int32_t each = (n + parts * PASS - 1) / (parts * PASS) * PASS;
+    room k;
+    cpu_tiles_begin(ROWS, ROWS);
+    for (int32_t t = 0; t < n; t += each) outputs(&k, j, t * ROWS, least(each, n - t), four, routed);
     _tile_release();
 }
 
-static void either(const cpu_linear_job *j, bool four) {
+static void either(const cpu_linear_job *j, const bool four) {
     const int32_t n = j->n_row / ROWS * ROWS;
     if (n > 0) {
         const cpu_linear_job many = rows_of(j, 0, n);
-        if (four)
-            linear_amx(&many, true);
+        if (four && j->x_row)
+            linear_amx(&many, true, true);
+        else if (four)
+            linear_amx(&many, true, false);
+        else if (j->x_row)
+            linear_amx(&many, false, true);
         else
-            linear_amx(&many, false);
+            linear_amx(&many, false, false);
     }
     if (n == j->n_row) return;
     const cpu_linear_job rest = rows_of(j, n, j->n_row - n);
