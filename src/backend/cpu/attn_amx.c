@@ -156,10 +156,10 @@ CPU_INLINE void begin_tiles(void) {
  * b
  * + next. */
 CPU_INLINE void step_two(const ern_bf16 *a, int32_t row, const ern_bf16 *b, int32_t next) {
-    _tile_loadd(4, a, row * 2);
-    _tile_loadd(5, a + TILE_ROWS * row, row * 2);
-    _tile_loadd(6, b, 64);
-    _tile_loadd(7, b + next, 64);
+    cpu_tile_load(4, a, row * 2);
+    cpu_tile_load(5, a + TILE_ROWS * row, row * 2);
+    cpu_tile_load(6, b, 64);
+    cpu_tile_load(7, b + next, 64);
     _tile_dpbf16ps(0, 4, 6);
     _tile_dpbf16ps(1, 4, 7);
     _tile_dpbf16ps(2, 5, 6);
@@ -168,12 +168,12 @@ CPU_INLINE void step_two(const ern_bf16 *a, int32_t row, const ern_bf16 *b, int3
 
 /* Of up to 16 queries: four tiles from b, so that here too four sums grow side by side. */
 CPU_INLINE void step_one(const ern_bf16 *a, int32_t row, const ern_bf16 *b, int32_t next) {
-    _tile_loadd(4, a, row * 2);
-    _tile_loadd(5, b, 64);
-    _tile_loadd(6, b + next, 64);
-    _tile_loadd(7, b + 2 * next, 64);
+    cpu_tile_load(4, a, row * 2);
+    cpu_tile_load(5, b, 64);
+    cpu_tile_load(6, b + next, 64);
+    cpu_tile_load(7, b + 2 * next, 64);
     _tile_dpbf16ps(0, 4, 5);
-    _tile_loadd(5, b + 3 * next, 64);
+    cpu_tile_load(5, b + 3 * next, 64);
     _tile_dpbf16ps(1, 4, 6);
     _tile_dpbf16ps(2, 4, 7);
     _tile_dpbf16ps(3, 4, 5);

@@ -26,6 +26,11 @@ CPU_INLINE void cpu_tiles_begin(int first, int second) {
     _tile_loadconfig(&c);
 }
 
+/* A tile from rows at p, `stride` bytes apart. The intrinsic of gcc 12 does not say that it reads memory: what is
+ * stored there just before could come after it. */
+#define cpu_tile_load(tile, p, stride) \
+    __asm__ volatile("tileloadd (%0,%1,1), %%tmm" #tile : : "r"(p), "r"((int64_t)(stride)) : "memory")
+
 /* 16 numbers rounded to bf16, ties to even; NaN stays. vcvtneps2bf16 would make zeros of the smallest ones too, which a
  * product of tiles does anyway. */
 CPU_INLINE __m256i cpu_narrow(__m512 x) {
