@@ -802,6 +802,29 @@ static void check_attn_rows(const cpu_kernels *k, int32_t pos0, int32_t n_row, i
     guard_free();
 }
 
+/* A score of -inf is a weight of 0, as one far below the others is. */
+static void test_attn_infinite(void **state) {
+    const cpu_kernels *k = *state;
+    for (int i = 0; i < 20; i++) {
+        const int32_t n = draw_int(2, 300), n_head = draw_int(1, CPU_HEAD_TILE), C = i % 2 ? 128 : 2 * draw_int(1, 64);
+        const size_t bytes = (size_t)cpu_part_floats(C) * sizeof(float);
+        const float scale = (float)(0x1.71547652b82fep+0 / sqrt((double)C));
+        float *q = floats((int64_t)n_head * C, 3.0f), *acc = guard(bytes), *other = guard(bytes);
+        for (int32_t h = 0; h < n_head; h++) q[h * C] = 0.5f;
+        const dense d = draw_dense(n, C, false);
+        ern_bf16 *key = &d.half[0][(int64_t)draw_int(0, n - 1) * C];
+        *key = 0xff7f; /* the least number */
+        const cpu_kv_view least = draw_cache(&d, 64);
+        *key = 0xff80;
+        const cpu_kv_view none = draw_cache(&d, 64);
+        attend(k, acc, q, n_head, C, scale, &least, n, n);
+        attend(k, other, q, n_head, C, scale, &none, n, n);
+        same_part(other, acc, n_head, C);
+        for (int32_t c = 0; c < n_head * C; c++) assert_true(isfinite(other[2 * CPU_HEAD_TILE + c]));
+        guard_free();
+    }
+}
+
 static void test_attn_rows(void **state) {
     const cpu_kernels *k = *state;
     if (!k->attn_rows) return;
@@ -850,7 +873,8 @@ int main(int argc, char **argv) {
             cmocka_unit_test_prestate(test_act_bad, k),      cmocka_unit_test_prestate(test_linear_f32, k),
             cmocka_unit_test_prestate(test_norm, k),         cmocka_unit_test_prestate(test_silu_mul, k),
             cmocka_unit_test_prestate(test_softmax, k),      cmocka_unit_test_prestate(test_attn, k),
-            cmocka_unit_test_prestate(test_attn_rows, k),    cmocka_unit_test_prestate(test_table, k),
+            cmocka_unit_test_prestate(test_attn_rows, k),    cmocka_unit_test_prestate(test_attn_infinite, k),
+            cmocka_unit_test_prestate(test_table, k),
         };
         failed += cmocka_run_group_tests(tests, NULL, NULL);
     }

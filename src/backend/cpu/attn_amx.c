@@ -217,7 +217,8 @@ CPU_INLINE void weigh_step(room *w, const group *g, int32_t nv, int32_t nt, int3
 /* ---- softmax ----------------------------------------------------------------------------------------------------- */
 
 /* 2^x for x <= 0 within 2^-17.9 of itself, 1 at 0: x = n + r with |r| <= 1/2, the polynomial of the fourth degree whose
- * largest error is the least, then n. It is rounded to 8 bits next: to nearest, what lies half way up. */
+ * largest error is the least, then n. It is rounded to 8 bits next: to nearest, what lies half way up. At -inf r is
+ * NaN, of which scaling by 2^-inf makes 0. */
 CPU_INLINE __m512 weight16(__m512 x) {
     const __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), r = _mm512_sub_ps(x, n);
     __m512 p = _mm512_set1_ps(0x1.3cfd6cp-7f);
