@@ -26,6 +26,7 @@ enum {
     WEIGHTS = CPU_ATTN_BLOCK + 32,
     DIMS = CPU_HEAD_DIM_MAX + 16,
     TILE = TILE_BYTES / 2, /* bf16 numbers */
+    STRIDE = 64,           /* positions whose values few queries meet at a time */
 };
 
 typedef struct room {
@@ -58,26 +59,36 @@ static void pack_queries(room *w, const cpu_attn_job *j) {
     memset(w->q + n * width, 0, (size_t)((tiles_of(n, QUERIES) * QUERIES - n) * width) * sizeof *w->q);
 }
 
-/* Keys of the first n positions; lanes of positions beyond hold anything. A cold block's values are fetched meanwhile.
- */
+/* Keys of a group of positions; lanes of positions beyond its run hold anything. As many lines from `then` on are
+ * fetched meanwhile, unless it is NULL. */
+CPU_INLINE void pack_group(ern_bf16 *to, const cpu_kv_run *r, int32_t C, const unsigned char *then) {
+    const ern_bf16 *from = (const ern_bf16 *)(const void *)r->k;
+    int32_t c = 0;
+    for (; c < C; c += 2, to += 32, from += 32) { /* positions 0..15 of dim c, then of dim c + 1 */
+        if (then) fetch(then + 32 * c);
+        _mm512_store_si512(to, cpu_pairs_of(_mm512_loadu_si512(from)));
+    }
+    for (; c < tiles_of(C, TILE_K) * TILE_K; c += 2, to += 32) _mm512_store_si512(to, _mm512_setzero_si512());
+}
+
+/* Whether a run does not begin with a group of positions: pages of an odd size. */
+static bool is_ragged(const cpu_kv_block *kv, int32_t n) {
+    for (const cpu_kv_run *r = kv->run, *end = r + kv->n_run; r < end && r->t0 < n; r++)
+        if (r->cut || r->t0 % 16 != 0) return true;
+    return false;
+}
+
+/* Keys of the first n positions. */
 static void pack_keys(room *w, const cpu_kv_block *kv, int32_t C, int32_t n) {
-    const int32_t nk = tiles_of(C, TILE_K), lines = nk * 16;
+    const int32_t nk = tiles_of(C, TILE_K);
+    const bool ragged = is_ragged(kv, n);
     for (const cpu_kv_run *r = kv->run, *end = r + kv->n_run; r < end && r->t0 < n; r++) {
-        ern_bf16 *to = w->k + (int64_t)(r->t0 / 16) * nk * TILE;
         const ern_bf16 *from = (const ern_bf16 *)(const void *)r->k;
-        if (r->cut || r->t0 % 16 != 0) { /* pages of an odd size */
-            for (int32_t t = r->t0; t < r->t0 + r->n; t++) {
-                to = w->k + (int64_t)(t / 16) * nk * TILE + t % 16 * 2;
-                for (int32_t c = 0; c < nk * TILE_K; c++)
-                    to[c / 2 * 32 + c % 2] = c < C ? from[c * CPU_KV_GROUP + t - r->t0] : 0;
-            }
-            continue;
-        }
-        for (int32_t c = 0; c < lines; c++, to += 32, from += 32) {
-            __m512i two = _mm512_setzero_si512(); /* positions 0..15 of dim 2c, then of dim 2c + 1 */
-            if (2 * c < C) two = _mm512_loadu_si512(from);
-            if (kv->cold) fetch(r->v + c * 64);
-            _mm512_store_si512(to, cpu_pairs_of(two));
+        if (!ragged) pack_group(w->k + (int64_t)(r->t0 / 16) * nk * TILE, r, C, NULL);
+        for (int32_t t = r->t0; ragged && t < r->t0 + r->n; t++) {
+            ern_bf16 *to = w->k + (int64_t)(t / 16) * nk * TILE + t % 16 * 2;
+            for (int32_t c = 0; c < nk * TILE_K; c++)
+                to[c / 2 * 32 + c % 2] = c < C ? from[c * CPU_KV_GROUP + t - r->t0] : 0;
         }
     }
 }
@@ -94,16 +105,22 @@ CPU_INLINE __m512i value_line(const unsigned char *row, int32_t c, int32_t C) {
     return _mm512_maskz_loadu_epi16(n >= 32 ? 0xffffffff : ((__mmask32)1 << n) - 1, row + 2 * c);
 }
 
-/* Values of the first n positions, zeros after them to a multiple of 32. */
-static void pack_values(room *w, const unsigned char *const *row, int32_t C, int32_t n) {
+/* Values of positions from..to-1, multiples of 32, zeros from position n on. A tile holds every second four of 32 dims:
+ * 0..3, 8..11, 16..19, 24..27, the one after it the others. For each 16 positions as many lines from then[] on are
+ * fetched meanwhile; then NULL: none. */
+CPU_INLINE void pack_values(ern_bf16 *at, const unsigned char *const *row, int32_t C, int32_t n, int32_t from,
+                            int32_t to, const unsigned char *const *then) {
     const int32_t nv = tiles_of(C, TILE_K) * 2;
-    for (int32_t t = 0; t < tiles_of(n, 32) * 32; t += 2) {
-        ern_bf16 *to = w->v + (int64_t)(t / 32) * nv * TILE + t % 32 / 2 * 32;
-        for (int32_t c = 0; c < C; c += 32, to += 2 * TILE) {
+    for (int32_t t = from; t < to; t += 2) {
+        ern_bf16 *line = at + (int64_t)((t - from) / 32) * nv * TILE + t % 32 / 2 * 32;
+        const unsigned char *also = then ? then[(t - from) / 16] : NULL;
+        if (also) also += t % 16 * C * 2;
+        for (int32_t c = 0; c < C; c += 32, line += 2 * TILE) {
+            if (also) fetch(also + 2 * c), fetch(also + 2 * (C + c));
             const __m512i x = t < n ? value_line(row[t], c, C) : _mm512_setzero_si512();
             const __m512i y = t + 1 < n ? value_line(row[t + 1], c, C) : _mm512_setzero_si512();
-            _mm512_store_si512(to, cpu_pairs(x, y, 0));
-            _mm512_store_si512(to + TILE, cpu_pairs(x, y, 1));
+            _mm512_store_si512(line, _mm512_unpacklo_epi16(x, y));
+            _mm512_store_si512(line + TILE, _mm512_unpackhi_epi16(x, y));
         }
     }
 }
@@ -152,10 +169,8 @@ CPU_INLINE void begin_tiles(void) {
     _tile_zero(3);
 }
 
-/* One step of the products of up to 32 queries: tiles of queries at a and 16 rows on, of `row` numbers; tiles at b and
- * b
- * + next. */
-CPU_INLINE void step_two(const ern_bf16 *a, int32_t row, const ern_bf16 *b, int32_t next) {
+/* One step of the products: tiles of queries at a and 16 rows on, of `row` numbers; tiles at b and b + next. */
+CPU_INLINE void step(const ern_bf16 *a, int32_t row, const ern_bf16 *b, int32_t next) {
     cpu_tile_load(4, a, row * 2);
     cpu_tile_load(5, a + TILE_ROWS * row, row * 2);
     cpu_tile_load(6, b, 64);
@@ -166,52 +181,28 @@ CPU_INLINE void step_two(const ern_bf16 *a, int32_t row, const ern_bf16 *b, int3
     _tile_dpbf16ps(3, 5, 7);
 }
 
-/* Of up to 16 queries: four tiles from b, so that here too four sums grow side by side. */
-CPU_INLINE void step_one(const ern_bf16 *a, int32_t row, const ern_bf16 *b, int32_t next) {
-    cpu_tile_load(4, a, row * 2);
-    cpu_tile_load(5, b, 64);
-    cpu_tile_load(6, b + next, 64);
-    cpu_tile_load(7, b + 2 * next, 64);
-    _tile_dpbf16ps(0, 4, 5);
-    cpu_tile_load(5, b + 3 * next, 64);
-    _tile_dpbf16ps(1, 4, 6);
-    _tile_dpbf16ps(2, 4, 7);
-    _tile_dpbf16ps(3, 4, 5);
-}
-
 /* The sums to where rows of `row` floats lie. */
-CPU_INLINE void end_tiles(float *to, int32_t row, const bool two) {
+CPU_INLINE void end_tiles(float *to, int32_t row) {
     _tile_stored(0, to, row * 4);
     _tile_stored(1, to + 16, row * 4);
-    _tile_stored(2, two ? to + TILE_ROWS * row : to + 32, row * 4);
-    _tile_stored(3, two ? to + TILE_ROWS * row + 16 : to + 48, row * 4);
+    _tile_stored(2, to + TILE_ROWS * row, row * 4);
+    _tile_stored(3, to + TILE_ROWS * row + 16, row * 4);
 }
 
-/* Columns that a step makes: of S or of O. */
-CPU_INLINE int32_t columns(const bool two) { return two ? 32 : 64; }
-
-/* Step s of S: 32 or 64 positions by 32 dims; two: there are more than 16 queries. */
-CPU_INLINE void score_step(room *w, const group *g, int32_t nk, int32_t s, const bool two) {
-    const int32_t p = s / nk, t = s % nk, first = p * columns(two) / 16;
-    const ern_bf16 *q = w->q + (g->m * nk + t) * TILE_K, *k = w->k + (int64_t)(first * nk + t) * TILE;
+/* Step s of S: 32 positions by 32 dims. */
+CPU_INLINE void score_step(room *w, const group *g, int32_t nk, int32_t s) {
+    const int32_t p = s / nk, t = s % nk;
     if (t == 0) begin_tiles();
-    if (two)
-        step_two(q, nk * TILE_K, k, nk * TILE);
-    else
-        step_one(q, nk * TILE_K, k, nk * TILE);
-    if (t == nk - 1) end_tiles(&w->score[g->buffer][0][p * columns(two)], SCORES, two);
+    step(w->q + (g->m * nk + t) * TILE_K, nk * TILE_K, w->k + (int64_t)(2 * p * nk + t) * TILE, nk * TILE);
+    if (t == nk - 1) end_tiles(&w->score[g->buffer][0][p * 32], SCORES);
 }
 
-/* Step s of O: 32 or 64 dims by 32 positions, of which there are 32 * nt. */
-CPU_INLINE void weigh_step(room *w, const group *g, int32_t nv, int32_t nt, int32_t s, const bool two) {
-    const int32_t d = s / nt, t = s % nt, first = d * columns(two) / 16;
-    const ern_bf16 *p = &w->weight[g->buffer][0][t * TILE_K], *v = w->v + (int64_t)(t * nv + first) * TILE;
+/* Step s of O: 32 dims by 32 positions, of which there are 32 * nt. */
+CPU_INLINE void weigh_step(room *w, const group *g, int32_t nv, int32_t nt, int32_t s) {
+    const int32_t d = s / nt, t = s % nt;
     if (t == 0) begin_tiles();
-    if (two)
-        step_two(p, WEIGHTS, v, TILE);
-    else
-        step_one(p, WEIGHTS, v, TILE);
-    if (t == nt - 1) end_tiles(&w->out[0][d * columns(two)], DIMS, two);
+    step(&w->weight[g->buffer][0][t * TILE_K], WEIGHTS, w->v + (int64_t)(t * nv + 2 * d) * TILE, TILE);
+    if (t == nt - 1) end_tiles(&w->out[0][d * 32], DIMS);
 }
 
 /* ---- softmax ----------------------------------------------------------------------------------------------------- */
@@ -261,15 +252,28 @@ CPU_INLINE void soften(room *w, const group *g, int32_t i, int32_t n, float scal
 
 /* ---- results ----------------------------------------------------------------------------------------------------- */
 
+/* 32 dims from c of the outputs of query i, from the order of their tiles. */
+CPU_INLINE void load_out(__m512 *out, const room *w, int32_t i, int32_t c) {
+    const __m512i first = _mm512_set_epi32(23, 22, 21, 20, 7, 6, 5, 4, 19, 18, 17, 16, 3, 2, 1, 0);
+    const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
+    const __m512 x = _mm512_load_ps(&w->out[i][c]), y = _mm512_load_ps(&w->out[i][c + 16]);
+    out[0] = _mm512_permutex2var_ps(x, first, y);
+    out[1] = _mm512_permutex2var_ps(x, second, y);
+}
+
 /* The result of query i of the group to its row's part, as attn_join of attn_avx512.c does it. */
 CPU_INLINE void finish(const room *w, const cpu_attn_job *j, const group *g, int32_t i) {
     const int32_t C = j->head_dim, row = (g->m + i) / j->n_head, h = (g->m + i) % j->n_head;
     float *part = j->part[row], *to = part + 2 * CPU_HEAD_TILE + h * C;
-    const float *from = w->out[i], max = w->max[g->buffer][i], sum = w->sum[g->buffer][i];
+    const float max = w->max[g->buffer][i], sum = w->sum[g->buffer][i];
+    __m512 out[2];
     if (!j->join) {
         part[h] = max;
         part[CPU_HEAD_TILE + h] = sum;
-        for (int32_t c = 0; c < C; c += 16) _mm512_mask_storeu_ps(to + c, cpu_mask(C - c), _mm512_load_ps(from + c));
+        for (int32_t c = 0; c < C; c += 32) {
+            load_out(out, w, i, c);
+            for (int k = 0; k < 2; k++) _mm512_mask_storeu_ps(to + c + 16 * k, cpu_mask(C - c - 16 * k), out[k]);
+        }
         return;
     }
     const float was = part[h], top = was > max ? was : max;
@@ -279,10 +283,13 @@ CPU_INLINE void finish(const room *w, const cpu_attn_job *j, const group *g, int
     const __m512 ep = _mm512_broadcastss_ps(_mm_movehdup_ps(_mm512_castps512_ps128(e)));
     part[h] = top;
     part[CPU_HEAD_TILE + h] = part[CPU_HEAD_TILE + h] * _mm512_cvtss_f32(ea) + sum * _mm512_cvtss_f32(ep);
-    for (int32_t c = 0; c < C; c += 16) {
-        const __mmask16 m = cpu_mask(C - c);
-        const __m512 a = _mm512_mul_ps(_mm512_maskz_loadu_ps(m, to + c), ea);
-        _mm512_mask_storeu_ps(to + c, m, _mm512_fmadd_ps(_mm512_load_ps(from + c), ep, a));
+    for (int32_t c = 0; c < C; c += 32) {
+        load_out(out, w, i, c);
+        for (int k = 0; k < 2; k++) {
+            const __mmask16 m = cpu_mask(C - c - 16 * k);
+            float *at = to + c + 16 * k;
+            _mm512_mask_storeu_ps(at, m, _mm512_fmadd_ps(out[k], ep, _mm512_mul_ps(_mm512_maskz_loadu_ps(m, at), ea)));
+        }
     }
 }
 
@@ -294,24 +301,24 @@ static group group_at(const cpu_attn_job *j, int32_t i) {
 }
 
 /* Softmax of group i, beside O of the group before and S of the one after. */
-CPU_INLINE void turn(room *w, const cpu_attn_job *j, ahead *next, int32_t i, int32_t n_group, const bool two) {
+CPU_INLINE void turn(room *w, const cpu_attn_job *j, ahead *next, int32_t i, int32_t n_group) {
     const int32_t C = j->head_dim, nk = tiles_of(C, TILE_K), all = j->n_row * j->n_head;
     const bool has_before = i > 0, has_now = i >= 0 && i < n_group, has_after = i + 1 < n_group;
     group before = {0}, now = {0}, after = {0};
     if (has_before) before = group_at(j, i - 1);
     if (has_now) now = group_at(j, i);
     if (has_after) after = group_at(j, i + 1);
-    const int32_t nt = tiles_of(before.n, 32), n_weigh = has_before ? tiles_of(C, columns(two)) * nt : 0;
-    const int32_t n_step = n_weigh + (has_after ? tiles_of(after.n, columns(two)) * nk : 0);
+    const int32_t nt = tiles_of(before.n, 32), n_weigh = has_before ? tiles_of(C, 32) * nt : 0;
+    const int32_t n_step = n_weigh + (has_after ? tiles_of(after.n, 32) * nk : 0);
     const int32_t n_soft = has_now ? least(QUERIES, all - now.m) : 0,
                   n_out = has_before ? least(QUERIES, all - before.m) : 0;
     const int32_t n_task = 3 * n_soft + n_out; /* a softmax is as long as three results */
     int32_t soft = 0, out = 0;
     for (int32_t s = 0; s < n_step; s++) {
         if (s < n_weigh)
-            weigh_step(w, &before, 2 * nk, nt, s, two);
+            weigh_step(w, &before, 2 * nk, nt, s);
         else
-            score_step(w, &after, nk, s - n_weigh, two);
+            score_step(w, &after, nk, s - n_weigh);
         fetch_lines(next, C);
         while ((3 * soft + out) * n_step < n_task * (s + 1)) {
             if (soft < n_soft) {
@@ -326,6 +333,84 @@ CPU_INLINE void turn(room *w, const cpu_attn_job *j, ahead *next, int32_t i, int
     }
     for (; soft < n_soft; soft++) soften(w, &now, soft, j->n[(now.m + soft) / j->n_head], j->scale);
     for (; out < n_out; out++) finish(w, j, &before, out);
+}
+
+/* ---- a block for up to 16 queries -------------------------------------------------------------------------------- */
+
+/* One row, mostly, and memory is what it waits for: keys and values are brought into order a few positions at a time,
+ * while the tiles multiply those before and those that come next are on their way. The sums are those of 32 queries, in
+ * the same order. */
+
+/* Groups of 16 positions are met in the order of keys, values, the next block's keys, and fetched that many early. */
+enum { EARLY = 8 };
+
+/* What group i of n fetches, group n being the first of the values; NULL: nothing. */
+static const unsigned char *group_ahead(const cpu_kv_block *kv, int32_t n, int32_t i) {
+    i += EARLY;
+    if (i < n) return kv->run[i].k;
+    if (i < 2 * n) return kv->run[i - n].v;
+    return kv->next && i - 2 * n < kv->next->n_run ? kv->next->run[i - 2 * n].k : NULL;
+}
+
+/* S of group i of 16 positions, whose keys lie at k. */
+CPU_INLINE void score_few(room *w, const ern_bf16 *k, int32_t i, int32_t nk) {
+    _tile_zero(0);
+    for (int32_t t = 0; t < nk; t++) {
+        cpu_tile_load(4, w->q + t * TILE_K, nk * TILE_K * 2);
+        cpu_tile_load(6, k + t * TILE, 64);
+        _tile_dpbf16ps(0, 4, 6);
+    }
+    _tile_stored(0, &w->score[0][0][i * 16], SCORES * 4);
+}
+
+/* O of positions from..to-1, whose values lie at v, on top of those before. */
+CPU_INLINE void weigh_few(room *w, const ern_bf16 *v, int32_t nv, int32_t from, int32_t to) {
+    for (int32_t d = 0; d < nv; d += 2, v += 2 * TILE) {
+        float *out = &w->out[0][d * 16];
+        if (from == 0) {
+            _tile_zero(0);
+            _tile_zero(1);
+        } else {
+            cpu_tile_load(0, out, DIMS * 4);
+            cpu_tile_load(1, out + 16, DIMS * 4);
+        }
+        for (int32_t t = from; t < to; t += 32) {
+            const ern_bf16 *at = v + (int64_t)((t - from) / 32) * nv * TILE;
+            cpu_tile_load(4, &w->weight[0][0][t], WEIGHTS * 2);
+            cpu_tile_load(6, at, 64);
+            cpu_tile_load(7, at + TILE, 64);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_dpbf16ps(1, 4, 7);
+        }
+        _tile_stored(0, out, DIMS * 4);
+        _tile_stored(1, out + 16, DIMS * 4);
+    }
+}
+
+static void attend_few(room *w, const cpu_attn_job *j, const unsigned char *const *row, int32_t n) {
+    const int32_t C = j->head_dim, nk = tiles_of(C, TILE_K), nv = 2 * nk, all = j->n_row * j->n_head;
+    const int32_t n_group = tiles_of(n, 16), end = tiles_of(n, 32) * 32;
+    const bool ragged = is_ragged(j->kv, n);
+    const group g = {.m = 0, .n = n, .buffer = 0};
+    cpu_tiles_begin(all, TILE_ROWS);
+    if (ragged) pack_keys(w, j->kv, C, n);
+    for (int32_t i = 0; i <= n_group; i++) {
+        /* two groups take turns in what stays in the first cache */
+        if (!ragged && i < n_group)
+            pack_group(w->k + i % 2 * nk * TILE, &j->kv->run[i], C, group_ahead(j->kv, n_group, i));
+        if (i > 0) score_few(w, w->k + (ragged ? i - 1 : (i - 1) % 2) * nk * TILE, i - 1, nk);
+    }
+    for (int32_t i = 0; i < all; i++) soften(w, &g, i, j->n[i / j->n_head], j->scale);
+    for (int32_t t = 0, was = 0; was < end; was = t, t += STRIDE) {
+        const unsigned char *then[STRIDE / 16];
+        for (int32_t i = 0; i < STRIDE / 16; i++)
+            then[i] = ragged ? NULL : group_ahead(j->kv, n_group, n_group + t / 16 + i);
+        if (t < end)
+            pack_values(w->v + t / STRIDE % 2 * STRIDE * nk * TILE_K, row, C, n, t, least(t + STRIDE, end), then);
+        if (t > 0) weigh_few(w, w->v + was / STRIDE % 2 * STRIDE * nk * TILE_K, nv, was, least(t, end));
+    }
+    for (int32_t i = 0; i < all; i++) finish(w, j, &g, i);
+    _tile_release();
 }
 
 void cpu_attn_rows_amx(const cpu_attn_job *j) {
@@ -346,17 +431,16 @@ void cpu_attn_rows_amx(const cpu_attn_job *j) {
         return;
     }
     if (j->first) pack_queries(w, j);
+    if (all <= TILE_ROWS) {
+        attend_few(w, j, row, most_n);
+        return;
+    }
     pack_keys(w, j->kv, C, most_n);
-    pack_values(w, row, C, most_n);
-    const int32_t n_step = n_group * 2 * tiles_of(C, columns(all > TILE_ROWS)) * tiles_of(most_n, 32); /* or near it */
+    pack_values(w->v, row, C, most_n, 0, tiles_of(most_n, 32) * 32, NULL);
+    const int32_t n_step = n_group * 2 * tiles_of(C, 32) * tiles_of(most_n, 32); /* or near it */
     ahead next = {.kv = j->kv->next, .each = tiles_of(CPU_ATTN_BLOCK * C * 2, CPU_LINE * n_step)};
     cpu_tiles_begin(TILE_ROWS, TILE_ROWS);
-    for (int32_t i = -1; i <= n_group; i++) {
-        if (all > TILE_ROWS)
-            turn(w, j, &next, i, n_group, true);
-        else
-            turn(w, j, &next, i, n_group, false);
-    }
+    for (int32_t i = -1; i <= n_group; i++) turn(w, j, &next, i, n_group);
     _tile_release();
 }
 
