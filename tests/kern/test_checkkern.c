@@ -704,40 +704,51 @@ static void same_part(const float *a, const float *b, int32_t n_head, int32_t C)
 static void check_attn(const cpu_kernels *k, int32_t n, int32_t n_head, int32_t C, bool int8) {
     const float scale = (float)(0x1.71547652b82fep+0 / sqrt((double)C)), *q = floats((int64_t)n_head * C, 3.0f);
     const dense d = draw_dense(n, C, int8);
-    const bool rounds = k->attn_rounds && !int8;
+    const bool rounds = k->attn_rounds && !int8, fixed = k->attn_fixed && int8;
     const cpu_kv_view view = draw_cache(&d, 64);
     float *acc = guard((size_t)cpu_part_floats(C) * sizeof *acc), *other = guard((size_t)cpu_part_floats(C) * 4);
     attend(k, acc, q, n_head, C, scale, &view, n, n);
     double *score = malloc((size_t)n * sizeof *score);
     for (int32_t h = 0; h < n_head; h++) {
-        double top = -INFINITY, sum = 0, slip = 0;
+        double top = -INFINITY, sum = 0, slip = 0, most = 0;
+        for (int32_t i = 0; i < C; i++) most = fmax(most, fabs((double)q[h * C + i]));
         for (int32_t t = 0; t < n; t++) {
-            double dot = 0, size = 0;
+            double dot = 0, size = 0, keys = 0;
             for (int32_t i = 0; i < C; i++) {
-                const double p = (double)q[h * C + i] * dense_at(&d, 0, t, i);
-                dot += p, size += fabs(p);
+                const double key = dense_at(&d, 0, t, i), p = (double)q[h * C + i] * key;
+                dot += p, size += fabs(p), keys += fabs(key);
             }
             score[t] = dot / sqrt((double)C);
             top = fmax(top, score[t]);
             /* a chain over C; log2(e)/sqrt(C) is rounded, times the key's scale, times the sum; a query to bf16 */
             slip = fmax(slip, ((C + 3) * U + (rounds ? 0x1p-9 : 0)) * size / sqrt((double)C));
+            /* with integers no chain, but a query to half a unit, and 5 roundings more: the unit, the sum, products */
+            if (fixed) slip = fmax(slip, (0.501 / 16256 * most * keys + 8 * U * size) / sqrt((double)C));
         }
         for (int32_t t = 0; t < n; t++) sum += score[t] = exp(score[t] - top);
         /* A score off by slip scales its weight by 1 +- slip, in numerator and denominator; the differences to the
          * maxima (below 64 here) are rounded once per block and join; 2^x 4u each; a chain of one block (256) and two
          * steps and one weight per join, and the value's scale; the same for the sum; a quotient. Weights rounded to
          * bf16 are so in both; with tiles 2^x is within 2^-17.9 before that. */
+        /* with integers a weight times its value's scale is rounded to half a unit, which is of the block's largest */
+        double unit[64] = {0};
+        assert_true(n <= 64 * CPU_ATTN_BLOCK);
+        for (int32_t t = 0; fixed && t < n; t++) {
+            double *u = &unit[t / CPU_ATTN_BLOCK];
+            *u = fmax(*u, (1 + expm1(2 * slip)) * score[t] * (double)d.scale[1][t] / 65535);
+        }
         const double joins = ceil(n / (double)CPU_ATTN_BLOCK);
         const double rel = expm1(2 * slip) + (rounds ? 2 * 0x1p-9 : 0) + (k->attn_rows && rounds ? 2 * 0x1.1p-18 : 0) +
                            2 * U * (64 + 4 + (n < 256 ? n : 256) + 1 + joins * (64 + 4 + 3)) + 2 * U;
         for (int32_t i = 0; i < C; i++) {
-            double dot = 0, size = 0;
+            double dot = 0, size = 0, off = 0;
             for (int32_t t = 0; t < n; t++) {
                 const double p = score[t] * dense_at(&d, 1, t, i);
                 dot += p, size += fabs(p);
+                if (fixed) off += 0.501 * unit[t / CPU_ATTN_BLOCK] * abs(d.code[1][(int64_t)t * C + i]);
             }
             near_to((double)acc[2 * CPU_HEAD_TILE + h * C + i] / (double)acc[CPU_HEAD_TILE + h], dot / sum,
-                    rel * size / sum, "attn", h * C + i);
+                    (rel * size + off) / sum, "attn", h * C + i);
         }
     }
     free(score);

@@ -143,6 +143,9 @@ typedef struct cpu_kernels {
                           const cpu_kv_block *kv, int32_t n);
     /* With bf16 KV the queries and the weights of positions are rounded to bf16, once each. */
     bool attn_rounds;
+    /* With int8 KV a query is rounded to multiples of 1/16256 of its largest number, and a weight times its value's
+     * scale to multiples of 1/65535 of the block's largest. */
+    bool attn_fixed;
     /* attn_block of bf16 KV for several rows, with the bits that each has alone; NULL: none. */
     void (*attn_rows)(const cpu_attn_job *j);
     /* acc = acc joined with part (the block after it). */

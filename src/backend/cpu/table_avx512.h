@@ -24,6 +24,8 @@ void cpu_round_bf16_amx(ern_bf16 *q, const float *x, int32_t n);
 void cpu_attn_rows_amx(const cpu_attn_job *j);
 void cpu_attn_bf16_amx(float *part, const float *q, int32_t n_head, int32_t head_dim, float scale,
                        const cpu_kv_block *kv, int32_t n);
+void cpu_attn_int8_amx(float *part, const float *q, int32_t n_head, int32_t head_dim, float scale,
+                       const cpu_kv_block *kv, int32_t n);
 void cpu_attn_bf16_avx512(float *part, const float *q, int32_t n_head, int32_t head_dim, float scale,
                           const cpu_kv_block *kv, int32_t n);
 void cpu_attn_bf16_bf16(float *part, const float *q, int32_t n_head, int32_t head_dim, float scale,
