@@ -71,9 +71,10 @@ void cpu_store_rows(const cpu_run *c, int32_t layer) {
 /* ---- who attends to what ----------------------------------------------------------------------------------------- */
 
 enum {
-    PIECES_EACH = 4, /* pieces per worker that a step with few long rows is cut into */
-    ROWS_FEW = 8,    /* rows of a tile where each attends by itself, or workers want more tiles */
-    SPLIT_ROWS = 8,  /* longest rows whose pieces fit at one time; further ones stay whole */
+    TILES_EACH = 4, /* tiles per worker below which the heavy ones are cut */
+    PIECES = 4,     /* that an average tile would be cut into then: the last ones end at nearly one time */
+    ROWS_FEW = 8,   /* rows of a tile where each attends by itself, or workers want more tiles */
+    SPLIT_ROWS = 8, /* longest rows whose pieces fit at one time; further ones stay whole */
 };
 
 static int32_t least(int32_t a, int32_t b) { return a < b ? a : b; }
@@ -92,8 +93,7 @@ static bool by_rows(const cpu_backend *b) { return b->kernels->attn_rows && b->o
 /* Rows of a sequence that share one walk over its keys and values. */
 static int32_t tile_rows(const cpu_backend *b, const cpu_slot *s) {
     int32_t rows = by_rows(b) ? CPU_ATTN_ROWS : ROWS_FEW;
-    while (rows > ROWS_FEW && s->n_row / rows * cpu_head_tiles(&b->model->config) < b->n_worker * PIECES_EACH)
-        rows /= 2;
+    while (rows > ROWS_FEW && s->n_row / rows * cpu_head_tiles(&b->model->config) < b->n_worker * TILES_EACH) rows /= 2;
     return rows;
 }
 
@@ -104,7 +104,7 @@ void cpu_attend_plan(cpu_backend *b, const cpu_slot *s) {
     int64_t all = 0;
     for (int32_t t = 0; t < s->n_row; t++) all += blocks_to(s->pos[t]);
     const int64_t heads = cpu_head_tiles(&b->model->config);
-    const int64_t most = all * heads / ((int64_t)b->n_worker * PIECES_EACH) + 1; /* (row, block) pairs of a task */
+    const int64_t most = all * heads / ((int64_t)b->n_worker * TILES_EACH) + 1; /* (row, block) pairs of a task */
     const int32_t rows = tile_rows(b, s);
     int32_t slot = 0;
     b->n_tile = b->n_split = 0;
@@ -116,7 +116,7 @@ void cpu_attend_plan(cpu_backend *b, const cpu_slot *s) {
                 b->tile[b->n_tile++] = whole;
                 continue;
             }
-            const int32_t run = most > n ? (int32_t)(most / n) : 1;
+            const int32_t run = most > PIECES * n ? (int32_t)(most / (PIECES * n)) : 1;
             for (int32_t k = 0; k < n_block; k += run) {
                 cpu_tile piece = whole;
                 piece.block = k, piece.n_block = least(run, n_block - k), piece.slot = slot;
@@ -184,40 +184,71 @@ static void attend_rows(const cpu_run *c, const cpu_tile *tile, const heads *h, 
     b->kernels->attn_rows(j);
 }
 
-/* One tile or piece: a row at position p sees the blocks 0..p / CPU_ATTN_BLOCK, the last one cut after p; which rows
- * share the tile changes nothing for it. */
-static void attend_tile(const cpu_run *c, const cpu_tile *tile, const heads *h) {
+/* One tile or piece for one head tile; tile NULL: none. */
+typedef struct task {
+    const cpu_tile *tile;
+    heads h;
+} task;
+
+/* The next task that nobody has taken; the last rows see most and go first. */
+static task take_task(const cpu_run *c, int32_t layer) {
+    cpu_backend *b = c->b;
+    const int32_t n_heads = cpu_head_tiles(&b->model->config);
+    const int32_t i = b->n_tile * n_heads - 1 - atomic_fetch_add_explicit(&b->next_task, 1, memory_order_relaxed);
+    if (i < 0) return (task){.tile = NULL};
+    return (task){&b->tile[i / n_heads], heads_at(&b->model->config, layer, i % n_heads)};
+}
+
+/* The block at hand of a worker, and the one after it, whose keys are fetched early. */
+typedef struct walk {
+    cpu_kv_block found[2];
+    int now;
+} walk;
+
+/* Block i as far as the last row of the task sees it. */
+static void find_block(const cpu_run *c, const task *t, int32_t i, cpu_kv_block *out) {
     const cpu_backend *b = c->b;
     const ern_config *m = &b->model->config;
-    const int32_t C = m->n_head_dim, last = c->s->pos[tile->row + tile->n - 1];
+    const int32_t at = i * CPU_ATTN_BLOCK, last = c->s->pos[t->tile->row + t->tile->n - 1];
+    const unsigned char *k = kv_at(b, t->h.layer, t->h.g);
+    const cpu_kv_view kv = {.k = k,
+                            .v = k + m->n_kv_head * b->plane_bytes,
+                            .page = c->s->page + (int64_t)t->tile->seq * b->n_page_max,
+                            .page_stride = b->page_stride,
+                            .n_cell = b->o.n_page_cell,
+                            .int8 = b->o.kv_dtype == ERN_KV_I8};
+    cpu_kv_find(out, &kv, m->n_head_dim, at, least(last + 1 - at, CPU_ATTN_BLOCK));
+}
+
+/* A row at position p sees the blocks 0..p / CPU_ATTN_BLOCK, the last one cut after p; which rows share the tile
+ * changes nothing for it. The walk stands at the task's first block, and then at that of `after`. */
+static void attend_tile(const cpu_run *c, walk *w, const task *t, const task *after) {
+    const cpu_backend *b = c->b;
+    const cpu_tile *tile = t->tile;
+    const heads *h = &t->h;
+    const int32_t C = b->model->config.n_head_dim;
     const bool int8 = b->o.kv_dtype == ERN_KV_I8;
     const float scale = (float)(0x1.71547652b82fep+0 / sqrt((double)C)); /* log2(e) / sqrt(C) */
     float *acc = b->own_part + (int64_t)c->worker * (CPU_ATTN_ROWS + 1) * b->part_floats;
     float *extra = acc + CPU_ATTN_ROWS * b->part_floats;
-    const unsigned char *k = kv_at(b, h->layer, h->g);
-    const cpu_kv_view kv = {.k = k,
-                            .v = k + m->n_kv_head * b->plane_bytes,
-                            .page = c->s->page + (int64_t)tile->seq * b->n_page_max,
-                            .page_stride = b->page_stride,
-                            .n_cell = b->o.n_page_cell,
-                            .int8 = int8};
     cpu_attn_job job = {.n_head = h->n, .head_dim = C, .scale = scale};
     if (by_rows(b)) job.room = b->room + (size_t)c->worker * cpu_attn_room();
-    cpu_kv_block found[2]; /* block i in found[i % 2], and the one after it, whose keys are fetched early */
-    for (int32_t i = tile->block, end = i + tile->n_block; i < end; i++) {
-        const int32_t at = i * CPU_ATTN_BLOCK, after = at + CPU_ATTN_BLOCK;
-        cpu_kv_block *now = &found[i % 2], *next = i + 1 < end ? &found[(i + 1) % 2] : NULL;
-        if (i == tile->block) cpu_kv_find(now, &kv, C, at, least(last + 1 - at, CPU_ATTN_BLOCK));
-        if (next) cpu_kv_find(next, &kv, C, after, least(last + 1 - after, CPU_ATTN_BLOCK));
+    for (int32_t i = tile->block, end = i + tile->n_block; i < end; i++, w->now ^= 1) {
+        cpu_kv_block *now = &w->found[w->now], *next = &w->found[w->now ^ 1];
+        if (i + 1 < end)
+            find_block(c, t, i + 1, next);
+        else if (after->tile)
+            find_block(c, after, after->tile->block, next);
+        else
+            next = NULL;
         now->next = next;
         if (by_rows(b)) {
             job.kv = now;
             attend_rows(c, tile, h, i, &job, acc);
-            if (next) next->cold = false; /* fetched meanwhile */
             continue;
         }
         for (int32_t r = 0; r < tile->n; r++) {
-            const int32_t n = least(c->s->pos[tile->row + r] + 1 - at, CPU_ATTN_BLOCK);
+            const int32_t n = least(c->s->pos[tile->row + r] + 1 - i * CPU_ATTN_BLOCK, CPU_ATTN_BLOCK);
             if (n <= 0) continue;
             float *own = acc + r * b->part_floats, *part = own;
             if (tile->slot >= 0)
@@ -243,23 +274,25 @@ static void join_row(const cpu_run *c, const cpu_tile *split, int32_t r, const h
     finish_row(b, split->row + r, h, acc);
 }
 
-/* Tasks (tile or piece, head tile), taken by whoever is free; the last rows see most and go first. */
+/* Tasks are taken by whoever is free. Who has a piece takes its next one early and so knows which keys it will want. */
 void cpu_attend(const cpu_run *c, int32_t layer) {
-    cpu_backend *b = c->b;
+    const cpu_backend *b = c->b;
     const int32_t n_heads = cpu_head_tiles(&b->model->config);
-    for (;;) {
-        const int32_t task =
-            b->n_tile * n_heads - 1 - atomic_fetch_add_explicit(&b->next_task, 1, memory_order_relaxed);
-        if (task < 0) break;
-        const heads h = heads_at(&b->model->config, layer, task % n_heads);
-        attend_tile(c, &b->tile[task / n_heads], &h);
+    const task none = {.tile = NULL};
+    walk w = {.now = 0};
+    bool found = false;
+    for (task now = take_task(c, layer), after; now.tile; now = found ? after : take_task(c, layer)) {
+        if (!found) find_block(c, &now, now.tile->block, &w.found[w.now]);
+        after = now.tile->slot >= 0 ? take_task(c, layer) : none;
+        attend_tile(c, &w, &now, &after);
+        found = after.tile != NULL;
     }
     if (b->n_split == 0) return;
     cpu_meet(c);
-    for (int32_t i = 0, task = 0; i < b->n_split; i++)
+    for (int32_t i = 0, turn = 0; i < b->n_split; i++)
         for (int32_t r = 0; r < b->split[i].n; r++)
-            for (int32_t k = 0; k < n_heads; k++, task++) {
-                if (task % c->n_worker != c->worker) continue;
+            for (int32_t k = 0; k < n_heads; k++, turn++) {
+                if (turn % c->n_worker != c->worker) continue;
                 const heads h = heads_at(&b->model->config, layer, k);
                 join_row(c, &b->split[i], r, &h);
             }
