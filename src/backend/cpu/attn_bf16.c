@@ -17,7 +17,7 @@
 
 enum { SCORES = CPU_ATTN_BLOCK + 16, VECS = 4 };
 
-CPU_INLINE void fetch(const unsigned char *p) { _mm_prefetch((const char *)p, _MM_HINT_T1); }
+CPU_INLINE void fetch(const unsigned char *p) { _mm_prefetch((const char *)p, _MM_HINT_T0); }
 CPU_INLINE __m512 dot2(__m512 acc, __m512i a, __m512i b) { return _mm512_dpbf16_ps(acc, (__m512bh)a, (__m512bh)b); }
 CPU_INLINE __m512i pair_at(const ern_bf16 *p) {
     int32_t v;
