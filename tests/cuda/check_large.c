@@ -14,7 +14,7 @@ typedef struct kernels {
     int32_t tile_first, tile_last; /* rows of a grouped tile: twice the one before each */
 } kernels;
 static const kernels mid = {"mid", cu_mid_run, cu_mid_grouped, {9, 16, 17, 32, 33, 64, 65, 100, 200}, 16, 64};
-static const kernels large = {"large", cu_large_run, cu_large_grouped, {65, 100, 128, 200, 257}, 128, 128};
+static const kernels large = {"large", cu_large_run, cu_large_grouped, {65, 100, 128, 200, 257, 380}, 128, 128};
 
 static const char *const format_name[CU_FORMATS] = {"bf16", "int8", "int4", "fp8"};
 
@@ -171,7 +171,7 @@ static void run_few(const cu_job *all) {
 
 /* One format and shape at several numbers of rows, every epilogue: the kernel and the one for few rows. */
 static void check_plain(const kernels *k, cu_format f, shape s) {
-    enum { MAX = 257 };
+    enum { MAX = 380 };
     char name[2][80];
     for (int i = 0; i < 2; i++)
         snprintf(name[i], sizeof name[i], "%s %s%s %d -> %d%s", k->name, i ? "bits " : "", format_name[f], s.n_in,
@@ -438,10 +438,11 @@ static void speed(const kernels *k, cu_format f, shape s, int32_t n_row) {
 }
 
 void check_large(void) {
-    /* Ugly ones; those of the tiny models; then 0.3b and 21b. The last is one of many segments: more than one pass. */
-    static const shape shapes[] = {{80, 44, true},     {64, 168, true},     {200, 80, false},    {130, 17, false},
-                                   {1024, 3072, true}, {1024, 5640, false}, {3072, 1024, false}, {2560, 3584, false},
-                                   {2560, 1536, true}, {12288, 2560, false}};
+    /* Ugly ones; two with more tiles than the chip takes at once; those of the tiny models; then 0.3b and 21b. The last
+     * is one of many segments: more than one pass. */
+    static const shape shapes[] = {{80, 44, true},      {64, 168, true},     {200, 80, false},   {130, 17, false},
+                                   {300, 8440, false},  {200, 4220, true},   {1024, 3072, true}, {1024, 5640, false},
+                                   {3072, 1024, false}, {2560, 3584, false}, {2560, 1536, true}, {12288, 2560, false}};
     const int n_shape = sizeof shapes / sizeof *shapes;
     for (int f = 0; f < CU_FORMATS; f++) {
         for (int kind = 0; kind < 2; kind++) {
@@ -472,6 +473,9 @@ void check_large(void) {
                                     {2560, 12288, true}, {12288, 2560, false}};
     for (int i = 0; i < 8; i++)
         for (int f = 0; f < CU_FORMATS; f++) speed(&large, (cu_format)f, prefill[i], 8192);
-    for (int f = 0; f < CU_FORMATS; f++) speed(&large, (cu_format)f, (shape){1024, 103424, false}, 256);
+    for (int f = 0; f < CU_FORMATS; f++) {
+        speed(&mid, (cu_format)f, (shape){1024, 103424, false}, 256);
+        speed(&large, (cu_format)f, (shape){1024, 103424, false}, 256);
+    }
     speed(&large, CU_BF16, (shape){2560, 3584, false}, 1024);
 }
