@@ -9,7 +9,7 @@ names hold one of the words. --cupti: the folder of libcupti.so, where it is not
 
 What a row is held against:
   decode, prefill  its floor: the slower of moving the counted bytes at the read bandwidth and doing the counted operations at
-                   the rate of bf16 products (twice that for fp8 weights). The figure is floor over time.
+                   the rate of bf16 products (that of fp8 products for fp8 weights). The figure is floor over time.
   8-bit, 4-bit     the time of bf16 at the same work
   serving          over HTTP, on loopback, S streams of IN + OUT tokens. The floor is that all S requests of a wave are prefilled
                    and then decoded together, each operator as long as the slower of its bytes and its operations, one
@@ -20,7 +20,7 @@ What a row is held against:
   waits            99th percentile over median of the time between two tokens of 16 streams while prompts of 8192 tokens
                    arrive, several a second
   start            from the start of the process to the first token of a request, the checkpoint in the page cache
-Bandwidth and rate are measured in the same run, by gpu_limits. Of several runs the worst counts. Exit code 1 when a row misses
+Bandwidth and both rates are measured in the same run, by gpu_limits: products of warpgroups on random numbers, sustained. Of several runs the worst counts. Exit code 1 when a row misses
 what it must reach or could not be run. Every process that is started is ended, after an error too, and has a time limit."""
 import argparse
 import glob
@@ -76,7 +76,8 @@ def limits(o):
     out = subprocess.run([f"{o.build}/gpu_limits"], check=True, capture_output=True, text=True, timeout=60).stdout
     o.read = float(re.search(r"read +2048 MiB +([\d.]+)", out)[1]) * 1e12
     o.rate = float(re.search(r"([\d.]+) TFLOP/s, m64n128k16", out)[1]) * 1e12
-    say(out.splitlines()[0] + f": reads {o.read * 1e-12:.2f} TB/s, bf16 {o.rate * 1e-12:.0f} TFLOP/s")
+    o.rate8 = float(re.search(r"([\d.]+) TFLOP/s, m64n128k32", out)[1]) * 1e12
+    say(out.splitlines()[0] + f": reads {o.read * 1e-12:.2f} TB/s, bf16 {o.rate * 1e-12:.0f} TFLOP/s, fp8 {o.rate8 * 1e-12:.0f}")
 
 
 def model_of(o, shape, weights):
@@ -163,7 +164,7 @@ def operators(model, weights, rows, wanted, reads, pairs):
 
 
 def floor_s(o, ops):
-    return sum(max(n_bytes / o.read, n_op / (o.rate * (2 if fp8 else 1))) for n_bytes, n_op, fp8 in ops)
+    return sum(max(n_bytes / o.read, n_op / (o.rate8 if fp8 else o.rate)) for n_bytes, n_op, fp8 in ops)
 
 
 def serving_floor(o, model, weights, streams, n_in, n_out):
@@ -299,7 +300,7 @@ def one_row(o, model, shape, weights, kind, size, found, bf16_s):
         if (kind, size) not in found:
             raise CannotRun("finds no memory on this GPU")
         tokens, took, n_bytes, n_op = found[kind, size]
-        floor = max(n_bytes / o.read, n_op / (o.rate * (2 if weights == "fp8" else 1)))
+        floor = max(n_bytes / o.read, n_op / (o.rate8 if weights == "fp8" else o.rate))
         return 100 * floor / took, f"{tokens:,.0f} tokens/s, {took * 1e3:.3f} ms, floor {floor * 1e3:.3f}"
     if kind == "times":
         took, of = found["prefill", size[0]][1], bf16_s.get((shape, size[0]))

@@ -47,7 +47,9 @@ float check_random(void);
 uint64_t check_random64(void);
 
 void check_linears(void);   /* pack, skinny, grouped skinny (check_linear.c) */
+void check_f8_mid(void);    /* f8 skinny, mid, grouped mid (check_f8_mid.c) */
 void check_large(void);     /* large, grouped large; the same bits as skinny (check_large.c) */
+void check_f8(void);        /* fp8 by fp8: rows to codes, all kernels (check_f8.c) */
 void check_attention(void); /* check_attention.c */
 void check_sampling(void);  /* check_sampling.c */
 void check_layers(void);    /* all layers in one kernel (check_chain.c) */

@@ -258,7 +258,7 @@ static void steps(const char *name, const world *w, int32_t n_row, const int32_t
     check_that(name, !*text, text);
 }
 
-static const char *const format_name[CU_FORMATS] = {"bf16", "int8", "int4", "fp8"};
+static const char *const format_name[CU_PLAIN_FORMATS] = {"bf16", "int8", "int4", "fp8"};
 
 static void check_shape(const shape *s, cu_format f, ern_kv_dtype kv, int32_t row_max, bool all) {
     static const int32_t lens[][ROWS_MAX] = {
@@ -319,13 +319,13 @@ static void speed(const shape *s, cu_format f, int32_t n, int32_t length) {
 void check_layers(void) {
     static const shape small = {"small", 3, 1024, 1024, 8, 1}, real = {"0.3b", 2, 1024, 3072, 16, 2},
                        odd = {"odd", 2, 1024, 2048, 16, 4}, whole = {"0.3b", 18, 1024, 3072, 16, 2};
-    for (int f = 0; f < CU_FORMATS; f++) {
+    for (int f = 0; f < CU_PLAIN_FORMATS; f++) {
         check_shape(&real, (cu_format)f, ERN_KV_BF16, 4, true);
         check_shape(&real, (cu_format)f, ERN_KV_I8, 4, f == CU_BF16);
         check_shape(&small, (cu_format)f, ERN_KV_BF16, 4, false);
         check_shape(&odd, (cu_format)f, ERN_KV_I8, 3, false);
     }
-    for (int f = 0; f < CU_FORMATS; f++) {
+    for (int f = 0; f < CU_PLAIN_FORMATS; f++) {
         speed(&whole, (cu_format)f, 1, 1024);
         speed(&whole, (cu_format)f, 4, 1024);
     }

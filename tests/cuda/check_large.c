@@ -16,7 +16,7 @@ typedef struct kernels {
 static const kernels mid = {"mid", cu_mid_run, cu_mid_grouped, {9, 16, 17, 32, 33, 64, 65, 100, 200}, 16, 64};
 static const kernels large = {"large", cu_large_run, cu_large_grouped, {65, 100, 128, 200, 257, 380}, 128, 128};
 
-static const char *const format_name[CU_FORMATS] = {"bf16", "int8", "int4", "fp8"};
+static const char *const format_name[CU_PLAIN_FORMATS] = {"bf16", "int8", "int4", "fp8"};
 
 typedef struct shape {
     int32_t n_in, n_out;
@@ -364,7 +364,7 @@ enum { FILLED = 256 << 20 };
 static char *filled(cu_format f) {
     enum { PIECE = 4 << 20 };
     static uint64_t piece[PIECE / 8];
-    static char *all[CU_FORMATS];
+    static char *all[CU_PLAIN_FORMATS];
     if (all[f]) return all[f];
     CHECK_CUDA(cudaMalloc((void **)&all[f], FILLED));
     for (size_t i = 0; i < PIECE / 8; i++) piece[i] = random_codes(f);
@@ -444,7 +444,7 @@ void check_large(void) {
                                    {300, 8440, false},  {200, 4220, true},   {1024, 3072, true}, {1024, 5640, false},
                                    {3072, 1024, false}, {2560, 3584, false}, {2560, 1536, true}, {12288, 2560, false}};
     const int n_shape = sizeof shapes / sizeof *shapes;
-    for (int f = 0; f < CU_FORMATS; f++) {
+    for (int f = 0; f < CU_PLAIN_FORMATS; f++) {
         for (int kind = 0; kind < 2; kind++) {
             const kernels *k = kind ? &large : &mid;
             for (int i = 0; i < n_shape - kind; i++) check_plain(k, (cu_format)f, shapes[i]);
@@ -464,16 +464,16 @@ void check_large(void) {
                                    {2560, 3072, true},  {3072, 2560, false}};
     for (int i = 0; i < 10; i++)
         for (int32_t n_row = 16; n_row <= 512; n_row *= 2) {
-            for (int f = 0; f < CU_FORMATS; f++) speed(&mid, (cu_format)f, decode[i], n_row);
+            for (int f = 0; f < CU_PLAIN_FORMATS; f++) speed(&mid, (cu_format)f, decode[i], n_row);
             if (n_row >= 128)
-                for (int f = 0; f < CU_FORMATS; f++) speed(&large, (cu_format)f, decode[i], n_row);
+                for (int f = 0; f < CU_PLAIN_FORMATS; f++) speed(&large, (cu_format)f, decode[i], n_row);
         }
     static const shape prefill[] = {{1024, 2560, false}, {2048, 1024, false}, {1024, 3072, true},
                                     {3072, 1024, false}, {2560, 3584, false}, {2560, 2560, false},
                                     {2560, 12288, true}, {12288, 2560, false}};
     for (int i = 0; i < 8; i++)
-        for (int f = 0; f < CU_FORMATS; f++) speed(&large, (cu_format)f, prefill[i], 8192);
-    for (int f = 0; f < CU_FORMATS; f++) {
+        for (int f = 0; f < CU_PLAIN_FORMATS; f++) speed(&large, (cu_format)f, prefill[i], 8192);
+    for (int f = 0; f < CU_PLAIN_FORMATS; f++) {
         speed(&mid, (cu_format)f, (shape){1024, 103424, false}, 256);
         speed(&large, (cu_format)f, (shape){1024, 103424, false}, 256);
     }

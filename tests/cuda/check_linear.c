@@ -7,8 +7,9 @@
 
 enum { ROWS = 64, NAME = 128, GAP = 3 };
 
-static const char *const format_name[CU_FORMATS] = {"bf16", "int8", "int4", "fp8"};
-static const ern_dtype format_dtype[CU_FORMATS] = {ERN_DTYPE_BF16, ERN_DTYPE_I8, ERN_DTYPE_I4, ERN_DTYPE_F8E4M3};
+static const char *const format_name[CU_FORMATS] = {"bf16", "int8", "int4", "fp8", "fp8 by fp8"};
+static const ern_dtype format_dtype[CU_FORMATS] = {ERN_DTYPE_BF16, ERN_DTYPE_I8, ERN_DTYPE_I4, ERN_DTYPE_F8E4M3,
+                                                   ERN_DTYPE_F8E4M3};
 
 static void *take(size_t bytes) {
     void *p = aligned_alloc(64, (bytes + 63) / 64 * 64);
@@ -69,7 +70,7 @@ static uint32_t stored_code(const stored *s, int32_t o, int32_t i) {
     const bool in = o < s->of.n_out && i < s->of.n_in;
     if (s->format == CU_BF16) return in ? ern_bf16_from_f32((float)stored_at(s, o, i)) : 0;
     const float code = in ? quant_code_at(&s->of, o, i) : 0.0f;
-    if (s->format == CU_F8) return in ? ern_e4m3_from_f32(code) : 0;
+    if (s->format == CU_F8 || s->format == CU_F8A8) return in ? ern_e4m3_from_f32(code) : 0;
     return s->format == CU_I8 ? (uint32_t)(int32_t)code & 0xff : (uint32_t)((int32_t)code + 8);
 }
 
@@ -117,6 +118,12 @@ static void draw(unsigned char *group, cu_format f, int32_t r, int32_t k, uint32
     static const int byte_order[8] = {0, 2, 1, 3, 4, 6, 5, 7}, nibble_order[8] = {0, 2, 4, 6, 1, 3, 5, 7};
     const int32_t g = r % 8, s = k / 16, c = k % 8 / 2, j = k % 16 / 8 * 2 + k % 2, lane = 4 * g + c;
     int e = 0;
+    if (f ==
+        CU_F8A8) { /* product k / 32; registers a0, a1: the first 16 inputs of outputs g, g + 8; a2, a3: the last */
+        const int at = k % 32 / 16 * 8 + r / 8 * 4 + k % 4;
+        group[k / 32 * 512 + (4 * g + k % 16 / 4) * 16 + at] = (unsigned char)code;
+        return;
+    }
     while (order[e][0] != r / 8 * 8 || order[e][1] != j) e++;
     if (f == CU_BF16) {
         const uint16_t bits = (uint16_t)code;
@@ -160,7 +167,7 @@ static void check_pack(cu_format f, ern_order order, int32_t n_out, int32_t n_in
                 scale[b * CU_BAND + r] != (o < n_out ? quant_scale_at(&of->of, o, 0) : 0.0f))
                 snprintf(what, sizeof what, "scale of band %d, output %d", b, r);
         }
-        for (int32_t g = 0; f == CU_F8 && g < p.w.n_seg; g++)
+        for (int32_t g = 0; (f == CU_F8 || f == CU_F8A8) && g < p.w.n_seg; g++)
             if (scale[b * p.w.n_seg + g] != quant_scale_at(&of->of, b / step * CU_BAND, g))
                 snprintf(what, sizeof what, "scale of band %d, segment %d", b, g);
     }
@@ -766,7 +773,7 @@ void check_linears(void) {
      * rounds and x too large for shared memory at 64 rows; enough bands for blocks of their own, in one round and in
      * three. */
     static const int32_t plain[][2] = {{44, 80}, {200, 300}, {72, 1100}, {40, 12200}, {2000, 1024}, {1928, 2500}};
-    for (int f = 0; f < CU_FORMATS; f++) {
+    for (int f = 0; f < CU_PLAIN_FORMATS; f++) {
         for (size_t k = 0; k < sizeof plain / sizeof *plain; k++) {
             if (k != 5) check_plain((cu_format)f, k % 2 ? CU_ADD : CU_STORE, plain[k][0], plain[k][1]);
             if (k != 4) check_plain((cu_format)f, CU_SWIGLU, plain[k][0], plain[k][1]);
@@ -781,9 +788,9 @@ void check_linears(void) {
     check_norm_front(CU_BF16, CU_STORE, 200, 64, false);
     check_norm_front(CU_I8, CU_STORE, 168, 172, false); /* not a multiple of 8 */
     check_norm_front(CU_BF16, CU_STORE, 168, 1100, true);
-    for (int f = 0; f < CU_FORMATS; f++) check_chain((cu_format)f, 1024, 3072, f % 2 ? 8 : 1);
+    for (int f = 0; f < CU_PLAIN_FORMATS; f++) check_chain((cu_format)f, 1024, 3072, f % 2 ? 8 : 1);
     static const int32_t n_row[] = {1, 7, 40, 70, 180}; /* tiles of 8, 8, 16, 32, 64 */
-    for (int f = 0; f < CU_FORMATS; f++) {
+    for (int f = 0; f < CU_PLAIN_FORMATS; f++) {
         for (size_t k = 0; k < sizeof n_row / sizeof *n_row; k++) {
             check_experts((cu_format)f, true, 44, 80, n_row[k]);
             check_experts((cu_format)f, false, 80, 44, n_row[k]);

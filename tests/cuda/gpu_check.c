@@ -80,6 +80,8 @@ int main(int argc, char **argv) {
     printf("%s, %d multiprocessors; seed %llu\n", p.name, p.multiProcessorCount, (unsigned long long)check_seed);
     check_linears();
     check_large();
+    check_f8();
+    check_f8_mid();
     check_rows();
     check_attention();
     check_layers();

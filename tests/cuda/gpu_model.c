@@ -149,7 +149,7 @@ static void turn_page(const pair *p, unsigned char *out, const unsigned char *in
     }
 }
 
-static bool opened(pair *p, const ern_model *m, ern_kv_dtype kv, bool graphs) {
+static bool opened(pair *p, const ern_model *m, ern_kv_dtype kv, bool act8) {
     *p = (pair){.m = m};
     p->o = (ern_backend_options){.n_page = N_PAGE,
                                  .n_page_cell = P,
@@ -159,9 +159,8 @@ static bool opened(pair *p, const ern_model *m, ern_kv_dtype kv, bool graphs) {
                                  .n_len_max = 160,
                                  .kv_dtype = kv,
                                  .level = -1,
-                                 .act_exact = true,
-                                 .mtp = m->has_mtp,
-                                 .no_graph = !graphs};
+                                 .act_exact = !act8,
+                                 .mtp = m->has_mtp};
     ern_err err;
     ern_backend_plan plan, plan_cuda;
     const ern_backend_ops *ref = ern_backend_find("ref"), *cuda = ern_backend_find("cuda");
@@ -219,15 +218,16 @@ static const int32_t moe_cut[][3][2] = {
 
 static const char *const kv_name[] = {[ERN_KV_BF16] = "bf16", [ERN_KV_I8] = "int8", [ERN_KV_F8] = "fp8"};
 
-static void stages(const char *shape, bool paddle, const ern_quant_plan *plan, ern_kv_dtype kv) {
+/* act8: fp8 weights multiply rows in fp8, in ref too. */
+static void stages(const char *shape, bool paddle, const ern_quant_plan *plan, ern_kv_dtype kv, bool act8) {
     char name[96], quant_text[ERN_QUANT_TEXT_BYTES];
-    (void)snprintf(name, sizeof name, "stages %s %s %s %s KV", shape, paddle ? "paddle" : "pt",
-                   plan ? ern_quant_text(quant_text, plan) : "bf16", kv_name[kv]);
+    (void)snprintf(name, sizeof name, "stages %s %s %s%s %s KV", shape, paddle ? "paddle" : "pt",
+                   plan ? ern_quant_text(quant_text, plan) : "bf16", act8 ? ", rows too" : "", kv_name[kv]);
     if (filter && !strstr(name, filter)) return;
     made_model m = made_model_open(shape, paddle, 11);
     quant_model *quant = plan ? quant_model_make(m.model, *plan) : NULL;
     pair p;
-    if (!opened(&p, m.model, kv, true)) {
+    if (!opened(&p, m.model, kv, act8)) {
         say(false, name, "pages differ in size");
         return;
     }
@@ -236,9 +236,9 @@ static void stages(const char *shape, bool paddle, const ern_quant_plan *plan, e
     int32_t text[3][129], page[3][STEP_PAGES] = {{0}};
     memset(&w, 0, sizeof w);
     w.m = m.model;
-    w.each = kv == ERN_KV_I8   ? fmax(sqrt(m.model->config.n_head_dim) / 127 / sqrt(12), 0x1p-8 / sqrt(3))
-             : kv == ERN_KV_F8 ? 0x1p-4 / sqrt(3)
-                               : 0x1p-8 / sqrt(3);
+    w.each = kv == ERN_KV_I8           ? fmax(sqrt(m.model->config.n_head_dim) / 127 / sqrt(12), 0x1p-8 / sqrt(3))
+             : kv == ERN_KV_F8 || act8 ? 0x1p-4 / sqrt(3)
+                                       : 0x1p-8 / sqrt(3);
     for (int q = 0; q < 3; q++) {
         for (int i = 0; i < 129; i++) text[q][i] = (int32_t)(ern_counter64(5, (uint64_t)(q * 1000 + i)) % 1024);
         for (int i = 0; i < 8; i++) page[q][i] = (7 * (q * 8 + i) + 3) % N_PAGE;
@@ -325,7 +325,6 @@ static void serve(const ern_model *m, ern_kv_dtype kv, const way *w, ern_sampled
                                    .n_len_max = LENGTH,
                                    .kv_dtype = kv,
                                    .level = -1,
-                                   .act_exact = true,
                                    .mtp = m->has_mtp,
                                    .no_graph = !w->graphs};
     const ern_backend_ops *cuda = ern_backend_find("cuda");
@@ -597,12 +596,16 @@ int main(int argc, char **argv) {
     static const char *const tiny[] = {"tiny-dense", "tiny-moe"};
     for (int k = 0; k < 2; k++) {
         for (int int8 = 0; int8 < 2; int8++)
-            for (int paddle = 0; paddle < 2; paddle++) stages(tiny[k], paddle, NULL, int8 ? ERN_KV_I8 : ERN_KV_BF16);
+            for (int paddle = 0; paddle < 2; paddle++)
+                stages(tiny[k], paddle, NULL, int8 ? ERN_KV_I8 : ERN_KV_BF16, false);
         for (size_t i = 0; i < 3; i++)
-            stages(tiny[k], false, &(ern_quant_plan){how[i], how[(i + 1) % 3], ERN_QUANT_WINT8}, ERN_KV_BF16);
+            stages(tiny[k], false, &(ern_quant_plan){how[i], how[(i + 1) % 3], ERN_QUANT_WINT8}, ERN_KV_BF16, false);
     }
-    stages("tiny-dense", false, NULL, ERN_KV_F8);
+    stages("tiny-dense", false, NULL, ERN_KV_F8, false);
+    const ern_quant_plan fp8 = {ERN_QUANT_FP8, ERN_QUANT_FP8, ERN_QUANT_WINT8};
+    stages("tiny-moe", false, &fp8, ERN_KV_BF16, true);
     for (int k = 0; k < 2; k++) same_made(tiny[k], 0, NULL, k ? ERN_KV_I8 : ERN_KV_BF16);
+    same_made("tiny-moe", 0, &fp8, ERN_KV_BF16);
     if (!filter || strstr("0.3b", filter)) {
         static const ern_kv_dtype kv[] = {ERN_KV_BF16, ERN_KV_I8, ERN_KV_F8};
         same_made("0.3b", 2, NULL, ERN_KV_BF16);

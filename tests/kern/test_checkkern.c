@@ -431,6 +431,7 @@ static void test_quant(void **state) {
                 check_quant(k, formats[f], exact, n_row, draw_int(1, 200), draw_int(4, 300));
             check_quant(k, formats[f], exact, 33, 64, 1024);
             check_quant(k, formats[f], exact, 3, 40, 3073);
+            check_quant(k, formats[f], exact, 100, 100, 700);
         }
     }
 }
@@ -476,6 +477,8 @@ static void test_quant_rows(void **state) {
                 check_quant_rows(k, formats[f], exact, n_row, draw_int(1, 200), draw_int(4, 300));
             check_quant_rows(k, formats[f], exact, 130, 150, 70);
             check_quant_rows(k, formats[f], exact, 13, 70, 2100);
+            check_quant_rows(k, formats[f], exact, 150, 70, 1300); /* weights of tiles that are kept, for many rows */
+            if (!exact) check_quant_rows(k, formats[f], exact, 70, 70, 3200); /* ... that are too many to be kept */
         }
     }
 }

@@ -66,8 +66,8 @@ ern_status cpu_state_init(cpu_backend *b, const ern_model *m, const ern_backend_
                         "the cpu backend keeps its KV cache in bf16 or int8; f32 is the ref backend's");
     if (o->kv_dtype == ERN_KV_F8)
         return ERN_FAIL(err, ERN_ERR_UNSUPPORTED,
-                        "the cpu backend keeps its KV cache in bf16 or int8; fp8 is the cuda backend's: give "
-                        "--kv-cache-dtype int8, or run on a GPU");
+                        "the cpu backend keeps its KV cache in bf16 or int8; fp8 is for a GPU: give "
+                        "--kv-cache-dtype int8 or bf16");
     if (o->kv_dtype == ERN_KV_I8 && c->n_head_dim > ERN_KV_CODE_HEAD_MAX)
         return ERN_FAIL(err, ERN_ERR_UNSUPPORTED,
                         "an int8 KV cache needs a head size of at most %d; this model has %d, so leave it in bf16",

@@ -134,10 +134,10 @@ CPU_INLINE void products(sums sum, const ern_bf16 *a, int64_t stride, const ern_
                 _mm_prefetch((const char *)((uintptr_t)b + AHEAD + (uintptr_t)i), _MM_HINT_T1);
         if (!few)
             for (int r = 0; r < ROWS; r++) _mm_prefetch((const char *)(a + r * stride + 2 * TILE_K), _MM_HINT_T0);
-        _tile_loadd(4, a, step);
-        if (two) _tile_loadd(5, a + TILE_ROWS * stride, step);
-        _tile_loadd(6, b, 64);
-        _tile_loadd(7, b + TILE_BYTES / 2, 64);
+        cpu_tile_load(4, a, step);
+        if (two) cpu_tile_load(5, a + TILE_ROWS * stride, step);
+        cpu_tile_load(6, b, 64);
+        cpu_tile_load(7, b + TILE_BYTES / 2, 64);
         _tile_dpbf16ps(0, 4, 6);
         _tile_dpbf16ps(1, 4, 7);
         if (two) _tile_dpbf16ps(2, 5, 6);

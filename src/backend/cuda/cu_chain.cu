@@ -97,7 +97,8 @@ bool cu_chain_fits(const cu_chain *c) {
     const chain_cut k = cut_of(c);
     chain_args a;
     if (c->n_head_dim != CHAIN_HEAD || c->n_head % c->n_kv_head || c->n_head / c->n_kv_head > ATTN_FEW ||
-        c->n_hidden != CHAIN_HIDDEN || c->n_row_max < 1 || c->n_row_max > CU_SKINNY_MAX)
+        c->n_hidden != CHAIN_HIDDEN || c->format == CU_F8A8 || c->kv_dtype == ERN_KV_F8 || c->n_row_max < 1 ||
+        c->n_row_max > CU_SKINNY_MAX)
         return false;
     for (int i = 0; i < CHAIN_LINEARS; i++) {
         const int32_t most = ceil_div(k.n_job[i], attn_sm_count());
@@ -170,7 +171,7 @@ cudaError_t cu_chain_open(cudaStream_t s, const cu_chain *c, const cu_chain_laye
 
 /* ---- a step ------------------------------------------------------------------------------------------------------ */
 
-static const void *const kernels[CU_FORMATS][2] = {
+static const void *const kernels[CU_PLAIN_FORMATS][2] = {
     {(const void *)chain_kernel<CU_BF16, false>, (const void *)chain_kernel<CU_BF16, true>},
     {(const void *)chain_kernel<CU_I8, false>, (const void *)chain_kernel<CU_I8, true>},
     {(const void *)chain_kernel<CU_I4, false>, (const void *)chain_kernel<CU_I4, true>},
@@ -178,7 +179,7 @@ static const void *const kernels[CU_FORMATS][2] = {
 };
 
 cudaError_t cu_chain_run(cudaStream_t s, const cu_chain *c, float *x, const cu_cache *cache, const cu_seqs *seqs) {
-    static uint64_t ready[CU_FORMATS][2];
+    static uint64_t ready[CU_PLAIN_FORMATS][2];
     const bool i8 = c->kv_dtype == ERN_KV_I8;
     const void *fn = kernels[c->format][i8];
     const chain_memory m = memory_of(c);

@@ -1,20 +1,25 @@
+/* clang-format off */
 /* The private kernels of the cuda backend, as its host code calls them: one function a launch (or a few), all on a
  * given stream, none waits, none takes memory. Compiled by nvcc (*.cu), called from C.
  *
  * Rules that keep the bits of a row free of its neighbours (house.md 3):
- *   linear     inputs are added up in segments of CU_SEGMENT = 128: each from zero by a chain of eight m16n8k16
- * products in bf16 with f32 sums (weights are the A operand, 16 outputs; rows of x the B operand, 8 rows), then total =
- * segment + total (fp8: total = fma(scale, segment, total)), first segment first. int8 and int4 codes go in as exact
- * bf16 and total * scale of the output comes last. Any number of rows, any kernel. attention  keys in tiles of CU_KEYS
- * = 128 at absolute positions; each tile has a softmax of its own (its own maximum over the keys that the row sees,
- * weights rounded to bf16, their sum by the same products with a column of ones), and tiles are joined one after the
- * other, first tile first (cu_attn.cu draws it). norm       one warp a row, lane l adds x[l*4..] + 128 k in order, then
- * a fixed tree (cu_row_sum in cu_device.cuh). experts    chosen by rank; shares and sums in rank order.
+ *   linear     inputs are added up in segments of CU_SEGMENT = 128: each from zero by a chain of eight m16n8k16 products
+ *              in bf16 with f32 sums (weights are the A operand, 16 outputs; rows of x the B operand, 8 rows), then
+ *              total = segment + total (fp8: total = fma(scale, segment, total)), first segment first. int8 and int4
+ *              codes go in as exact bf16 and total * scale of the output comes last. fp8 by fp8 (CU_F8A8): a segment
+ *              is a chain of four products of 32 inputs by wgmma from zero, then
+ *              total = fma(scale of x * scale of the weight, segment, total). Any number of rows, any kernel.
+ *   attention  keys in tiles of CU_KEYS = 128 at absolute positions; each tile has a softmax of its own (its own
+ *              maximum over the keys that the row sees, weights rounded to bf16, their sum by the same products with a
+ *              column of ones), and tiles are joined one after the other, first tile first (cu_attn.cu draws it).
+ *   norm       one warp a row, lane l adds x[l*4..] + 128 k in order, then a fixed tree (cu_row_sum in cu_device.cuh).
+ *   experts    chosen by rank; shares and sums in rank order.
  *
  * Activations between kernels: residual stream f32 [T, D]; inputs of linears bf16, their rows CU_PAD(n) apart, where
  * what lies beyond n is zero: set once at open and never written (kernels write exactly n numbers of a row).
  * T rows, S sequences, W wanted rows; letters as in model.h. All pointers are device memory unless said otherwise.
  * Errors: what the launch reported, as cudaError_t; 0 is good. */
+/* clang-format on */
 #ifndef ERN_BACKEND_CUDA_CU_KERNELS_H
 #define ERN_BACKEND_CUDA_CU_KERNELS_H
 
@@ -51,14 +56,21 @@ typedef uint16_t cu_bf16; /* bits */
  * I8, F8E4M3: 1024 bytes: [s/2][lane][s%2][8 bytes]; each 8 bytes hold the eight codes in the order
  *             e0 e2 e1 e3 | e4 e6 e5 e7, so that bits 0..7 and 16..23 of a word are one pair, 8..15 and 24..31 the next
  *             I8: two's complement. F8: the e4m3 byte.
+ * F8A8:       1024 bytes: [t][lane][16 bytes], t = 0, 1: the A operand of the m64nNk32 product of inputs 32 t ..
+ *             32 t + 31, as e4m3 bytes: outputs g, g + 8, g, g + 8 of inputs 32 t + 4 c + {0, 1, 2, 3} (the first two)
+ *             and 16 more (the last two) = registers a0 a1 a2 a3. Four bands that follow one another are 64 outputs.
  * I4:         512 bytes: [lane][s][4 bytes]; nibble k of the word of product s (bit 4k) holds q + 8 of code
  *             e0 e2 e4 e6 e1 e3 e5 e7 for k = 0..7, so that (word >> 4k) & 0x000f000f is the pair (e_2k, e_2k+1).
  * Inputs beyond n_in (up to CU_PAD) and outputs beyond n_out are zero codes. A group starts at a multiple of 512 bytes.
  *
- * scale: I8, I4 f32 [16 * n_band] per output; F8 f32 [n_band, n_seg] per band and segment (a band of 16 lies in one
- * block of 128 outputs); BF16 NULL. */
-typedef enum cu_format { CU_BF16, CU_I8, CU_I4, CU_F8 } cu_format;
-enum { CU_FORMATS = 4 };
+ * scale: I8, I4 f32 [16 * n_band] per output; F8, F8A8 f32 [n_band, n_seg] per band and segment (a band of 16 lies in
+ * one block of 128 outputs); BF16 NULL. */
+typedef enum cu_format { CU_BF16, CU_I8, CU_I4, CU_F8, CU_F8A8 } cu_format;
+enum {
+    CU_FORMATS = 5,
+    CU_PLAIN_FORMATS = 4,  /* the first: rows of x are bf16, and codes become it */
+    CU_F8A8_INPUTS = 12288 /* most inputs of a CU_F8A8 linear */
+};
 
 typedef struct cu_linear {
     const void *pack;
@@ -76,7 +88,7 @@ static inline int64_t cu_pack_bytes(const cu_linear *w) {
     return (int64_t)w->n_band * w->n_seg * 2 * cu_group_bytes(w->format);
 }
 static inline int64_t cu_scale_count(const cu_linear *w) {
-    return w->format == CU_BF16 ? 0 : w->format == CU_F8 ? (int64_t)w->n_band * w->n_seg : (int64_t)w->n_band * CU_BAND;
+    return w->format == CU_BF16 ? 0 : w->format >= CU_F8 ? (int64_t)w->n_band * w->n_seg : (int64_t)w->n_band * CU_BAND;
 }
 
 /* Pack outputs of one stored linear: its band i goes to band first_band + i * band_step of dst. raw: device copy of
@@ -87,9 +99,7 @@ static inline int64_t cu_scale_count(const cu_linear *w) {
 cudaError_t cu_pack(cudaStream_t s, const cu_linear *dst, const ern_linear *src, const void *raw, const void *raw_scale,
                     int32_t first_band, int32_t band_step);
 
-/* ---- linears (cu_skinny.cu, cu_tall.cu, cu_mid.cu, cu_large.cu)
- * ---------------------------------------------------------------
- */
+/* ---- linears (cu_skinny.cu, cu_tall.cu, cu_mid.cu, cu_large.cu; cu_f8_*.cu) -------------------------------------- */
 
 typedef enum cu_epilogue {
     CU_STORE,  /* y f32 [row, n_out], ldy numbers apart: = */
@@ -97,6 +107,18 @@ typedef enum cu_epilogue {
     CU_SWIGLU, /* of pairs: h bf16 [row, n_out], ldh (even) apart: = bf16(silu(gate) * up), in f32 with
                 * silu(z) = z / (1 + expf(-z)) */
 } cu_epilogue;
+
+/* Rows in e4m3 for CU_F8A8, quantized as quant_act_fp8 (docs/model.md 9.2) does with the bf16 numbers of the row: code
+ * [n_row, CU_PAD(n_in)], ldx bytes apart (a multiple of 128), what lies beyond n_in zero; scale f32: that of segment s
+ * of row r is scale[s * ld_scale + r], ld_scale a multiple of 4. */
+typedef struct cu_x8 {
+    uint8_t *code;
+    int64_t ldx;
+    float *scale;
+    int64_t ld_scale;
+} cu_x8;
+/* out = x, quantized: rows of x bf16 [n_row, CU_PAD(n_in)], ldx apart. */
+cudaError_t cu_quant_x8(cudaStream_t s, const cu_x8 *out, const cu_bf16 *x, int64_t ldx, int32_t n_row, int32_t n_in);
 
 /* One linear of n_row rows. x bf16 [n_row, CU_PAD(n_in)], ldx apart. Rows of y/h beyond n_row are not touched. */
 typedef struct cu_job {
@@ -114,6 +136,7 @@ typedef struct cu_job {
     const float *x_f32;
     const cu_bf16 *norm_w;
     float eps;
+    cu_x8 x8; /* CU_F8A8 of more than CU_SKINNY_MAX rows: instead of x. Fewer rows: quantized from x or x_f32 inside */
     bool alone; /* comes after something else than a kernel of its stream: is not launched before that ends */
 } cu_job;
 
@@ -180,6 +203,8 @@ typedef struct cu_grouped_job {
     const cu_bf16 *x;
     int64_t ldx;
     cu_bf16 *by_place; /* with gather: room for x by place, [T*K, ldx] */
+    /* CU_F8A8, any number of rows: instead of x and by_place. Of down, rows by place, made from h by cu_quant_x8. */
+    cu_x8 x8, x8_by_place;
     float *y;
     int64_t ldy;
     cu_bf16 *h;
@@ -189,6 +214,13 @@ cudaError_t cu_grouped_run(cudaStream_t s, const cu_grouped_job *j);
 cudaError_t cu_skinny_grouped(cudaStream_t s, const cu_grouped_job *j); /* tile_rows 8..64 */
 cudaError_t cu_mid_grouped(cudaStream_t s, const cu_grouped_job *j);    /* tile_rows 16, 32, 64 */
 cudaError_t cu_large_grouped(cudaStream_t s, const cu_grouped_job *j);  /* tile_rows 128 */
+
+/* The same for CU_F8A8, which cu_linear_run and cu_grouped_run turn to. */
+cudaError_t cu_f8_skinny_run(cudaStream_t s, const cu_job *j);            /* rows 1..CU_SKINNY_MAX, x or x_f32 */
+cudaError_t cu_f8_mid_run(cudaStream_t s, const cu_job *j);               /* x8, any number of rows */
+cudaError_t cu_f8_large_run(cudaStream_t s, const cu_job *j);             /* x8, any number of rows */
+cudaError_t cu_f8_mid_grouped(cudaStream_t s, const cu_grouped_job *j);   /* tile_rows 8..64 */
+cudaError_t cu_f8_large_grouped(cudaStream_t s, const cu_grouped_job *j); /* tile_rows 128 */
 
 /* y = sum over ranks, in order, of share * expert_y[entry_place]; out = y (for the probe, may be NULL) ; x = x + (y +
  * shared), in f32. shared f32 [T, D] or NULL. */

@@ -4,9 +4,7 @@
  * sums the same for every kernel (cu_kernels.h). */
 #include <type_traits>
 
-#include "backend/cuda/cu_large_kernel.cuh"
-#include "backend/cuda/cu_launch.cuh"
-#include "backend/cuda/cu_map.cuh"
+#include "backend/cuda/cu_wide.cuh"
 
 /* ---- products by warpgroups ----------------------------------------------------------------------------------------
  *
@@ -20,16 +18,7 @@
  * registers; each warp asks for its band's codes itself. Warp 8 asks for x. Both run ahead of the products and into the
  * next tile. Warps 9 to 11 take a tile's totals from shared memory to y or h, while the next tile is multiplied. */
 
-enum {
-    LARGE_BANDS = 8, /* of a tile */
-    WIDE_ROWS = 128,
-    WIDE_RANKS = 2,
-    WIDE_THREADS = 384,
-    WIDE_STORERS = 3,                /* warps */
-    WIDE_SUMS = WIDE_ROWS * 128 * 4, /* bytes: [row][output] f32, see wide_sum_at */
-    WIDE_SLOTS_MAX = 8,
-    WIDE_X = WIDE_ROWS * 128 /* bytes of x in a slot */
-};
+enum { WIDE_SLOTS_MAX = 8 };
 /* A slot of the ring: codes of the tile's bands, one group each, as packed; then x [128 rows][128 bytes]. A piece of 16
  * bytes of x sits at piece ^ (row & 7): the 128-byte swizzle of copies and products. */
 static __host__ __device__ constexpr int codes_bytes(cu_format f) { return LARGE_BANDS * large_group_bytes(f); }
@@ -54,11 +43,6 @@ static __device__ __forceinline__ void wide_product(float d[32], const uint32_t 
                  : CU_D32(d)
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
 }
-/* Keeps the compiler from moving what reads or writes these registers past this point. */
-static __device__ __forceinline__ void wide_hold(float d[32]) {
-#pragma unroll
-    for (int i = 0; i < 32; i++) asm volatile("" : "+f"(d[i])::"memory");
-}
 static __device__ __forceinline__ void wide_hold_codes(uint32_t a[4][4]) {
 #pragma unroll
     for (int i = 0; i < 16; i++) asm volatile("" : "+r"(a[i / 4][i % 4])::"memory");
@@ -75,34 +59,6 @@ static __device__ __forceinline__ void wide_group(float d[32], const uint32_t a[
 #pragma unroll
     for (int s = 0; s < 4; s++) wide_product(d, a[s], b + 2 * s, !(first && s == 0));
     wide_commit();
-}
-
-/* ---- the cluster ------------------------------------------------------------------------------------------------- */
-
-/* A slot is free, says this warp to all blocks that write to it. */
-static __device__ __forceinline__ void wide_leave(uint32_t bar, int lane) {
-    __syncwarp();
-    if (lane < WIDE_RANKS)
-        asm volatile("{.reg .b32 at; mapa.shared::cluster.u32 at, %0, %1;"
-                     "mbarrier.arrive.shared::cluster.b64 _, [at];}" ::"r"(bar),
-                     "r"(lane)
-                     : "memory");
-}
-
-/* The block's tile of pair `index`; false: there is none. */
-static __device__ __forceinline__ bool wide_find(const large_args *a, uint32_t index, uint32_t rank, large_tile *t) {
-    if (!large_find(a, index, WIDE_ROWS, t)) return false;
-    t->band0 += (int32_t)rank * LARGE_BANDS;
-    return true;
-}
-
-/* Rows of x from `row` on, 64 inputs from `in` on, to the same place in all blocks. */
-static __device__ __forceinline__ void wide_copy_x(const CUtensorMap *x, int32_t in, int32_t row, uint32_t to,
-                                                   uint32_t bar) {
-    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
-                 "[%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to),
-                 "l"(x), "r"(in), "r"(row), "r"(bar), "h"((uint16_t)((1 << WIDE_RANKS) - 1))
-                 : "memory");
 }
 
 /* ---- the thread that brings x -------------------------------------------------------------------------------------
@@ -126,107 +82,6 @@ static __device__ __forceinline__ void wide_fill(const large_args *a, const CUte
             wide_copy_x(x, g * 64, t.row + own0, to + slot * slot_bytes(F), bar);
             if (++slot == N) slot = 0, parity ^= 1;
         }
-    }
-}
-
-/* ---- the warps that store -----------------------------------------------------------------------------------------
- */
-
-/* Word of a tile's sums: output ^ 8 (row / 2 % 4), so that the products' squares meet all banks. Rows beyond the tile,
- * which end a batch, are read as others and not stored. */
-static __device__ __forceinline__ int wide_sum_at(int row, int out) {
-    return row % WIDE_ROWS * 128 + (out ^ (row << 2 & 24));
-}
-
-/* Four numbers at y, of which `left` are there. whole: all four are, at a multiple of 16 bytes. */
-static __device__ __forceinline__ float4 wide_old(const float *y, int32_t left, bool whole) {
-    if (whole) return *(const float4 *)y;
-    float v[4];
-#pragma unroll
-    for (int k = 0; k < 4; k++) v[k] = k < left ? y[k] : 0.0f;
-    return make_float4(v[0], v[1], v[2], v[3]);
-}
-static __device__ __forceinline__ void wide_new(float *y, float4 v, int32_t left, bool whole) {
-    if (whole) {
-        *(float4 *)y = v;
-        return;
-    }
-    const float f[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-    for (int k = 0; k < 4; k++)
-        if (k < left) y[k] = f[k];
-}
-/* y = or += rows first, first + WIDE_STORERS, ... of the tile; four outputs a lane. */
-static __device__ __forceinline__ void wide_put(const large_args *a, const large_tile *t, const float *sums, int first,
-                                                int lane) {
-    enum { BATCH = 4 };
-    const int32_t out = t->band0 * CU_BAND + lane * 4, left = a->w.n_out - out, n = t->row_end - t->row;
-    const bool add = a->epilogue == CU_ADD, whole = left >= 4 && ((uintptr_t)a->y | a->ldy * 4) % 16 == 0;
-    if (left <= 0) return;
-    float *y = a->y + (int64_t)t->row * a->ldy + out;
-    for (int from = first; from < n; from += BATCH * WIDE_STORERS) {
-        float4 old[BATCH], v[BATCH];
-#pragma unroll
-        for (int i = 0; i < BATCH; i++)
-            if (add && from + i * WIDE_STORERS < n)
-                old[i] = wide_old(y + (from + i * WIDE_STORERS) * a->ldy, left, whole);
-#pragma unroll
-        for (int i = 0; i < BATCH; i++) v[i] = *(const float4 *)(sums + wide_sum_at(from + i * WIDE_STORERS, lane * 4));
-#pragma unroll
-        for (int i = 0; i < BATCH; i++) {
-            if (from + i * WIDE_STORERS >= n) break;
-            if (add) {
-                v[i].x = __fadd_rn(old[i].x, v[i].x), v[i].y = __fadd_rn(old[i].y, v[i].y);
-                v[i].z = __fadd_rn(old[i].z, v[i].z), v[i].w = __fadd_rn(old[i].w, v[i].w);
-            }
-            wide_new(y + (from + i * WIDE_STORERS) * a->ldy, v[i], left, whole);
-        }
-    }
-}
-/* h = silu(gate) * up; two outputs a lane. */
-static __device__ __forceinline__ void wide_put_swiglu(const large_args *a, const large_tile *t, const float *sums,
-                                                       int first, int lane) {
-    enum { BATCH = 4 };
-    const int gate_at = lane / 8 * 32 + lane % 8 * 2;
-    const int32_t out = t->band0 / 2 * CU_BAND + lane * 2, n = t->row_end - t->row;
-    if (out >= a->w.n_out) return;
-    const bool two = out + 1 < a->w.n_out;
-    cu_bf16 *h = a->h + (int64_t)t->row * a->ldh + out;
-    for (int from = first; from < n; from += BATCH * WIDE_STORERS) {
-        float2 gate[BATCH], up[BATCH];
-#pragma unroll
-        for (int i = 0; i < BATCH; i++) {
-            gate[i] = *(const float2 *)(sums + wide_sum_at(from + i * WIDE_STORERS, gate_at));
-            up[i] = *(const float2 *)(sums + wide_sum_at(from + i * WIDE_STORERS, gate_at + CU_BAND));
-        }
-#pragma unroll
-        for (int i = 0; i < BATCH; i++) {
-            const int row = from + i * WIDE_STORERS;
-            const uint32_t v = cu_round2(cu_swiglu(gate[i].x, up[i].x), cu_swiglu(gate[i].y, up[i].y));
-            if (row >= n) break;
-            if (two)
-                *(uint32_t *)(h + row * a->ldh) = v;
-            else
-                h[row * a->ldh] = (cu_bf16)v;
-        }
-    }
-}
-
-static __device__ __forceinline__ void wide_store(const large_args *a, uint32_t n_tile, const float *sums,
-                                                  const wide_bars *bars, int storer, int lane) {
-    const uint32_t rank = cu_cluster_rank();
-    uint32_t parity = 0;
-    for (uint32_t index = blockIdx.x / WIDE_RANKS; index < n_tile; index += gridDim.x / WIDE_RANKS) {
-        large_tile t;
-        if (!wide_find(a, index, rank, &t)) continue;
-        bar_wait(bars->sums_full, parity);
-        parity ^= 1;
-        if (a->epilogue == CU_SWIGLU)
-            wide_put_swiglu(a, &t, sums, storer, lane);
-        else
-            wide_put(a, &t, sums, storer, lane);
-        __syncwarp();
-        if (lane == 0) bar_arrive(bars->sums_empty);
     }
 }
 
@@ -338,11 +193,7 @@ static __device__ __forceinline__ void wide_multiply(const large_args *a, uint32
         }
         bar_wait(bars->sums_empty, sums_parity);
         sums_parity ^= 1;
-        float *to[2]; /* of outputs g and g + 8, row 2c */
-#pragma unroll
-        for (int k = 0; k < 2; k++) to[k] = sums + wide_sum_at(2 * (lane & 3), in_tile * CU_BAND + k * 8 + lane / 4);
-#pragma unroll
-        for (int i = 0; i < 64; i++) to[i / 2 & 1][(i / 4 * 8 + (i & 1)) * 128] = total[i / 32][i % 32];
+        wide_keep(sums, total, in_tile, lane);
         bar_arrive(bars->sums_full);
     }
 }
@@ -380,7 +231,7 @@ __global__ void __launch_bounds__(WIDE_THREADS, 1)
         const int warp = thread / 32, lane = thread % 32;
         cu_wait_previous();
         if (warp > 0)
-            wide_store(&a, n_tile, sums, &bars, warp - 1, lane);
+            wide_store(&a, n_tile, sums, bars.sums_full, bars.sums_empty, warp - 1, lane);
         else if (lane == 0)
             wide_fill<F>(&a, &x, n_tile, ring_at, &bars);
     } else {
@@ -389,36 +240,6 @@ __global__ void __launch_bounds__(WIDE_THREADS, 1)
     }
     /* The other block writes to this one's memory and barriers to its own end. */
     asm volatile("barrier.cluster.arrive.release; barrier.cluster.wait.acquire;" ::: "memory");
-}
-
-/* ---- rows by place ------------------------------------------------------------------------------------------------
- *
- * The copy engine takes rows that lie together: x of experts that gather is laid out by place beforehand. A warp a row,
- * which is read once and written to the places of its entries. n_piece: pieces of 16 bytes of a row. */
-
-enum { SPREAD_WARPS = 8, SPREAD_PIECES = 10 /* of a lane at a time */ };
-
-static __global__ void __launch_bounds__(SPREAD_WARPS * 32)
-    spread_rows(uint4 *to, const uint4 *x, const int32_t *entry_place, int32_t n_row, int32_t n_used, int32_t n_piece) {
-    const int32_t row = (int32_t)(blockIdx.x * SPREAD_WARPS + threadIdx.x / 32), lane = threadIdx.x % 32;
-    cu_launch_next();
-    cu_wait_previous();
-    if (row >= n_row) return;
-    x += (int64_t)row * n_piece;
-    const int32_t place = lane < n_used ? entry_place[row * n_used + lane] : 0;
-    for (int32_t first = 0; first < n_piece; first += SPREAD_PIECES * 32) {
-        const int32_t from = first + lane;
-        uint4 v[SPREAD_PIECES];
-#pragma unroll
-        for (int i = 0; i < SPREAD_PIECES; i++)
-            if (from + i * 32 < n_piece) v[i] = x[from + i * 32];
-        for (int32_t k = 0; k < n_used; k++) {
-            uint4 *out = to + (int64_t)__shfl_sync(0xffffffffu, place, k) * n_piece + from;
-#pragma unroll
-            for (int i = 0; i < SPREAD_PIECES; i++)
-                if (from + i * 32 < n_piece) out[i * 32] = v[i];
-        }
-    }
 }
 
 /* ---- host -------------------------------------------------------------------------------------------------------- */
@@ -454,6 +275,7 @@ static cudaError_t launch_any(cudaStream_t s, large_args *a, int64_t n_x, bool e
     case CU_I8: return launch_wide<CU_I8>(s, a, n_x, early, n_core);
     case CU_I4: return launch_wide<CU_I4>(s, a, n_x, early, n_core);
     case CU_F8: return launch_wide<CU_F8>(s, a, n_x, early, n_core);
+    case CU_F8A8: break; /* cu_f8_large.cu */
     }
     return cudaErrorInvalidValue;
 }
@@ -471,9 +293,7 @@ cudaError_t cu_large_grouped(cudaStream_t s, const cu_grouped_job *j) {
     large_args a = large_experts(j);
     if (j->gather) {
         if (!large_sound(&a) || !j->by_place) return cudaErrorInvalidValue;
-        const cudaError_t e = cu_launch_args(
-            s, spread_rows, dim3((unsigned)((j->n_row + SPREAD_WARPS - 1) / SPREAD_WARPS)), SPREAD_WARPS * 32, true,
-            (uint4 *)j->by_place, (const uint4 *)j->x, r->entry_place, j->n_row, r->n_used, (int32_t)(j->ldx / 8));
+        const cudaError_t e = wide_spread(s, j->by_place, j->x, j->ldx * (int64_t)sizeof(cu_bf16), r, j->n_row);
         if (e != cudaSuccess) return e;
         a.x = j->by_place;
         a.place_entry = NULL;

@@ -194,20 +194,9 @@ static const void *place_array(loader *l, const void *from, size_t bytes) {
     return to;
 }
 
-static cu_format format_of(ern_dtype t) {
-    switch (t) {
-    case ERN_DTYPE_I8: return CU_I8;
-    case ERN_DTYPE_I4: return CU_I4;
-    case ERN_DTYPE_F8E4M3: return CU_F8;
-    case ERN_DTYPE_BF16:
-    case ERN_DTYPE_F32: break; /* F32 was refused before */
-    }
-    return CU_BF16;
-}
-
 /* A linear of n_band bands like w, with its place. */
 static cu_linear take_linear(loader *l, const ern_linear *w, int32_t n_out, int32_t n_band, bool pairs) {
-    cu_linear d = {.format = format_of(w->dtype),
+    cu_linear d = {.format = cu_format_of(l->b, w->dtype),
                    .n_out = n_out,
                    .n_in = w->n_in,
                    .n_band = n_band,

@@ -8,7 +8,7 @@ enum {
     HEIGHTS = 3,             /* tiles of 16, 32 and 64 rows */
 };
 
-static const void *const kernels[CU_FORMATS][HEIGHTS][2] = {
+static const void *const kernels[CU_PLAIN_FORMATS][HEIGHTS][2] = {
     {{(const void *)mid_kernel<CU_BF16, 16, false>, (const void *)mid_kernel<CU_BF16, 16, true>},
      {(const void *)mid_kernel<CU_BF16, 32, false>, (const void *)mid_kernel<CU_BF16, 32, true>},
      {(const void *)mid_kernel<CU_BF16, 64, false>, (const void *)mid_kernel<CU_BF16, 64, true>}},
@@ -79,10 +79,10 @@ static void plan(mid_plan *best, const cu_linear *w, int rows, int32_t n_tile_ro
 }
 
 static cudaError_t launch(cudaStream_t s, mid_args *a, const mid_plan *p, int rows, bool early) {
-    static uint64_t ready[CU_FORMATS][HEIGHTS][2];
+    static uint64_t ready[CU_PLAIN_FORMATS][HEIGHTS][2];
     const int height = rows == 16 ? 0 : rows == 32 ? 1 : 2, split = p->n_rank > 1;
+    if (a->l.w.format == CU_F8A8 || !large_sound(&a->l)) return cudaErrorInvalidValue;
     const void *kernel = kernels[a->l.w.format][height][split];
-    if (!large_sound(&a->l)) return cudaErrorInvalidValue;
     a->n_pair = p->n_pair;
     a->n_slot = p->n_slot;
     a->n_rank = p->n_rank;

@@ -26,7 +26,7 @@ static __host__ __device__ __forceinline__ uint32_t pack_fetch(const pack_source
     const uint8_t *x = (const uint8_t *)s->raw;
     const int32_t a = o % ERN_TILE_OUT, b = i % ERN_TILE_IN;
     const int64_t tile = (int64_t)(o / ERN_TILE_OUT) * s->n_tile + i / ERN_TILE_IN;
-    if (F == CU_F8) return x[tile * 1024 + 16 * b + a];
+    if (F == CU_F8 || F == CU_F8A8) return x[tile * 1024 + 16 * b + a];
     if (F == CU_I8) return x[tile * 1024 + 64 * (b / 4) + 4 * a + b % 4] ^ 0x80u;
     const uint32_t two = x[tile * 512 + 64 * (b / 8) + 4 * a + b % 4];
     return b % 8 < 4 ? two & 15 : two >> 4;
@@ -45,13 +45,19 @@ template <cu_format F> static __host__ __device__ __forceinline__ void pack_word
 }
 
 /* All of a lane's words of the group at inputs i0.., outputs o0..; word k of the result goes to 16-byte vector
- * k / 4 * 32 + lane of the group: that is [s][lane] for bf16, [s/2][lane] for bytes, [lane] for nibbles. */
+ * k / 4 * 32 + lane of the group: that is [s][lane] for bf16, [s/2][lane] for bytes, [t][lane] for fp8 by fp8, [lane]
+ * for nibbles. */
 template <cu_format F, bool OUT_IN>
 static __host__ __device__ __forceinline__ void pack_lane(uint32_t *word, const pack_source *src, int32_t o0,
                                                           int32_t i0, int lane) {
     const int words = F == CU_BF16 ? 4 : F == CU_I4 ? 1 : 2;
     const int32_t lo = o0 + lane / 4, hi = lo + 8;
-    for (int s = 0; s < 4; s++) {
+    for (int k = 0; F == CU_F8A8 && k < 8; k++) { /* product k / 4, register k % 4 */
+        const int32_t o = k % 2 ? hi : lo, i = i0 + k / 4 * 32 + k % 4 / 2 * 16 + lane % 4 * 4;
+        word[k] = 0;
+        for (int j = 0; j < 4; j++) word[k] |= pack_fetch<F, OUT_IN>(src, o, i + j) << (8 * j);
+    }
+    for (int s = 0; F != CU_F8A8 && s < 4; s++) {
         uint32_t e[8];
         for (int j = 0; j < 4; j++) {
             const int32_t i = i0 + 16 * s + 2 * (lane % 4) + j / 2 * 8 + j % 2;
@@ -78,7 +84,7 @@ static __global__ void pack_kernel(unsigned char *pack, float *scale, pack_sourc
 #pragma unroll
         for (int v = 0; v < vectors; v++)
             out[v * 32 + lane] = make_uint4(word[4 * v], word[4 * v + 1], word[4 * v + 2], word[4 * v + 3]);
-        if (F == CU_F8 && group % 2 == 0 && lane == 0)
+        if ((F == CU_F8 || F == CU_F8A8) && group % 2 == 0 && lane == 0)
             scale[band * n_seg + group / 2] =
                 ((const float *)raw_scale)[(int64_t)(b * CU_BAND / ERN_F8_BLOCK) * n_seg + group / 2];
         if ((F == CU_I8 || F == CU_I4) && group == 0 && lane < CU_BAND) {
@@ -118,6 +124,9 @@ cudaError_t cu_pack(cudaStream_t s, const cu_linear *dst, const ern_linear *src,
     case CU_F8:
         if (src->dtype != ERN_DTYPE_F8E4M3) return cudaErrorInvalidValue;
         return pack_launch<CU_F8, true>(s, dst, &from, raw_scale, first_band, band_step);
+    case CU_F8A8:
+        if (src->dtype != ERN_DTYPE_F8E4M3) return cudaErrorInvalidValue;
+        return pack_launch<CU_F8A8, true>(s, dst, &from, raw_scale, first_band, band_step);
     }
     return cudaErrorInvalidValue;
 }

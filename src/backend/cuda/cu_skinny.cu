@@ -22,14 +22,14 @@ static int32_t most(int32_t a, int32_t b) { return a > b ? a : b; }
 typedef struct format_sizes {
     int32_t slot, depth;
 } format_sizes;
-static const format_sizes format_size[CU_FORMATS] = {
+static const format_sizes format_size[CU_PLAIN_FORMATS] = {
     {skinny_shape<CU_BF16>::SLOT, skinny_shape<CU_BF16>::DEPTH},
     {skinny_shape<CU_I8>::SLOT, skinny_shape<CU_I8>::DEPTH},
     {skinny_shape<CU_I4>::SLOT, skinny_shape<CU_I4>::DEPTH},
     {skinny_shape<CU_F8>::SLOT, skinny_shape<CU_F8>::DEPTH},
 };
 
-static const void *const kernels[CU_FORMATS] = {
+static const void *const kernels[CU_PLAIN_FORMATS] = {
     (const void *)skinny_kernel<CU_BF16>,
     (const void *)skinny_kernel<CU_I8>,
     (const void *)skinny_kernel<CU_I4>,
@@ -40,7 +40,7 @@ static const void *const kernels[CU_FORMATS] = {
 typedef struct skinny_device {
     bool ready;
     int32_t n_sm;
-    int32_t n_register[CU_FORMATS];
+    int32_t n_register[CU_PLAIN_FORMATS];
 } skinny_device;
 
 static cudaError_t device_ready(const skinny_device **out) {
@@ -53,7 +53,7 @@ static cudaError_t device_ready(const skinny_device **out) {
     *out = d;
     if (d->ready) return cudaSuccess;
     e = cudaDeviceGetAttribute(&d->n_sm, cudaDevAttrMultiProcessorCount, id);
-    for (int f = 0; f < CU_FORMATS && e == cudaSuccess; f++) {
+    for (int f = 0; f < CU_PLAIN_FORMATS && e == cudaSuccess; f++) {
         cudaFuncAttributes attr;
         e = cudaFuncGetAttributes(&attr, kernels[f]);
         d->n_register[f] = attr.numRegs;
@@ -132,6 +132,7 @@ static cudaError_t launch(cudaStream_t s, skinny_args *a, const cu_linear *w, in
 cudaError_t cu_skinny_run(cudaStream_t s, const cu_job *j) {
     if (j->n_row <= 0) return cudaSuccess;
     bool tall;
+    if (j->w.format == CU_F8A8) return cudaErrorInvalidValue; /* cu_f8_split.cu */
     if (j->n_row > CU_SKINNY_MAX || j->w.pairs != (j->epilogue == CU_SWIGLU)) return cudaErrorInvalidValue;
     const cudaError_t e = cu_tall_run(s, j, &tall);
     if (tall || e != cudaSuccess) return e;
@@ -142,6 +143,7 @@ cudaError_t cu_skinny_run(cudaStream_t s, const cu_job *j) {
 cudaError_t cu_skinny_grouped(cudaStream_t s, const cu_grouped_job *j) {
     const cu_routes *r = j->routes;
     if (j->n_row <= 0) return cudaSuccess;
+    if (j->shape.format == CU_F8A8) return cudaErrorInvalidValue;
     if (r->tile_rows > CU_SKINNY_MAX || j->shape.pairs != (j->epilogue == CU_SWIGLU)) return cudaErrorInvalidValue;
     skinny_args a = {};
     a.n_row = least(r->tile_rows, j->n_row); /* a row chooses an expert once */

@@ -125,12 +125,21 @@ static cu_cache cache_of(const ern_config *c, const ern_backend_options *o, int3
     return k;
 }
 
-static cu_format format_of(ern_dtype t) {
-    return t == ERN_DTYPE_I8 ? CU_I8 : t == ERN_DTYPE_I4 ? CU_I4 : t == ERN_DTYPE_F8E4M3 ? CU_F8 : CU_BF16;
+cu_format cu_format_of(const cu_backend *b, ern_dtype t) {
+    switch (t) {
+    case ERN_DTYPE_I8: return CU_I8;
+    case ERN_DTYPE_I4: return CU_I4;
+    case ERN_DTYPE_F8E4M3: return b->act8 ? CU_F8A8 : CU_F8;
+    case ERN_DTYPE_BF16:
+    case ERN_DTYPE_F32: break; /* F32 was refused before */
+    }
+    return CU_BF16;
 }
 
 /* The kernel of all layers, where the model fits it; without memory. */
-static cu_chain chain_of(const ern_model *m, const ern_backend_options *o) {
+static cu_chain chain_of(const cu_backend *b) {
+    const ern_model *m = b->model;
+    const ern_backend_options *o = &b->o;
     const ern_config *c = &m->config;
     const cu_chain none = {0};
     cu_chain k = {.n_layer = c->n_layer,
@@ -139,12 +148,11 @@ static cu_chain chain_of(const ern_model *m, const ern_backend_options *o) {
                   .n_head = c->n_head,
                   .n_kv_head = c->n_kv_head,
                   .n_head_dim = c->n_head_dim,
-                  .format = format_of(m->layer[0].q.dtype),
+                  .format = cu_format_of(b, m->layer[0].q.dtype),
                   .kv_dtype = o->kv_dtype,
                   .eps = c->rms_eps,
                   .n_row_max = o->n_seq_max < CU_CHAIN_ROWS ? o->n_seq_max : CU_CHAIN_ROWS,
                   .n_len_max = o->n_len_max};
-    if (o->kv_dtype == ERN_KV_F8) return none;
     for (int32_t i = 0; i < c->n_layer; i++) {
         const ern_layer *w = &m->layer[i];
         if (w->is_moe) return none;
@@ -177,6 +185,16 @@ static int64_t row_aux_words(const ern_config *c, const ern_backend_options *o) 
     return cu_sample_aux_words(&all, c->n_vocab);
 }
 
+/* Most inputs of any linear. */
+static int64_t widest(const ern_config *c, bool mtp) {
+    const int64_t in[] = {mtp ? 2 * (int64_t)c->n_hidden : c->n_hidden, (int64_t)c->n_head * c->n_head_dim, c->n_ffn,
+                          c->n_expert_ffn, (int64_t)c->n_shared_expert * c->n_expert_ffn};
+    int64_t most = 0;
+    for (size_t i = 0; i < sizeof in / sizeof *in; i++)
+        if (in[i] > most) most = in[i];
+    return most;
+}
+
 static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
@@ -191,6 +209,7 @@ ern_status cu_state_init(cu_backend *b, const ern_model *m, const ern_backend_op
         return ERN_FAIL(err, ERN_ERR_USAGE, "%s has no MTP layer; start without speculative method mtp", m->dir);
     ERN_TRY(shape_check(c, o, err));
     ERN_TRY(weights_check(m, o->mtp, err));
+    b->act8 = !o->act_exact && c->n_expert > 0 && widest(c, o->mtp) <= CU_F8A8_INPUTS;
     b->n_page_max = (o->n_len_max + o->n_page_cell - 1) / o->n_page_cell;
     b->n_kv_layer = c->n_layer + (o->mtp ? 1 : 0);
     b->n_ffn_row = (int32_t)smaller(o->n_row_max, CU_FFN_ROWS);
@@ -206,7 +225,7 @@ ern_status cu_state_init(cu_backend *b, const ern_model *m, const ern_backend_op
     const int64_t each = (int64_t)o->n_len_max + c->n_vocab / 32 + 1024;
     b->n_aux = (int32_t)(row_aux_words(c, o) + smaller(each * o->n_seq_max, AUX_WORDS));
     b->attn_bytes = (size_t)cu_attn_scratch_bytes(&b->cache, o->n_row_max, o->n_seq_max, o->n_len_max, ATTN_BYTES);
-    b->chain = chain_of(m, o);
+    b->chain = chain_of(b);
     return ERN_OK;
 }
 
@@ -277,6 +296,28 @@ static void routes_layout(cu_backend *b, cu_cut *c) {
     b->few_count = cu_cut_take(c, CU_FEW_COUNTS, id);
 }
 
+/* Room for n rows of at most `width` inputs in fp8. */
+static cu_rows8 rows8_layout(cu_cut *c, size_t n, size_t width) {
+    const size_t n_seg = CU_PAD(width) / CU_SEGMENT;
+    cu_rows8 r;
+    r.code = cu_cut_take(c, n * n_seg, CU_SEGMENT);
+    r.scale = cu_cut_take(c, (n + 3) / 4 * 4 * n_seg, sizeof(float));
+    return r;
+}
+
+static size_t larger_size(size_t a, size_t b) { return a > b ? a : b; }
+
+static void act8_layout(cu_backend *b, cu_cut *c) {
+    const ern_config *m = &b->model->config;
+    const size_t T = (size_t)b->o.n_row_max, R = (size_t)b->n_ffn_row, D = (size_t)m->n_hidden;
+    const size_t F = (size_t)m->n_expert_ffn, shared_f = (size_t)m->n_shared_expert * F;
+    const size_t Q = (size_t)m->n_head * (size_t)m->n_head_dim, in = b->o.mtp ? 2 * D : D;
+    b->row8 = rows8_layout(c, T, larger_size(in, Q));
+    /* K rows of F or one of the dense layer's or the shared experts' width, whichever is more */
+    const size_t wide = larger_size(CU_PAD((size_t)m->n_ffn), CU_PAD(shared_f));
+    b->hid8 = rows8_layout(c, (R + 3) / 4 * 4, larger_size(wide, (size_t)m->n_expert_used * CU_PAD(F)));
+}
+
 static void scratch_layout(cu_backend *b) {
     const ern_config *m = &b->model->config;
     const size_t T = (size_t)b->o.n_row_max, W = (size_t)b->o.n_want_max, R = (size_t)b->n_ffn_row,
@@ -292,6 +333,7 @@ static void scratch_layout(cu_backend *b) {
     b->attn = cu_cut_take(c, b->attn_bytes, 1);
     b->hid = cu_cut_take(c, R * CU_PAD((size_t)m->n_ffn), sizeof(cu_bf16));
     if (m->n_expert > 0) routes_layout(b, c);
+    if (b->act8) act8_layout(b, c);
     b->chain.memory = cu_cut_take(c, b->chain.n_row_max > 0 ? (size_t)cu_chain_bytes(&b->chain) : 0, 1);
     b->logits = cu_cut_take(c, I * (size_t)m->n_vocab, f);
     b->sampler = cu_cut_take(c, (size_t)cu_sample_scratch_bytes(b->n_logit_row, m->n_vocab), 1);

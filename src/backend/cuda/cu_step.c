@@ -78,11 +78,25 @@ static cu_job job_of(const cu_linear *w, cu_epilogue e, const cu_bf16 *x, int32_
     return (cu_job){.w = *w, .epilogue = e, .x = x, .ldx = CU_PAD(w->n_in), .n_row = n_row};
 }
 
+/* Rows of x in fp8, for linears that take them so. */
+static cu_x8 to_fp8(const run *r, const cu_rows8 *room, const cu_bf16 *x, int32_t n_in, int32_t n_row) {
+    const cu_x8 to = {
+        .code = room->code, .ldx = CU_PAD(n_in), .scale = room->scale, .ld_scale = (int64_t)(n_row + 3) / 4 * 4};
+    CU_DO(r->b, cu_quant_x8(r->b->stream, &to, x, CU_PAD(n_in), n_row, n_in));
+    return to;
+}
+/* j's rows in fp8, where it is of that kind and does not make them itself. */
+static void rows_fp8(const run *r, cu_job *j, const cu_rows8 *room) {
+    if (j->w.format == CU_F8A8 && j->n_row > CU_SKINNY_MAX) j->x8 = to_fp8(r, room, j->x, j->w.n_in, j->n_row);
+}
+
 /* y = W x, or y += W x. */
-static void linear(const run *r, const cu_linear *w, cu_epilogue e, float *y, const cu_bf16 *x, int32_t n_row) {
+static void linear(const run *r, const cu_linear *w, cu_epilogue e, float *y, const cu_bf16 *x, int32_t n_row,
+                   const cu_rows8 *room) {
     cu_job j = job_of(w, e, x, n_row);
     j.y = y;
     j.ldy = w->n_out;
+    rows_fp8(r, &j, room);
     CU_DO(r->b, cu_linear_run(r->b->stream, &j));
 }
 
@@ -98,6 +112,7 @@ static void norm_into(const run *r, cu_job *j, const float *x, const int32_t *ro
         if (!b->probe) return; /* who looks at stages wants xn too */
     }
     CU_DO(b, cu_norm(b->stream, b->xn, x, rows, w, n, m->n_hidden, m->rms_eps));
+    if (j) rows_fp8(r, j, &b->row8);
 }
 
 /* ---- one layer --------------------------------------------------------------------------------------------------- */
@@ -113,10 +128,10 @@ static void dense_ffn(const run *r, const cu_layer *w, int32_t layer, int32_t ro
     norm_into(r, &up, x, NULL, w->ffn_norm, n);
     show_bf16(r, "ffn_norm", layer, row0, b->xn, n, D);
     CU_DO(b, cu_linear_run(b->stream, &up));
-    linear(r, &w->ffn.down, CU_ADD, x, b->hid, n);
+    linear(r, &w->ffn.down, CU_ADD, x, b->hid, n, &b->hid8);
 }
 
-static void run_experts(const run *r, const cu_layer *w, const cu_routes *routes, int32_t n) {
+static void run_experts(const run *r, const cu_layer *w, const cu_routes *routes, int32_t n, const cu_x8 *x8) {
     cu_backend *b = r->b;
     const cu_grouped_job up = {.shape = w->shape.up,
                                .experts = w->expert_up,
@@ -127,24 +142,28 @@ static void run_experts(const run *r, const cu_layer *w, const cu_routes *routes
                                .x = b->xn,
                                .ldx = CU_PAD(w->shape.up.n_in),
                                .by_place = (cu_bf16 *)b->expert_y, /* free until down */
+                               .x8 = *x8,
+                               .x8_by_place = {.code = (uint8_t *)b->expert_y, .ldx = x8->ldx},
                                .h = b->expert_hid,
                                .ldh = CU_PAD(w->shape.up.n_out)};
     CU_DO(b, cu_grouped_run(b->stream, &up));
-    const cu_grouped_job down = {.shape = w->shape.down,
-                                 .experts = w->expert_down,
-                                 .routes = routes,
-                                 .n_row = n,
-                                 .epilogue = CU_STORE,
-                                 .x = b->expert_hid,
-                                 .ldx = CU_PAD(w->shape.down.n_in),
-                                 .y = b->expert_y,
-                                 .ldy = w->shape.down.n_out};
+    cu_grouped_job down = {.shape = w->shape.down,
+                           .experts = w->expert_down,
+                           .routes = routes,
+                           .n_row = n,
+                           .epilogue = CU_STORE,
+                           .x = b->expert_hid,
+                           .ldx = CU_PAD(w->shape.down.n_in),
+                           .y = b->expert_y,
+                           .ldy = w->shape.down.n_out};
+    if (down.shape.format == CU_F8A8)
+        down.x8 = to_fp8(r, &b->hid8, b->expert_hid, w->shape.down.n_in, n * routes->n_used);
     CU_DO(b, cu_grouped_run(b->stream, &down));
 }
 
 /* shared_y = the shared experts. Of few rows they run beside the router and the other experts, whose first kernels
  * leave the memory idle, until shared_join. */
-static void run_shared(const run *r, const cu_layer *w, int32_t n) {
+static void run_shared(const run *r, const cu_layer *w, int32_t n, const cu_x8 *x8) {
     cu_backend *b = r->b;
     const bool beside = n <= CU_SKINNY_MAX;
     cudaStream_t s = beside ? b->side : b->stream;
@@ -156,10 +175,12 @@ static void run_shared(const run *r, const cu_layer *w, int32_t n) {
     up.h = b->shared_hid;
     up.ldh = CU_PAD(w->ffn.up.n_out);
     up.alone = beside;
+    up.x8 = *x8;
     CU_DO(b, cu_linear_run(s, &up));
     cu_job down = job_of(&w->ffn.down, CU_STORE, b->shared_hid, n);
     down.y = b->shared_y;
     down.ldy = w->ffn.down.n_out;
+    rows_fp8(r, &down, &b->hid8);
     CU_DO(b, cu_linear_run(s, &down));
     if (beside) CU_DO(b, cudaEventRecord(b->join, b->side));
 }
@@ -214,10 +235,13 @@ static void moe_ffn(const run *r, const cu_layer *w, int32_t layer, int32_t row0
     }
     norm_into(r, NULL, x, NULL, w->ffn_norm, n);
     show_bf16(r, "ffn_norm", layer, row0, b->xn, n, D);
-    if (w->has_shared) run_shared(r, w, n);
+    cu_x8 x8 = {0};
+    if (w->shape.up.format == CU_F8A8 || (w->has_shared && w->ffn.up.format == CU_F8A8))
+        x8 = to_fp8(r, &b->row8, b->xn, D, n);
+    if (w->has_shared) run_shared(r, w, n, &x8);
     CU_DO(b, cu_route(b->stream, &route, &routes));
     show(r, "router", layer, row0, routes.logit, n, m->n_expert);
-    run_experts(r, w, &routes, n);
+    run_experts(r, w, &routes, n, &x8);
     if (w->has_shared) shared_join(r, n);
     float *out = b->probe ? b->qkv : NULL; /* free by now, and large enough */
     CU_DO(b, cu_combine(b->stream, x, out, b->expert_y, w->has_shared ? b->shared_y : NULL, &routes, n, D));
@@ -240,7 +264,7 @@ static void run_layer(const run *r, const cu_layer *w, int32_t layer) {
     CU_DO(b, cu_attend(b->stream, b->att, apart ? b->q : NULL, b->qkv, &b->cache, layer, &r->seqs, b->attn,
                        (int64_t)b->attn_bytes, r->decode));
     show_bf16(r, "attn", layer, 0, b->att, r->n_row, m->n_head * m->n_head_dim);
-    linear(r, &w->o, CU_ADD, b->x, b->att, r->n_row);
+    linear(r, &w->o, CU_ADD, b->x, b->att, r->n_row, &b->row8);
     for (int32_t row0 = 0; row0 < r->n_row; row0 += b->n_ffn_row) {
         const int32_t rest = r->n_row - row0, n = rest < b->n_ffn_row ? rest : b->n_ffn_row;
         if (w->is_moe)
@@ -328,7 +352,7 @@ static void run_mtp(run *r) {
     const ern_config *m = &b->model->config;
     CU_DO(b, cu_mtp_in(b->stream, b->mtp_in, b->mtp_next, b->x, r->dev.next, r->dev.want, b->ids, r->n_want, k->embed,
                        k->emb_norm, k->hidden_norm, r->n_row, m->n_hidden, m->rms_eps));
-    linear(r, &k->proj, CU_STORE, b->x, b->mtp_in, r->n_row);
+    linear(r, &k->proj, CU_STORE, b->x, b->mtp_in, r->n_row, &b->row8);
     show(r, "mtp_in", -1, 0, b->x, r->n_row, m->n_hidden);
     run_layer(r, &k->mtp, m->n_layer);
     show(r, "mtp_resid", -1, 0, b->x, r->n_row, m->n_hidden);

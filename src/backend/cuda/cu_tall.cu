@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(WARPS * 32, BLOCKS) tall_kernel(const __grid_c
     }
 }
 
-static const void *const kernels[CU_FORMATS] = {
+static const void *const kernels[CU_PLAIN_FORMATS] = {
     (const void *)tall_kernel<CU_BF16>,
     (const void *)tall_kernel<CU_I8>,
     (const void *)tall_kernel<CU_I4>,
@@ -108,14 +108,14 @@ template <cu_format F> static constexpr size_t ring_bytes(void) {
 }
 
 static size_t shared_bytes(const cu_job *j) {
-    const size_t ring[CU_FORMATS] = {ring_bytes<CU_BF16>(), ring_bytes<CU_I8>(), ring_bytes<CU_I4>(),
-                                     ring_bytes<CU_F8>()};
+    const size_t ring[CU_PLAIN_FORMATS] = {ring_bytes<CU_BF16>(), ring_bytes<CU_I8>(), ring_bytes<CU_I4>(),
+                                           ring_bytes<CU_F8>()};
     const int32_t n_round = (j->w.n_seg + WARPS - 1) / WARPS; /* the last one's places may be empty */
     return ring[j->w.format] + (size_t)n_round * WARPS * (size_t)j->n_row * 256;
 }
 
 cudaError_t cu_tall_run(cudaStream_t s, const cu_job *j, bool *took) {
-    static uint64_t ready[CU_FORMATS];
+    static uint64_t ready[CU_PLAIN_FORMATS];
     int32_t n_core;
     const size_t bytes = shared_bytes(j);
     cudaError_t e = cu_core_count(&n_core);

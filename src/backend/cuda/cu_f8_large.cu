@@ -1,0 +1,260 @@
+/* fp8 by fp8, many rows (prefill): tiles of 128 outputs and 128 rows that make the tensor cores the limit, as
+ * cu_large.cu has them. Nothing is converted: codes are the A operand as they were packed, rows lie in shared memory as
+ * they were quantized. What is left to do beside the products is total = fma(scale of row * scale of band, segment,
+ * total), for every number and segment. */
+#include <type_traits>
+
+#include "backend/cuda/cu_f8_device.cuh"
+#include "backend/cuda/cu_wide.cuh"
+
+/* Two blocks are a cluster: the same rows, neighbouring outputs, each brings half of the rows for both. A slot of the
+ * ring is a segment: codes of the tile's bands, then x [128 rows][128 bytes] in the 128-byte swizzle; its scales lie
+ * elsewhere. Warpgroups 0 and 1 multiply all rows, WG w bands w, w + 2, w + 4, w + 6 of the tile (of pairs: gate, up).
+ * Warp 8 fills the ring, ahead of the products and into the next tile; warps 9 to 11 store. */
+enum {
+    SLOTS = 4,
+    CODES = LARGE_BANDS * F8_BAND_BYTES, /* bytes of a slot */
+    SLOT = CODES + WIDE_X,
+    SCALES = WIDE_ROWS + LARGE_BANDS,        /* of a slot: of rows, by scale_row; of bands */
+    SHARED = SLOTS * SLOT + WIDE_SUMS + 1024 /* the ring starts at a multiple of 1024 */
+};
+
+typedef struct f8_bars {
+    uint32_t full, empty;           /* [SLOTS] what is in a slot is there; it is free, for both blocks */
+    uint32_t sums_full, sums_empty; /* totals of a tile */
+} f8_bars;
+
+/* ---- the warp that fills ------------------------------------------------------------------------------------------
+ *
+ * Scales of rows lie so that a thread reads those of two squares, rows 2c, 2c + 1 of each, at once. */
+static __device__ __forceinline__ int scale_row(int at) { return (at & ~15) + (at & 2) * 4 + (at & 12) / 2 + (at & 1); }
+
+static __device__ __forceinline__ void copy4(uint32_t to, const float *from) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
+}
+/* Copies of this thread so far arrive at the barrier when they are there. */
+static __device__ __forceinline__ void copies_arrive(uint32_t bar) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(bar) : "memory");
+}
+
+static __device__ __forceinline__ void fill(const large_args *a, const cu_x8 *x8, const CUtensorMap *x, uint32_t n_tile,
+                                            uint32_t ring, uint32_t scales, const f8_bars *bars, int lane) {
+    constexpr int OWN = WIDE_ROWS / WIDE_RANKS, EACH = WIDE_ROWS / 32;
+    const uint32_t rank = cu_cluster_rank(), own0 = rank * OWN;
+    const int32_t n_seg = a->w.n_seg;
+    int slot = 0;
+    uint32_t parity = 1; /* the first time round nobody has to leave a slot */
+    for (uint32_t index = blockIdx.x / WIDE_RANKS; index < n_tile; index += gridDim.x / WIDE_RANKS) {
+        large_tile t;
+        if (!wide_find(a, index, rank, &t)) continue;
+        const float *row_scale[EACH];
+#pragma unroll
+        for (int k = 0; k < EACH; k++) {
+            const int32_t p = min(t.row + scale_row(lane + 32 * k), t.row_end - 1);
+            row_scale[k] = x8->scale + (a->place_entry ? large_l2i(a->place_entry + p) / a->n_used : p);
+        }
+        const int64_t band_at = (int64_t)min(t.band0 + lane % LARGE_BANDS, a->w.n_band - 1) * n_seg;
+        const unsigned char *codes = t.pack + band_at * F8_BAND_BYTES;
+        const float *band_scale = t.scale + band_at;
+        for (int32_t seg = 0; seg < n_seg; seg++) {
+            const uint32_t bar = bars->full + slot * 8, to = ring + slot * SLOT, to_scale = scales + slot * SCALES * 4;
+            bar_wait(bars->empty + slot * 8, parity);
+            if (lane == 0) {
+                bar_arrive_expect(bar, SLOT);
+                wide_copy_x(x, seg * (CU_SEGMENT / 2), t.row + (int32_t)own0, to + CODES + own0 * 128, bar);
+            }
+            __syncwarp();
+            if (lane < LARGE_BANDS) {
+                copy_bulk(to + lane * F8_BAND_BYTES, codes + seg * F8_BAND_BYTES, F8_BAND_BYTES, bar);
+                copy4(to_scale + (WIDE_ROWS + lane) * 4, band_scale + seg);
+            }
+#pragma unroll
+            for (int k = 0; k < EACH; k++) copy4(to_scale + (lane + 32 * k) * 4, row_scale[k] + seg * x8->ld_scale);
+            copies_arrive(bar);
+            if (++slot == SLOTS) slot = 0, parity ^= 1;
+        }
+    }
+}
+
+/* ---- the warps that multiply --------------------------------------------------------------------------------------
+ *
+ * A segment is two batches of products, rows 0..63 and 64..127. While one half's sums go to the totals, the other's
+ * products are under way, and the other warpgroup's. */
+static __device__ __forceinline__ void hold_codes(uint32_t a[4][4]) {
+#pragma unroll
+    for (int i = 0; i < 16; i++) asm volatile("" : "+r"(a[i / 4][i % 4])::"memory");
+}
+
+static __device__ __forceinline__ void multiply(const large_args *a, uint32_t n_tile, uint32_t ring_at,
+                                                const unsigned char *ring, const float *scales, float *sums,
+                                                const f8_bars *bars, int group, int thread) {
+    constexpr int HALF = WIDE_X / 2;
+    const int warp = thread / 32, lane = thread % 32, in_tile = warp * 2 + group;
+    const uint32_t rank = cu_cluster_rank(), x = ring_at + CODES;
+    const int32_t n_seg = a->w.n_seg;
+    int slot = 0; /* the next to be read */
+    uint32_t parity = 0, sums_parity = 1;
+    for (uint32_t index = blockIdx.x / WIDE_RANKS; index < n_tile; index += gridDim.x / WIDE_RANKS) {
+        large_tile t;
+        if (!wide_find(a, index, rank, &t)) continue;
+        float acc[2][32], total[2][32] = {};
+        uint32_t code[2][4][4];
+        int at[2]; /* slots of the segments whose codes these are */
+        const auto read = [&](int k) {
+            at[k] = slot;
+            bar_wait(bars->full + slot * 8, parity);
+            f8_codes(code[k], ring + slot * SLOT + in_tile * F8_BAND_BYTES, lane);
+            if (++slot == SLOTS) slot = 0, parity ^= 1;
+        };
+        const auto start = [&](int half, int k) { f8_segment<64>(acc[half], code[k], x + at[k] * SLOT + half * HALF); };
+        const auto factors = [&](float p[16], int half, int k) {
+            const float *from = scales + at[k] * SCALES, by = from[WIDE_ROWS + in_tile];
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const float4 v = *(const float4 *)(from + half * 64 + i * 16 + lane % 4 * 4);
+                p[4 * i] = __fmul_rn(v.x, by), p[4 * i + 1] = __fmul_rn(v.y, by);
+                p[4 * i + 2] = __fmul_rn(v.z, by), p[4 * i + 3] = __fmul_rn(v.w, by);
+            }
+        };
+        const auto add = [&](int half, const float p[16]) {
+            f8_hold<32>(acc[half]);
+#pragma unroll
+            for (int i = 0; i < 32; i++)
+                total[half][i] = __fmaf_rn(p[i / 4 * 2 + (i & 1)], acc[half][i], total[half][i]);
+            f8_hold<32>(acc[half]);
+        };
+        /* Segment k's products are under way. */
+        const auto segment = [&](auto which, auto is_last) {
+            constexpr int k = decltype(which)::value, next = k ^ 1;
+            constexpr bool last = decltype(is_last)::value;
+            float p[16];
+            factors(p, 0, k);
+            if constexpr (!last) read(next);
+            wide_wait<1>();
+            add(0, p);
+            if constexpr (last) {
+                factors(p, 1, k);
+                wide_wait<0>();
+            } else {
+                start(0, next);
+                factors(p, 1, k);
+                wide_wait<1>();
+            }
+            hold_codes(code[k]);
+            wide_leave(bars->empty + at[k] * 8, lane);
+            add(1, p);
+            if constexpr (!last) start(1, next);
+        };
+        const std::integral_constant<int, 0> even;
+        const std::integral_constant<int, 1> odd;
+        read(0);
+        start(0, 0);
+        start(1, 0);
+        for (int32_t seg = 0; seg + 2 < n_seg; seg += 2) {
+            segment(even, std::false_type());
+            segment(odd, std::false_type());
+        }
+        if (n_seg % 2 == 0) {
+            segment(even, std::false_type());
+            segment(odd, std::true_type());
+        } else {
+            segment(even, std::true_type());
+        }
+        bar_wait(bars->sums_empty, sums_parity);
+        sums_parity ^= 1;
+        wide_keep(sums, total, in_tile, lane);
+        bar_arrive(bars->sums_full);
+    }
+}
+
+static __global__ void __launch_bounds__(WIDE_THREADS, 1)
+    f8_large(const __grid_constant__ large_args a, const __grid_constant__ cu_x8 x8,
+             const __grid_constant__ CUtensorMap x) {
+    extern __shared__ __align__(1024) unsigned char memory[];
+    __shared__ __align__(8) uint64_t bar_words[2 * SLOTS + 2];
+    __shared__ __align__(16) float scales[SLOTS * SCALES];
+    const int group = threadIdx.x / 128, thread = threadIdx.x % 128;
+    const uint32_t n_tile = (uint32_t)a.n_tile_out * (uint32_t)a.n_tile_row;
+    const uint32_t memory_at = (uint32_t)__cvta_generic_to_shared(memory), skip = -memory_at & 1023;
+    const uint32_t ring_at = memory_at + skip, bars_at = (uint32_t)__cvta_generic_to_shared(bar_words);
+    const f8_bars bars = {bars_at, bars_at + SLOTS * 8, bars_at + 2 * SLOTS * 8, bars_at + (2 * SLOTS + 1) * 8};
+    unsigned char *ring = memory + skip;
+    float *sums = (float *)(ring + SLOTS * SLOT);
+
+    cu_launch_next();
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < SLOTS; i++) {
+            bar_init(bars.full + i * 8, 1 + 32);          /* who asks, and the bytes; scales by cp.async */
+            bar_init(bars.empty + i * 8, 8 * WIDE_RANKS); /* the warps that multiply, of both blocks */
+        }
+        bar_init(bars.sums_full, 256);
+        bar_init(bars.sums_empty, WIDE_STORERS);
+        bar_init_end();
+    }
+    asm volatile("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;" ::: "memory");
+    cu_wait_previous();
+    if (group == 2) {
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 72;");
+        const int warp = thread / 32, lane = thread % 32;
+        if (warp > 0)
+            wide_store(&a, n_tile, sums, bars.sums_full, bars.sums_empty, warp - 1, lane);
+        else
+            fill(&a, &x8, &x, n_tile, ring_at, (uint32_t)__cvta_generic_to_shared(scales), &bars, lane);
+    } else {
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 216;");
+        multiply(&a, n_tile, ring_at, ring, scales, sums, &bars, group, thread);
+    }
+    /* The other block writes to this one's memory and barriers to its own end. */
+    asm volatile("barrier.cluster.arrive.release; barrier.cluster.wait.acquire;" ::: "memory");
+}
+
+/* ---- host -------------------------------------------------------------------------------------------------------- */
+
+/* What the copies rely on. */
+static bool f8_sound(const large_args *a, const cu_x8 *x) {
+    return a->w.format == CU_F8A8 && x->code && x->scale && x->ldx % CU_SEGMENT == 0 && (uintptr_t)x->code % 16 == 0 &&
+           large_sound(a);
+}
+
+/* n_x: rows of codes. */
+static cudaError_t launch(cudaStream_t s, large_args *a, const cu_x8 *codes, const cu_x8 *scales, int64_t n_x,
+                          bool early) {
+    static uint64_t ready;
+    int32_t n_core;
+    cudaError_t e = cu_core_count(&n_core);
+    if (e == cudaSuccess) e = cu_shared_bytes(&ready, (const void *)f8_large, SHARED);
+    if (e != cudaSuccess) return e;
+    a->tile_bands = LARGE_BANDS * WIDE_RANKS;
+    a->n_tile_out = (a->w.n_band + a->tile_bands - 1) / a->tile_bands;
+    const int64_t n_tile = (int64_t)a->n_tile_out * a->n_tile_row, n_cluster = n_core / WIDE_RANKS;
+    if (n_tile == 0) return cudaSuccess;
+    if (n_tile > INT32_MAX) return cudaErrorInvalidValue;
+    CUtensorMap x; /* two codes are one number of 16 bits to the copy engine */
+    e = cu_map_rows(&x, codes->code, (uint64_t)a->w.n_seg * (CU_SEGMENT / 2), (uint64_t)n_x, (uint64_t)codes->ldx,
+                    CU_SEGMENT / 2, WIDE_ROWS / WIDE_RANKS);
+    if (e != cudaSuccess) return e;
+    void *args[] = {a, (void *)scales, &x};
+    return cu_launch(s, (const void *)f8_large, dim3((unsigned)(n_tile < n_cluster ? n_tile : n_cluster) * WIDE_RANKS),
+                     WIDE_THREADS, SHARED, early, WIDE_RANKS, args);
+}
+
+cudaError_t cu_f8_large_run(cudaStream_t s, const cu_job *j) {
+    large_args a = large_plain(j);
+    if (!f8_sound(&a, &j->x8)) return cudaErrorInvalidValue;
+    a.n_tile_row = (a.n_row + WIDE_ROWS - 1) / WIDE_ROWS;
+    return launch(s, &a, &j->x8, &j->x8, a.n_row, !j->alone);
+}
+
+cudaError_t cu_f8_large_grouped(cudaStream_t s, const cu_grouped_job *j) {
+    const cu_routes *r = j->routes;
+    large_args a = large_experts(j);
+    if (r->tile_rows != WIDE_ROWS || !f8_sound(&a, &j->x8)) return cudaErrorInvalidValue;
+    const cu_x8 *codes = &j->x8;
+    if (j->gather) { /* scales are read where they are */
+        codes = &j->x8_by_place;
+        if (!codes->code || codes->ldx != j->x8.ldx) return cudaErrorInvalidValue;
+        const cudaError_t e = wide_spread(s, codes->code, j->x8.code, codes->ldx, r, j->n_row);
+        if (e != cudaSuccess) return e;
+    }
+    return launch(s, &a, codes, &j->x8, (int64_t)j->n_row * r->n_used, true);
+}

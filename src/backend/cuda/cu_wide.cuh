@@ -1,0 +1,202 @@
+/* What the kernels of warpgroups on tiles of 128 outputs and 128 rows share: the cluster of two blocks that halve the
+ * rows they bring, the warps that store a tile's totals while the next is multiplied, rows laid out by place. Included
+ * by cu_large.cu and cu_f8_large.cu, which say what multiplies. */
+#ifndef ERN_BACKEND_CUDA_CU_WIDE_CUH
+#define ERN_BACKEND_CUDA_CU_WIDE_CUH
+
+#include "backend/cuda/cu_large_kernel.cuh"
+#include "backend/cuda/cu_launch.cuh"
+#include "backend/cuda/cu_map.cuh"
+
+enum {
+    LARGE_BANDS = 8, /* of a tile */
+    WIDE_ROWS = 128,
+    WIDE_RANKS = 2,
+    WIDE_THREADS = 384,
+    WIDE_STORERS = 3,                /* warps */
+    WIDE_SUMS = WIDE_ROWS * 128 * 4, /* bytes: [row][output] f32, see wide_sum_at */
+    WIDE_X = WIDE_ROWS * 128         /* bytes of x in a slot */
+};
+
+/* Keeps the compiler from moving what reads or writes these registers past this point. */
+static __device__ __forceinline__ void wide_hold(float d[32]) {
+#pragma unroll
+    for (int i = 0; i < 32; i++) asm volatile("" : "+f"(d[i])::"memory");
+}
+
+/* ---- the cluster ------------------------------------------------------------------------------------------------- */
+
+/* A slot is free, says this warp to all blocks that write to it. */
+static __device__ __forceinline__ void wide_leave(uint32_t bar, int lane) {
+    __syncwarp();
+    if (lane < WIDE_RANKS)
+        asm volatile("{.reg .b32 at; mapa.shared::cluster.u32 at, %0, %1;"
+                     "mbarrier.arrive.shared::cluster.b64 _, [at];}" ::"r"(bar),
+                     "r"(lane)
+                     : "memory");
+}
+
+/* The block's tile of pair `index`; false: there is none. */
+static __device__ __forceinline__ bool wide_find(const large_args *a, uint32_t index, uint32_t rank, large_tile *t) {
+    if (!large_find(a, index, WIDE_ROWS, t)) return false;
+    t->band0 += (int32_t)rank * LARGE_BANDS;
+    return true;
+}
+
+/* Rows of x from `row` on, 64 inputs from `in` on, to the same place in all blocks. */
+static __device__ __forceinline__ void wide_copy_x(const CUtensorMap *x, int32_t in, int32_t row, uint32_t to,
+                                                   uint32_t bar) {
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+                 "[%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to),
+                 "l"(x), "r"(in), "r"(row), "r"(bar), "h"((uint16_t)((1 << WIDE_RANKS) - 1))
+                 : "memory");
+}
+
+/* ---- the warps that store -----------------------------------------------------------------------------------------
+ */
+
+/* Word of a tile's sums: output ^ 8 (row / 2 % 4), so that the products' squares meet all banks. Rows beyond the tile,
+ * which end a batch, are read as others and not stored. */
+static __device__ __forceinline__ int wide_sum_at(int row, int out) {
+    return row % WIDE_ROWS * 128 + (out ^ (row << 2 & 24));
+}
+
+/* The totals of a warp's band, half [i] of the rows as eight cu_mma accs, to their places. */
+static __device__ __forceinline__ void wide_keep(float *sums, const float total[2][32], int in_tile, int lane) {
+    float *to[2]; /* of outputs g and g + 8, row 2c */
+#pragma unroll
+    for (int k = 0; k < 2; k++) to[k] = sums + wide_sum_at(2 * (lane & 3), in_tile * CU_BAND + k * 8 + lane / 4);
+#pragma unroll
+    for (int i = 0; i < 64; i++) to[i / 2 & 1][(i / 4 * 8 + (i & 1)) * 128] = total[i / 32][i % 32];
+}
+
+/* Four numbers at y, of which `left` are there. whole: all four are, at a multiple of 16 bytes. */
+static __device__ __forceinline__ float4 wide_old(const float *y, int32_t left, bool whole) {
+    if (whole) return *(const float4 *)y;
+    float v[4];
+#pragma unroll
+    for (int k = 0; k < 4; k++) v[k] = k < left ? y[k] : 0.0f;
+    return make_float4(v[0], v[1], v[2], v[3]);
+}
+static __device__ __forceinline__ void wide_new(float *y, float4 v, int32_t left, bool whole) {
+    if (whole) {
+        *(float4 *)y = v;
+        return;
+    }
+    const float f[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+    for (int k = 0; k < 4; k++)
+        if (k < left) y[k] = f[k];
+}
+/* y = or += rows first, first + WIDE_STORERS, ... of the tile; four outputs a lane. */
+static __device__ __forceinline__ void wide_put(const large_args *a, const large_tile *t, const float *sums, int first,
+                                                int lane) {
+    enum { BATCH = 4 };
+    const int32_t out = t->band0 * CU_BAND + lane * 4, left = a->w.n_out - out, n = t->row_end - t->row;
+    const bool add = a->epilogue == CU_ADD, whole = left >= 4 && ((uintptr_t)a->y | a->ldy * 4) % 16 == 0;
+    if (left <= 0) return;
+    float *y = a->y + (int64_t)t->row * a->ldy + out;
+    for (int from = first; from < n; from += BATCH * WIDE_STORERS) {
+        float4 old[BATCH], v[BATCH];
+#pragma unroll
+        for (int i = 0; i < BATCH; i++)
+            if (add && from + i * WIDE_STORERS < n)
+                old[i] = wide_old(y + (from + i * WIDE_STORERS) * a->ldy, left, whole);
+#pragma unroll
+        for (int i = 0; i < BATCH; i++) v[i] = *(const float4 *)(sums + wide_sum_at(from + i * WIDE_STORERS, lane * 4));
+#pragma unroll
+        for (int i = 0; i < BATCH; i++) {
+            if (from + i * WIDE_STORERS >= n) break;
+            if (add) {
+                v[i].x = __fadd_rn(old[i].x, v[i].x), v[i].y = __fadd_rn(old[i].y, v[i].y);
+                v[i].z = __fadd_rn(old[i].z, v[i].z), v[i].w = __fadd_rn(old[i].w, v[i].w);
+            }
+            wide_new(y + (from + i * WIDE_STORERS) * a->ldy, v[i], left, whole);
+        }
+    }
+}
+/* h = silu(gate) * up; two outputs a lane. */
+static __device__ __forceinline__ void wide_put_swiglu(const large_args *a, const large_tile *t, const float *sums,
+                                                       int first, int lane) {
+    enum { BATCH = 4 };
+    const int gate_at = lane / 8 * 32 + lane % 8 * 2;
+    const int32_t out = t->band0 / 2 * CU_BAND + lane * 2, n = t->row_end - t->row;
+    if (out >= a->w.n_out) return;
+    const bool two = out + 1 < a->w.n_out;
+    cu_bf16 *h = a->h + (int64_t)t->row * a->ldh + out;
+    for (int from = first; from < n; from += BATCH * WIDE_STORERS) {
+        float2 gate[BATCH], up[BATCH];
+#pragma unroll
+        for (int i = 0; i < BATCH; i++) {
+            gate[i] = *(const float2 *)(sums + wide_sum_at(from + i * WIDE_STORERS, gate_at));
+            up[i] = *(const float2 *)(sums + wide_sum_at(from + i * WIDE_STORERS, gate_at + CU_BAND));
+        }
+#pragma unroll
+        for (int i = 0; i < BATCH; i++) {
+            const int row = from + i * WIDE_STORERS;
+            const uint32_t v = cu_round2(cu_swiglu(gate[i].x, up[i].x), cu_swiglu(gate[i].y, up[i].y));
+            if (row >= n) break;
+            if (two)
+                *(uint32_t *)(h + row * a->ldh) = v;
+            else
+                h[row * a->ldh] = (cu_bf16)v;
+        }
+    }
+}
+
+static __device__ __forceinline__ void wide_store(const large_args *a, uint32_t n_tile, const float *sums,
+                                                  uint32_t full, uint32_t empty, int storer, int lane) {
+    const uint32_t rank = cu_cluster_rank();
+    uint32_t parity = 0;
+    for (uint32_t index = blockIdx.x / WIDE_RANKS; index < n_tile; index += gridDim.x / WIDE_RANKS) {
+        large_tile t;
+        if (!wide_find(a, index, rank, &t)) continue;
+        bar_wait(full, parity);
+        parity ^= 1;
+        if (a->epilogue == CU_SWIGLU)
+            wide_put_swiglu(a, &t, sums, storer, lane);
+        else
+            wide_put(a, &t, sums, storer, lane);
+        __syncwarp();
+        if (lane == 0) bar_arrive(empty);
+    }
+}
+
+/* ---- rows by place ------------------------------------------------------------------------------------------------
+ *
+ * The copy engine takes rows that lie together: x of experts that gather is laid out by place beforehand. A warp a row,
+ * which is read once and written to the places of its entries. n_piece: pieces of 16 bytes of a row. */
+
+enum { SPREAD_WARPS = 8, SPREAD_PIECES = 10 /* of a lane at a time */ };
+
+static __global__ void __launch_bounds__(SPREAD_WARPS * 32)
+    spread_rows(uint4 *to, const uint4 *x, const int32_t *entry_place, int32_t n_row, int32_t n_used, int32_t n_piece) {
+    const int32_t row = (int32_t)(blockIdx.x * SPREAD_WARPS + threadIdx.x / 32), lane = threadIdx.x % 32;
+    cu_launch_next();
+    cu_wait_previous();
+    if (row >= n_row) return;
+    x += (int64_t)row * n_piece;
+    const int32_t place = lane < n_used ? entry_place[row * n_used + lane] : 0;
+    for (int32_t first = 0; first < n_piece; first += SPREAD_PIECES * 32) {
+        const int32_t from = first + lane;
+        uint4 v[SPREAD_PIECES];
+#pragma unroll
+        for (int i = 0; i < SPREAD_PIECES; i++)
+            if (from + i * 32 < n_piece) v[i] = x[from + i * 32];
+        for (int32_t k = 0; k < n_used; k++) {
+            uint4 *out = to + (int64_t)__shfl_sync(0xffffffffu, place, k) * n_piece + from;
+#pragma unroll
+            for (int i = 0; i < SPREAD_PIECES; i++)
+                if (from + i * 32 < n_piece) out[i * 32] = v[i];
+        }
+    }
+}
+
+static inline cudaError_t wide_spread(cudaStream_t s, void *to, const void *x, int64_t row_bytes, const cu_routes *r,
+                                      int32_t n_row) {
+    return cu_launch_args(s, spread_rows, dim3((unsigned)((n_row + SPREAD_WARPS - 1) / SPREAD_WARPS)),
+                          SPREAD_WARPS * 32, true, (uint4 *)to, (const uint4 *)x, r->entry_place, n_row, r->n_used,
+                          (int32_t)(row_bytes / 16));
+}
+
+#endif
