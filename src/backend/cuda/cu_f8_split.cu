@@ -373,7 +373,8 @@ template <int ROWS> static bool plan(split_args *a, int32_t n_rank) {
     return map_of<ROWS>(a).end <= SHARED_MAX;
 }
 
-/* As many blocks a tile as give every multiprocessor something, and no block very many segments. */
+/* As many blocks a tile as give every multiprocessor something, and no block very many segments. A block alone hangs
+ * when its ring comes round (docs/speed.md, fp8 by fp8): it has no more segments than slots. */
 template <int ROWS> static cudaError_t run(cudaStream_t s, const cu_job *j) {
     static uint64_t ready;
     split_args a = {};
@@ -385,7 +386,8 @@ template <int ROWS> static cudaError_t run(cudaStream_t s, const cu_job *j) {
     a.wide = j->w.n_in % 4 == 0 && aligned(j->x_f32) && aligned(j->norm_w);
     const int32_t n_tile = ceil_div(j->w.n_band, F8_TILE_BANDS);
     while (n_rank < RANKS_MAX && n_rank * 4 <= j->w.n_seg &&
-           (n_tile * n_rank * 5 < n_core * 6 || n_rank * SEGMENTS_MANY < j->w.n_seg))
+           (n_tile * n_rank * 5 < n_core * 6 || n_rank * SEGMENTS_MANY < j->w.n_seg ||
+            (n_rank == 1 && j->w.n_seg > SLOTS_MAX)))
         n_rank *= 2;
     while (!plan<ROWS>(&a, n_rank)) /* more blocks have more room for x */
         if ((n_rank *= 2) > RANKS_MAX) return cudaErrorInvalidValue;
