@@ -13,8 +13,7 @@
  *
  * Queries share instructions, but nothing else: what a row computes is a function of its own queries, of the positions
  * that it sees, counted from the block's first, and of zeros. */
-#include "backend/cpu/table_avx512.h"
-#include "backend/cpu/vec_amx.h"
+#include "backend/cpu/attn_amx.h"
 
 #include <math.h>
 #include <string.h>
@@ -42,8 +41,6 @@ typedef struct room {
 size_t cpu_attn_room(void) { return (sizeof(room) + 63) / 64 * 64; }
 
 static int32_t least(int32_t a, int32_t b) { return a < b ? a : b; }
-static int32_t tiles_of(int32_t n, int32_t each) { return (n + each - 1) / each; }
-CPU_INLINE void fetch(const unsigned char *p) { _mm_prefetch((const char *)p, _MM_HINT_T1); }
 
 /* ---- what the tiles are read from -------------------------------------------------------------------------------- */
 
@@ -69,13 +66,6 @@ CPU_INLINE void pack_group(ern_bf16 *to, const cpu_kv_run *r, int32_t C, const u
         _mm512_store_si512(to, cpu_pairs_of(_mm512_loadu_si512(from)));
     }
     for (; c < tiles_of(C, TILE_K) * TILE_K; c += 2, to += 32) _mm512_store_si512(to, _mm512_setzero_si512());
-}
-
-/* Whether a run does not begin with a group of positions: pages of an odd size. */
-static bool is_ragged(const cpu_kv_block *kv, int32_t n) {
-    for (const cpu_kv_run *r = kv->run, *end = r + kv->n_run; r < end && r->t0 < n; r++)
-        if (r->cut || r->t0 % 16 != 0) return true;
-    return false;
 }
 
 /* Keys of the first n positions. */
@@ -340,17 +330,6 @@ CPU_INLINE void turn(room *w, const cpu_attn_job *j, ahead *next, int32_t i, int
 /* One row, mostly, and memory is what it waits for: keys and values are brought into order a few positions at a time,
  * while the tiles multiply those before and those that come next are on their way. The sums are those of 32 queries, in
  * the same order. */
-
-/* Groups of 16 positions are met in the order of keys, values, the next block's keys, and fetched that many early. */
-enum { EARLY = 8 };
-
-/* What group i of n fetches, group n being the first of the values; NULL: nothing. */
-static const unsigned char *group_ahead(const cpu_kv_block *kv, int32_t n, int32_t i) {
-    i += EARLY;
-    if (i < n) return kv->run[i].k;
-    if (i < 2 * n) return kv->run[i - n].v;
-    return kv->next && i - 2 * n < kv->next->n_run ? kv->next->run[i - 2 * n].k : NULL;
-}
 
 /* S of group i of 16 positions, whose keys lie at k. */
 CPU_INLINE void score_few(room *w, const ern_bf16 *k, int32_t i, int32_t nk) {

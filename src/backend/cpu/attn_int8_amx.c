@@ -9,8 +9,7 @@
  * so that 8 heads are 16 rows of bytes, as many as a tile has. Codes are multiplied as they lie in the pages; the
  * second factor of a product of tiles wants four dims of a position, or four positions of a dim, side by side. What a
  * head computes is a function of its own query and of the positions that it sees. */
-#include "backend/cpu/table_avx512.h"
-#include "backend/cpu/vec_amx.h"
+#include "backend/cpu/attn_amx.h"
 
 #include <math.h>
 #include <string.h>
@@ -37,22 +36,7 @@ typedef struct room {
 } room;
 
 static int32_t least(int32_t a, int32_t b) { return a < b ? a : b; }
-static int32_t tiles_of(int32_t n, int32_t each) { return (n + each - 1) / each; }
-CPU_INLINE void fetch(const unsigned char *p) { _mm_prefetch((const char *)p, _MM_HINT_T1); }
 CPU_INLINE __mmask64 mask64(int32_t n) { return n >= 64 ? ~(__mmask64)0 : n <= 0 ? 0 : ((__mmask64)1 << n) - 1; }
-
-/* ---- what is fetched early -------------------------------------------------------------------------------------- */
-
-/* Groups of 16 positions are met in the order of keys, values, the next block's keys, and fetched that many early. */
-enum { EARLY = 8 };
-
-/* What group i of n fetches, group n being the first of the values; NULL: nothing. */
-static const unsigned char *group_ahead(const cpu_kv_block *kv, int32_t n, int32_t i) {
-    i += EARLY;
-    if (i < n) return kv->run[i].k;
-    if (i < 2 * n) return kv->run[i - n].v;
-    return kv->next && i - 2 * n < kv->next->n_run ? kv->next->run[i - 2 * n].k : NULL;
-}
 
 /* ---- queries ----------------------------------------------------------------------------------------------------- */
 
@@ -92,13 +76,6 @@ CPU_INLINE void pack_group(int8_t *to, const unsigned char *k, int32_t C, const 
         _mm512_store_si512(to, _mm512_shuffle_epi8(_mm512_permutexvar_epi32(lanes, x), bytes));
     }
     for (; c < tiles_of(C, CODES) * CODES; c += 4, to += 64) _mm512_store_si512(to, _mm512_setzero_si512());
-}
-
-/* Whether a run does not begin with a group of positions: pages of an odd size. */
-static bool is_ragged(const cpu_kv_block *kv, int32_t n) {
-    for (const cpu_kv_run *r = kv->run, *end = r + kv->n_run; r < end && r->t0 < n; r++)
-        if (r->cut || r->t0 % 16 != 0) return true;
-    return false;
 }
 
 static void pack_ragged(room *w, const cpu_kv_block *kv, int32_t C, int32_t n) {

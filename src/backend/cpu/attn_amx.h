@@ -1,0 +1,29 @@
+/* What the two attentions on AMX tiles, of bf16 and of int8 KV, share. Included by nothing else. */
+#ifndef ERN_BACKEND_CPU_ATTN_AMX_H
+#define ERN_BACKEND_CPU_ATTN_AMX_H
+
+#include "backend/cpu/table_avx512.h"
+#include "backend/cpu/vec_amx.h"
+
+static inline int32_t tiles_of(int32_t n, int32_t each) { return (n + each - 1) / each; }
+CPU_INLINE void fetch(const unsigned char *p) { _mm_prefetch((const char *)p, _MM_HINT_T1); }
+
+/* Whether a run does not begin with a group of positions: pages of an odd size. */
+static inline bool is_ragged(const cpu_kv_block *kv, int32_t n) {
+    for (const cpu_kv_run *r = kv->run, *end = r + kv->n_run; r < end && r->t0 < n; r++)
+        if (r->cut || r->t0 % 16 != 0) return true;
+    return false;
+}
+
+/* Groups of 16 positions are met in the order of keys, values, the next block's keys, and fetched that many early. */
+enum { EARLY = 8 };
+
+/* What group i of n fetches, group n being the first of the values; NULL: nothing. */
+static inline const unsigned char *group_ahead(const cpu_kv_block *kv, int32_t n, int32_t i) {
+    i += EARLY;
+    if (i < n) return kv->run[i].k;
+    if (i < 2 * n) return kv->run[i - n].v;
+    return kv->next && i - 2 * n < kv->next->n_run ? kv->next->run[i - 2 * n].k : NULL;
+}
+
+#endif
