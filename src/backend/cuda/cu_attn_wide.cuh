@@ -60,16 +60,6 @@ static __device__ __forceinline__ void wide_give(uint32_t bar) {
     bar_arrive(bar);
 }
 
-/* Nothing that reads or writes these registers moves past here. */
-template <int N> static __device__ __forceinline__ void wide_hold(float *d) {
-#pragma unroll
-    for (int i = 0; i < N; i++) asm volatile("" : "+f"(d[i])::"memory");
-}
-static __device__ __forceinline__ void wide_hold_weights(uint32_t p[8][4]) {
-#pragma unroll
-    for (int i = 0; i < 32; i++) asm volatile("" : "+r"(p[i / 4][i % 4])::"memory");
-}
-
 /* The same in all lanes, and the compiler is to know it. */
 static __device__ __forceinline__ uint32_t wide_uniform(uint32_t x) { return __shfl_sync(0xffffffffu, x, 0); }
 /* 128-byte swizzle; eight rows of 128 bytes to the next eight: 1024. */
@@ -500,7 +490,7 @@ static __device__ __forceinline__ void wide_walk(const attn_args *a, wide_shared
             piece += 2;
             bar_wait(full + next * 8, wide_parity(piece));
             wide_my_turn(group);
-            wide_hold_weights(p);
+            wide_hold_codes<8>(p);
             wide_fence();
             wide_values<false>(lower, p, values, ones);
             wide_values<!CODES>(upper, p, values + WIDE_HALF, ones);
@@ -512,7 +502,7 @@ static __device__ __forceinline__ void wide_walk(const attn_args *a, wide_shared
             wide_your_turn(group);
             wide_wait<1>();
             wide_hold<CODES ? 32 : 36>(upper);
-            wide_hold_weights(p);
+            wide_hold_codes<8>(p);
             __syncwarp();
             if (lane == 0) bar_arrive(empty + slot * 8 + 8);
             wide_join(acc + 32, upper, &w);
@@ -533,7 +523,7 @@ static __device__ __forceinline__ void wide_walk(const attn_args *a, wide_shared
         bar_wait(full + slot * 8 + 8, wide_parity(piece));
         piece += 2;
         wide_my_turn(group);
-        wide_hold_weights(p);
+        wide_hold_codes<8>(p);
         wide_fence();
         wide_values<false>(lower, p, values, ones);
         wide_values<!CODES>(upper, p, values + WIDE_HALF, ones);

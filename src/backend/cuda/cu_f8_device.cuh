@@ -44,17 +44,6 @@ static __device__ __forceinline__ void f8_product(float d[N / 2], const uint32_t
                      : CU_D32(d)
                      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
 }
-/* Keeps the compiler from moving what reads or writes these registers past this point. */
-template <int N> static __device__ __forceinline__ void f8_hold(float *d) {
-#pragma unroll
-    for (int i = 0; i < N; i++) asm volatile("" : "+f"(d[i])::"memory");
-}
-
-static __device__ __forceinline__ void f8_hold_codes(uint32_t a[4][4]) {
-#pragma unroll
-    for (int i = 0; i < 16; i++) asm volatile("" : "+r"(a[i / 4][i % 4])::"memory");
-}
-
 /* The A operand of a segment's four products. band: its bytes of the warp's band. */
 static __device__ __forceinline__ void f8_codes(uint32_t a[4][4], const unsigned char *band, int lane) {
 #pragma unroll
@@ -70,7 +59,7 @@ static __device__ __forceinline__ int f8_piece_at(int row, int piece) { return r
 /* A segment, from zero. x: its rows. The sums are there after wide_wait and f8_hold. */
 template <int N> static __device__ __forceinline__ void f8_segment(float d[N / 2], const uint32_t a[4][4], uint32_t x) {
     const uint64_t b = (uint64_t)((x & 0x3ffffu) >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62;
-    f8_hold<N / 2>(d);
+    wide_hold<N / 2>(d);
     wide_fence();
 #pragma unroll
     for (int t = 0; t < 4; t++) f8_product<N>(d, a[t], b + 2 * t, t > 0);

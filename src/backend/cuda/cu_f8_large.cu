@@ -29,14 +29,6 @@ typedef struct f8_bars {
  * Scales of rows lie so that a thread reads those of two squares, rows 2c, 2c + 1 of each, at once. */
 static __device__ __forceinline__ int scale_row(int at) { return (at & ~15) + (at & 2) * 4 + (at & 12) / 2 + (at & 1); }
 
-static __device__ __forceinline__ void copy4(uint32_t to, const float *from) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
-}
-/* Copies of this thread so far arrive at the barrier when they are there. */
-static __device__ __forceinline__ void copies_arrive(uint32_t bar) {
-    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(bar) : "memory");
-}
-
 static __device__ __forceinline__ void fill(const large_args *a, const cu_x8 *x8, const CUtensorMap *x, uint32_t n_tile,
                                             uint32_t ring, uint32_t scales, const f8_bars *bars, int lane) {
     constexpr int OWN = WIDE_ROWS / WIDE_RANKS, EACH = WIDE_ROWS / 32;
@@ -80,10 +72,6 @@ static __device__ __forceinline__ void fill(const large_args *a, const cu_x8 *x8
  *
  * A segment is two batches of products, rows 0..63 and 64..127. While one half's sums go to the totals, the other's
  * products are under way, and the other warpgroup's. */
-static __device__ __forceinline__ void hold_codes(uint32_t a[4][4]) {
-#pragma unroll
-    for (int i = 0; i < 16; i++) asm volatile("" : "+r"(a[i / 4][i % 4])::"memory");
-}
 
 static __device__ __forceinline__ void multiply(const large_args *a, uint32_t n_tile, uint32_t ring_at,
                                                 const unsigned char *ring, const float *scales, float *sums,
@@ -117,11 +105,11 @@ static __device__ __forceinline__ void multiply(const large_args *a, uint32_t n_
             }
         };
         const auto add = [&](int half, const float p[16]) {
-            f8_hold<32>(acc[half]);
+            wide_hold<32>(acc[half]);
 #pragma unroll
             for (int i = 0; i < 32; i++)
                 total[half][i] = __fmaf_rn(p[i / 4 * 2 + (i & 1)], acc[half][i], total[half][i]);
-            f8_hold<32>(acc[half]);
+            wide_hold<32>(acc[half]);
         };
         /* Segment k's products are under way. */
         const auto segment = [&](auto which, auto is_last) {
@@ -140,7 +128,7 @@ static __device__ __forceinline__ void multiply(const large_args *a, uint32_t n_
                 factors(p, 1, k);
                 wide_wait<1>();
             }
-            hold_codes(code[k]);
+            wide_hold_codes<4>(code[k]);
             wide_leave(bars->empty + at[k] * 8, lane);
             add(1, p);
             if constexpr (!last) start(1, next);

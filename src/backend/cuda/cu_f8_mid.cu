@@ -75,9 +75,6 @@ static __device__ __forceinline__ void tile_find(const large_args *a, uint32_t i
 /* ---- the warps that fill the ring ---------------------------------------------------------------------------------
  */
 
-static __device__ __forceinline__ void copy4(uint32_t to, const void *from) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
-}
 /* Places in shared memory. */
 typedef struct f8_ring {
     uint32_t slots, scales, full, empty;
@@ -106,7 +103,7 @@ static __device__ __forceinline__ void fill_codes(const large_args *a, const f8_
                 copy_bulk(ring->slots + slot * slot_bytes(ROWS, WGS) + lane * F8_BAND_BYTES, from, F8_BAND_BYTES, full);
                 copy4(ring->scales + slot * SCALES + (ROWS + lane) * 4, scale);
             }
-            asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(full) : "memory");
+            copies_arrive(full);
             if (++slot == N) slot = 0, parity ^= 1;
         }
     }
@@ -232,13 +229,13 @@ __global__ void __launch_bounds__(threads_of(ROWS, WGS), blocks_each(ROWS, WGS))
             float2 by_row[TILES];
 #pragma unroll
             for (int i = 0; i < TILES; i++) by_row[i] = *(const float2 *)(by + i * 8 + 2 * (lane & 3));
-            f8_hold<ROWS / 2>(acc[k]);
-            f8_hold_codes(code[k]);
+            wide_hold<ROWS / 2>(acc[k]);
+            wide_hold_codes<4>(code[k]);
 #pragma unroll
             for (int i = 0; i < ROWS / 2; i++)
                 total[i] =
                     __fmaf_rn(__fmul_rn(i & 1 ? by_row[i / 4].y : by_row[i / 4].x, by_band), acc[k][i], total[i]);
-            f8_hold<ROWS / 2>(acc[k]);
+            wide_hold<ROWS / 2>(acc[k]);
             __syncwarp();
             if (lane == 0) bar_arrive(ring.empty + done * 8);
             if (++done == N) done = 0;

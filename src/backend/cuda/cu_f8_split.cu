@@ -314,7 +314,7 @@ template <int ROWS> __global__ void __launch_bounds__(THREADS, 2) f8_split(const
             f8_codes(code, memory + slot * F8_TILE_BYTES + warp % 4 * F8_BAND_BYTES, lane);
             f8_segment<ROWS>(acc, code, memory_at + m.x + k * (ROWS * CU_SEGMENT));
             wide_wait<0>();
-            f8_hold<ROWS / 2>(acc);
+            wide_hold<ROWS / 2>(acc);
             if (lane == 0) bar_arrive(empty + slot * 8);
             const int32_t at = (rank * a.n_each + k - k0) * each;
 #pragma unroll

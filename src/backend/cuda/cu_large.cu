@@ -43,10 +43,6 @@ static __device__ __forceinline__ void wide_product(float d[32], const uint32_t 
                  : CU_D32(d)
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
 }
-static __device__ __forceinline__ void wide_hold_codes(uint32_t a[4][4]) {
-#pragma unroll
-    for (int i = 0; i < 16; i++) asm volatile("" : "+r"(a[i / 4][i % 4])::"memory");
-}
 
 template <cu_format F>
 static __device__ __forceinline__ void wide_codes(uint32_t a[4][4], const unsigned char *group, int lane) {
@@ -145,15 +141,15 @@ static __device__ __forceinline__ void wide_multiply(const large_args *a, uint32
             wide_group(acc[half], code[g], x + at[g] * SLOT + half * HALF, g == 0);
         };
         const auto add = [&](int half, float scale) {
-            wide_hold(acc[half]);
+            wide_hold<32>(acc[half]);
 #pragma unroll
             for (int i = 0; i < 32; i++)
                 total[half][i] = F == CU_F8 ? __fmaf_rn(scale, acc[half][i], total[half][i])
                                             : __fadd_rn(total[half][i], acc[half][i]);
-            wide_hold(acc[half]);
+            wide_hold<32>(acc[half]);
         };
         const auto leave = [&](int g) {
-            wide_hold_codes(code[g]);
+            wide_hold_codes<4>(code[g]);
             wide_leave(bars->empty + at[g] * 8, lane);
             ask(); /* into the place that was left */
         };
@@ -180,8 +176,8 @@ static __device__ __forceinline__ void wide_multiply(const large_args *a, uint32
             if constexpr (!last) multiply(1, 0);
         };
         read(0);
-        wide_hold(acc[0]);
-        wide_hold(acc[1]);
+        wide_hold<32>(acc[0]);
+        wide_hold<32>(acc[1]);
         multiply(0, 0);
         multiply(1, 0);
         for (int32_t seg = 0; seg + 1 < n_seg; seg++) segment(seg, std::false_type());

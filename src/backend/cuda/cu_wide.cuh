@@ -18,12 +18,6 @@ enum {
     WIDE_X = WIDE_ROWS * 128         /* bytes of x in a slot */
 };
 
-/* Keeps the compiler from moving what reads or writes these registers past this point. */
-static __device__ __forceinline__ void wide_hold(float d[32]) {
-#pragma unroll
-    for (int i = 0; i < 32; i++) asm volatile("" : "+f"(d[i])::"memory");
-}
-
 /* ---- the cluster ------------------------------------------------------------------------------------------------- */
 
 /* A slot is free, says this warp to all blocks that write to it. */
