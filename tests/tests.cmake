@@ -97,6 +97,14 @@ if(TARGET test_backend)
   add_dependencies(test_backend other_plugin)
 endif()
 
+# The cpu backend has no fp8 cache, and says what mends that.
+if(TARGET ernest AND NOT ERN_FUZZ)
+  add_test(NAME kv_fp8_refused COMMAND ernest serve --dry-run --model ${CMAKE_SOURCE_DIR}/models/demo-dense
+    --backend cpu --kv-cache-dtype fp8)
+  set_tests_properties(kv_fp8_refused PROPERTIES LABELS unit TIMEOUT ${ERN_TIMEOUT} PASS_REGULAR_EXPRESSION
+    "^ernest: .*fp8 is for a GPU: give --kv-cache-dtype int8 or bf16")
+endif()
+
 # --backend auto where a GPU is whose backend does not take the model: cpu computes, and a line says why. The plugin is
 # looked for beside the program, so the program gets a second name beside this one.
 if(TARGET ernest AND NOT ERN_FUZZ)

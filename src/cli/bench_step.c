@@ -75,13 +75,6 @@ static ern_status open_steps(stepping *s, int32_t n_seq, int32_t n_context, int3
         return ERN_FAIL(err, ERN_ERR_USAGE, "--cpu-level %s is above what this processor has, %s",
                         options_text(s->o, "cpu-level"), ern_cpu_level_name(ern_cpu_level_here()));
     const int32_t most = (int32_t)options_int(s->o, "max-num-batched-tokens");
-    const char *kv = options_text(s->o, "kv-cache-dtype");
-    const ern_kv_codes kv_codes = strcmp(kv, "auto") == 0   ? s->model->kv_codes
-                                  : strcmp(kv, "int8") == 0 ? ERN_KV_CODES_INT8
-                                  : strcmp(kv, "fp8") == 0  ? ERN_KV_CODES_FP8
-                                                            : ERN_KV_CODES_NONE;
-    static const ern_kv_dtype kv_dtype[] = {
-        [ERN_KV_CODES_NONE] = ERN_KV_BF16, [ERN_KV_CODES_INT8] = ERN_KV_I8, [ERN_KV_CODES_FP8] = ERN_KV_F8};
     const bool act_exact = strcmp(options_text(s->o, "activation-quantization"), "none") == 0;
     bench_steps_close(s->steps);
     s->steps = NULL;
@@ -90,7 +83,7 @@ static ern_status open_steps(stepping *s, int32_t n_seq, int32_t n_context, int3
                                                     .backend = s->backend,
                                                     .n_thread = (int32_t)options_int(s->o, "threads"),
                                                     .level = level,
-                                                    .kv_dtype = kv_dtype[kv_codes],
+                                                    .kv_dtype = command_kv_dtype(s->o, s->model->kv_codes),
                                                     .act_exact = act_exact,
                                                     .n_row_max = n_prompt < 1      ? 1
                                                                  : n_prompt < most ? n_prompt

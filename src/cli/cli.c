@@ -135,6 +135,19 @@ ern_status command_backend(const options *o, const ern_backend_ops **out, ern_er
     return ERN_OK;
 }
 
+ern_kv_dtype command_kv_dtype(const options *o, ern_kv_codes wish) {
+    static const struct {
+        const char *name;
+        ern_kv_codes codes;
+        ern_kv_dtype dtype;
+    } kinds[] = {{"int8", ERN_KV_CODES_INT8, ERN_KV_I8}, {"fp8", ERN_KV_CODES_FP8, ERN_KV_F8}};
+    const char *name = options_text(o, "kv-cache-dtype");
+    const bool by_wish = strcmp(name, "auto") == 0;
+    for (size_t i = 0; i < sizeof kinds / sizeof *kinds; i++)
+        if (by_wish ? kinds[i].codes == wish : strcmp(name, kinds[i].name) == 0) return kinds[i].dtype;
+    return ERN_KV_BF16;
+}
+
 int cmd_version(int argc, char **argv, char **envp) {
     (void)argv;
     (void)envp;

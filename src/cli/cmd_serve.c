@@ -186,7 +186,7 @@ static ern_status listen_at_once(serving *s, ern_err *err) {
 /* Every tensor's place and shape, and whether the KV cache fits: known in milliseconds, so not after reading gigabytes.
  */
 static ern_status plan(serving *s, ern_engine_plan *out, ern_err *err) {
-    launch_take_model(&s->l, s->model);
+    launch_take_model(&s->l, s->o, s->model);
     ern_status status = launch_fit_memory(&s->l, s->model, err);
     if (status == ERN_ERR_UNSUPPORTED && s->l.backend_auto && launch_on_gpu(&s->l)) {
         ern_log(ERN_LOG_WARN, "serve.backend", "asked=auto found=cpu why=\"%s\"", err->text);

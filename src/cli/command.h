@@ -36,6 +36,8 @@ ERN_MUST_CHECK ern_status command_positional(const options *o, int most, ern_err
 ERN_MUST_CHECK ern_status command_model_dir(const options *o, char *out, size_t size, ern_err *err);
 /* What --backend names; auto: cuda where it can run, else cpu. Errors: ERN_ERR_DEVICE saying why it cannot run here. */
 ERN_MUST_CHECK ern_status command_backend(const options *o, const ern_backend_ops **out, ern_err *err);
+/* What --kv-cache-dtype names; auto: what the checkpoint wishes. */
+ern_kv_dtype command_kv_dtype(const options *o, ern_kv_codes wish);
 /* Write a buffer to stdout and free it; 0, or 1 when stdout is gone. */
 int command_print(ern_buf *b);
 

@@ -31,10 +31,6 @@ static uint64_t to_bytes(double gib) { return (uint64_t)(gib * GIB); }
 
 static bool is_name(const char *text, const char *name) { return strcmp(text, name) == 0; }
 
-static ern_kv_dtype kv_dtype_of(const char *name) {
-    return is_name(name, "int8") ? ERN_KV_I8 : is_name(name, "fp8") ? ERN_KV_F8 : ERN_KV_BF16;
-}
-
 /* ---- capacity and scheduling ------------------------------------------------------------------------------------- */
 
 static ern_status pick_backend(const launch *l, const options *o, const ern_backend_ops **out, ern_err *err) {
@@ -149,7 +145,6 @@ static ern_status check_capacity(launch *l, const options *o, ern_err *err) {
     uint64_t memory = options_given(o, "memory") ? to_bytes(options_real(o, "memory")) : 0;
     if (!memory && options_given(o, "gpu-memory-utilization"))
         l->memory_share = options_real(o, "gpu-memory-utilization");
-    l->kv_auto = is_name(options_text(o, "kv-cache-dtype"), "auto");
     l->engine = (ern_engine_options){
         .max_model_len = (int32_t)len,
         .max_num_seqs = (int32_t)seqs,
@@ -163,7 +158,7 @@ static ern_status check_capacity(launch *l, const options *o, ern_err *err) {
                             .n_seq_max = (int32_t)seqs,
                             .n_want_max = (int32_t)step,
                             .n_len_max = (int32_t)len,
-                            .kv_dtype = kv_dtype_of(options_text(o, "kv-cache-dtype")),
+                            .kv_dtype = command_kv_dtype(o, ERN_KV_CODES_NONE),
                             .level = -1},
     };
     return check_rules(l, o, chunks, err);
@@ -228,9 +223,8 @@ int32_t launch_prompt_pages(const launch *l, const ern_engine_plan *p) {
     return l->engine.reserve_all ? (int32_t)(p->n_page * l->engine.prompt_share) : p->n_page;
 }
 
-void launch_take_model(launch *l, const ern_model *m) {
-    if (!l->kv_auto || !m->kv_codes) return;
-    l->engine.backend_options.kv_dtype = m->kv_codes == ERN_KV_CODES_INT8 ? ERN_KV_I8 : ERN_KV_F8;
+void launch_take_model(launch *l, const options *o, const ern_model *m) {
+    l->engine.backend_options.kv_dtype = command_kv_dtype(o, m->kv_codes);
 }
 
 /* FastDeploy's rule: a share of all of the device's memory, less what is in use there when we come. */
@@ -503,7 +497,7 @@ ern_status launch_leave_gpu(launch *l, const options *o, const ern_model *m, ern
     l->memory_share = 0;
     ERN_TRY(check_engine(l, o, err));
     l->engine.model = m;
-    launch_take_model(l, m);
+    launch_take_model(l, o, m);
     return ERN_OK;
 }
 

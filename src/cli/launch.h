@@ -25,7 +25,6 @@ typedef struct launch {
     bool gpu_left;             /* and the GPU's backend does not take this model */
     ern_quant_plan quant;      /* what the flags ask for */
     bool quant_asked;          /* a flag was given */
-    bool kv_auto;              /* --kv-cache-dtype auto */
 } launch;
 
 /* Every rule that needs no file but the model's folder. Errors: ERN_ERR_USAGE naming the flag, the value, the limit and
@@ -34,7 +33,7 @@ ERN_MUST_CHECK ern_status launch_check(launch *l, const options *o, ern_err *err
 /* What the model's config.json adds. */
 ERN_MUST_CHECK ern_status launch_check_config(const launch *l, const ern_config *c, ern_err *err);
 /* What the opened model decides where no flag does: the dtype of the KV cache. */
-void launch_take_model(launch *l, const ern_model *m);
+void launch_take_model(launch *l, const options *o, const ern_model *m);
 /* Turn a share of the machine's or the GPU's memory into the engine's bytes, once the model's size is known. Errors:
  * ERN_ERR_MEMORY naming --gpu-memory-utilization; ERN_ERR_USAGE for a --memory that the GPU has not free. */
 ERN_MUST_CHECK ern_status launch_fit_memory(launch *l, const ern_model *m, ern_err *err);

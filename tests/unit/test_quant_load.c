@@ -385,7 +385,11 @@ static void kv_wish(void **state) {
     m = open_as(to, NULL);
     assert_true(m->kv_codes == ERN_KV_CODES_FP8 && m->quant.dense == ERN_QUANT_WINT8);
     ern_model_close(m);
-    config_put(plain, "block_wise_fp8", "cachekv_int8");
+    config_put(plain, "block_wise_fp8", "float8_e4m3fn");
+    m = open_as(plain, NULL);
+    assert_true(m->kv_codes == ERN_KV_CODES_FP8);
+    ern_model_close(m);
+    config_put(plain, "float8_e4m3fn", "cachekv_int8");
     st_list l = st_list_new();
     st_list_read(&l, plain, "model.safetensors");
     const float scale[16] = {1};
