@@ -5,12 +5,13 @@
  * The weights of a group of 128 inputs and 32 outputs, four tiles, stay in tile registers while PASS tiles of rows go
  * by. The integer sums of 16 rows, exact as everywhere, are stored; while the tiles multiply the next 16 rows, the
  * vectors scale them and add them to the f32 sums with the instructions of quant_vnni.c: the bits are the same, so rows
- * that do not fill a tile go there.
+ * that do not fill a tile go there. A quarter of that work follows each product: a processor whose core another thread
+ * shares does not look far enough ahead to find the next product behind all of it.
  *
  *          B:  4 5     6 7
  *      A: 2 3  [ 0 ]   [ 1 ]
  *
- * A block is PASS tiles of rows by 32 * PAIRS outputs, group after group: what it works with stays in L1. */
+ * A block is PASS tiles of rows by 32 outputs, group after group: what it works with stays in L1. */
 #include "backend/cpu/table_avx512.h"
 #include "backend/cpu/vec_amx.h"
 
@@ -19,7 +20,6 @@
 enum {
     ROWS = 16,
     PASS = 4,            /* tiles of rows */
-    PAIRS = 2,           /* of bands */
     KEPT = 24,           /* groups whose signed weights are kept for the rows that follow */
     NEAR_BYTES = 1 << 20 /* of activations that stay in L2 while all outputs pass */
 };
@@ -47,10 +47,10 @@ typedef float sums[2][ERN_TILE_OUT]; /* of a row: two bands */
 
 /* What a call works with. */
 typedef struct room {
-    _Alignas(64) sums acc[PAIRS][PASS * ROWS];
+    _Alignas(64) sums acc[PASS * ROWS];
     _Alignas(64) int32_t c[2][2][ROWS][ERN_TILE_OUT]; /* integer sums: of this tile of rows or the one before; band */
     _Alignas(64) int8_t a[ROWS][ERN_ACT_GROUP];       /* gathered rows */
-    _Alignas(64) tile_s8 b[KEPT][PAIRS][2][2];        /* band, tile of the group */
+    _Alignas(64) tile_s8 b[KEPT][2][2];               /* band, tile of the group */
 } room;
 
 /* Integer sums that wait in c[turn] for their scales. */
@@ -59,35 +59,58 @@ typedef struct waiting {
     const float *scale;
     const int32_t *x_row;
     int turn;
+    int32_t r, o; /* after the last group: the row and output of y to which they go; else o is -1 */
 } waiting;
 
 /* Stores before it are seen by tile loads after it, of which the compiler does not know what they read. */
 CPU_INLINE void stored(void) { __asm__ volatile("" : : : "memory"); }
 
 /* The weights of group g. */
-CPU_INLINE void take_weights(room *k, const ern_linear *w, int32_t band, int p, int32_t g, const int nb,
-                             const bool four) {
+CPU_INLINE void take_weights(room *k, const ern_linear *w, int32_t band, int32_t g, const int nb, const bool four) {
     const size_t each = cpu_tile_bytes(w->dtype);
     for (int32_t t = 2 * g; t < least(2 * g + 2, cpu_tiles(w->n_in)); t++) {
         CPU_UNROLL for (int b = 0; b < nb; b++) {
-            const uint8_t *from = cpu_band(w, band + 2 * p + b) + (size_t)t * each;
-            unpack(k->b[g % KEPT][p][b][t % 2], from, four);
+            const uint8_t *from = cpu_band(w, band + b) + (size_t)t * each;
+            unpack(k->b[g % KEPT][b][t % 2], from, four);
             for (size_t i = 0; i < each; i += 64) /* the same of the next block */
-                _mm_prefetch((const char *)((uintptr_t)from + 2 * PAIRS * cpu_band_bytes(w) + i), _MM_HINT_T1);
+                _mm_prefetch((const char *)((uintptr_t)from + 2 * cpu_band_bytes(w) + i), _MM_HINT_T1);
         }
     }
     stored();
 }
 
-/* acc += scale * the integer sums. */
-CPU_INLINE void scale_rows(room *k, const waiting *at, int64_t n_group, const int nb, const bool routed) {
-    CPU_UNROLL for (int r = 0; r < ROWS; r++) {
-        const __m512 s = _mm512_set1_ps(at->scale[(routed ? at->x_row[r] : r) * n_group]);
+/* Row r and band b of what waits: its f32 sum with this group. */
+CPU_INLINE __m512 with_group(const room *k, const waiting *at, int r, int b, __m512 scale) {
+    const __m512 sum = _mm512_cvtepi32_ps(_mm512_load_si512(k->c[at->turn][b][r]));
+    return _mm512_fmadd_ps(scale, sum, _mm512_load_ps(at->acc[r][b]));
+}
+
+/* A quarter of the rows that wait, on to their next group or to y. */
+CPU_INLINE void scale_rows(const room *k, const cpu_linear_job *j, const waiting *at, const int quarter, const int nb,
+                           const bool routed) {
+    if (!at->acc) return;
+    const int from = quarter * ROWS / 4, to = from + ROWS / 4;
+    const int64_t n_group = cpu_groups(j->w->n_in);
+    __m512 last[2] = {0};
+    __mmask16 m[2] = {0};
+    stored();
+    if (at->o < 0) {
+        CPU_UNROLL for (int r = from; r < to; r++) {
+            const __m512 scale = _mm512_set1_ps(at->scale[(routed ? at->x_row[r] : r) * n_group]);
+            CPU_UNROLL for (int b = 0; b < nb; b++) _mm512_store_ps(at->acc[r][b], with_group(k, at, r, b, scale));
+        }
+    } else {
         CPU_UNROLL for (int b = 0; b < nb; b++) {
-            const __m512 sum = _mm512_cvtepi32_ps(_mm512_load_si512(k->c[at->turn][b][r]));
-            _mm512_store_ps(at->acc[r][b], _mm512_fmadd_ps(s, sum, _mm512_load_ps(at->acc[r][b])));
+            m[b] = cpu_mask(j->w->n_out - at->o - b * ERN_TILE_OUT);
+            last[b] = cpu_load_bf16_mask((const ern_bf16 *)j->w->scale + at->o + b * ERN_TILE_OUT, m[b]);
+        }
+        for (int r = from; r < to; r++) {
+            const __m512 scale = _mm512_set1_ps(at->scale[(routed ? at->x_row[r] : r) * n_group]);
+            CPU_UNROLL for (int b = 0; b < nb; b++) cpu_put_band(
+                j, at->r + r, at->o + b * ERN_TILE_OUT, m[b], _mm512_mul_ps(with_group(k, at, r, b, scale), last[b]));
         }
     }
+    stored();
 }
 
 /* 16 rows from r on, inputs of group g, where a tile's rows lie at one distance. */
@@ -116,58 +139,53 @@ CPU_INLINE void fetch_outputs(const cpu_linear_job *j, int32_t r, int32_t o, con
     }
 }
 
-/* Rows r0..r0+16*n-1, bands from `band` on. fill: the weights are to be taken, or there are more than can be kept. */
-CPU_INLINE void block(room *k, const cpu_linear_job *j, int32_t r0, int32_t n, int32_t band, bool fill, const int pairs,
-                      const int nb, const bool four, const bool routed) {
+/* Rows r0..r0+16*n-1, nb bands from `band` on. fill: the weights are to be taken, or there are more than can be kept.
+ */
+CPU_INLINE void block(room *k, const cpu_linear_job *j, int32_t r0, int32_t n, int32_t band, bool fill, const int nb,
+                      const bool four, const bool routed) {
     const ern_linear *w = j->w;
     const int32_t n_group = cpu_groups(w->n_in), n_tile = cpu_tiles(w->n_in);
     waiting last = {.acc = NULL};
-    for (int p = 0; p < pairs; p++) {
-        memset(k->acc[p], 0, (size_t)n * ROWS * sizeof k->acc[p][0]);
-        if (fill) take_weights(k, w, band, p, 0, nb, four);
-    }
+    memset(k->acc, 0, (size_t)n * ROWS * sizeof k->acc[0]);
+    if (fill) take_weights(k, w, band, 0, nb, four);
     for (int32_t g = 0; g < n_group; g++) {
         const bool both = 2 * g + 1 < n_tile; /* tiles of the group */
-        for (int p = 0; p < pairs; p++) {
-            tile_s8(*b)[2] = k->b[g % KEPT][p];
-            _tile_loadd(4, b[0][0], 64);
-            if (both) _tile_loadd(5, b[0][1], 64);
-            if (nb > 1) _tile_loadd(6, b[1][0], 64);
-            if (nb > 1 && both) _tile_loadd(7, b[1][1], 64);
-            for (int32_t t = 0; t < n; t++) {
-                const int32_t r = r0 + t * ROWS;
-                int64_t step;
-                const int8_t *a = take_rows(k, j, r, g, &step, routed);
-                _tile_zero(0);
-                if (nb > 1) _tile_zero(1);
-                _tile_loadd(2, a, step);
-                if (both) _tile_loadd(3, a + ERN_TILE_IN, step);
-                _tile_dpbssd(0, 2, 4);
-                if (nb > 1) _tile_dpbssd(1, 2, 6);
-                if (both) _tile_dpbssd(0, 3, 5);
-                if (nb > 1 && both) _tile_dpbssd(1, 3, 7);
-                if (last.acc) scale_rows(k, &last, n_group, nb, routed);
-                last = (waiting){.acc = k->acc[p] + t * ROWS,
-                                 .scale = j->act.scale + (routed ? 0 : (int64_t)r * n_group) + g,
-                                 .x_row = routed ? j->x_row + r : NULL,
-                                 .turn = !last.turn};
-                _tile_stored(0, k->c[last.turn][0], 64);
-                if (nb > 1) _tile_stored(1, k->c[last.turn][1], 64);
-                if (g == n_group - 1) fetch_outputs(j, r, (band + 2 * p) * ERN_TILE_OUT, nb);
-                if (t == 0 && fill && g + 1 < n_group) take_weights(k, w, band, p, g + 1, nb, four);
-            }
+        tile_s8(*b)[2] = k->b[g % KEPT];
+        _tile_loadd(4, b[0][0], 64);
+        if (both) _tile_loadd(5, b[0][1], 64);
+        if (nb > 1) _tile_loadd(6, b[1][0], 64);
+        if (nb > 1 && both) _tile_loadd(7, b[1][1], 64);
+        for (int32_t t = 0; t < n; t++) {
+            const int32_t r = r0 + t * ROWS;
+            int64_t step;
+            const int8_t *a = take_rows(k, j, r, g, &step, routed);
+            _tile_zero(0);
+            if (nb > 1) _tile_zero(1);
+            _tile_loadd(2, a, step);
+            if (both) _tile_loadd(3, a + ERN_TILE_IN, step);
+            _tile_dpbssd(0, 2, 4);
+            scale_rows(k, j, &last, 0, nb, routed);
+            if (nb > 1) _tile_dpbssd(1, 2, 6);
+            scale_rows(k, j, &last, 1, nb, routed);
+            if (both) _tile_dpbssd(0, 3, 5);
+            scale_rows(k, j, &last, 2, nb, routed);
+            if (nb > 1 && both) _tile_dpbssd(1, 3, 7);
+            scale_rows(k, j, &last, 3, nb, routed);
+            _tile_zero(2); /* an empty tile leaves a register free to load the next one ahead */
+            _tile_zero(3);
+            last = (waiting){.acc = k->acc + t * ROWS,
+                             .scale = j->act.scale + (routed ? 0 : (int64_t)r * n_group) + g,
+                             .x_row = routed ? j->x_row + r : NULL,
+                             .turn = !last.turn,
+                             .r = r,
+                             .o = g == n_group - 1 ? band * ERN_TILE_OUT : -1};
+            _tile_stored(0, k->c[last.turn][0], 64);
+            if (nb > 1) _tile_stored(1, k->c[last.turn][1], 64);
+            if (g == (n_group > 1 ? n_group - 2 : 0)) fetch_outputs(j, r, band * ERN_TILE_OUT, nb);
+            if (t == 0 && fill && g + 1 < n_group) take_weights(k, w, band, g + 1, nb, four);
         }
     }
-    scale_rows(k, &last, n_group, nb, routed);
-    for (int p = 0; p < pairs; p++) {
-        CPU_UNROLL for (int b = 0; b < nb; b++) {
-            const int32_t o = (band + 2 * p + b) * ERN_TILE_OUT;
-            const __mmask16 m = cpu_mask(w->n_out - o);
-            const __m512 scale = cpu_load_bf16_mask((const ern_bf16 *)w->scale + o, m);
-            for (int32_t r = 0; r < n * ROWS; r++)
-                cpu_put_band(j, r0 + r, o, m, _mm512_mul_ps(_mm512_load_ps(k->acc[p][r][b]), scale));
-        }
-    }
+    CPU_UNROLL for (int quarter = 0; quarter < 4; quarter++) scale_rows(k, j, &last, quarter, nb, routed);
 }
 
 /* Rows r0..r0+n-1 of a job as a job. */
@@ -193,16 +211,14 @@ static cpu_linear_job rows_of(const cpu_linear_job *j, int32_t r0, int32_t n) {
 CPU_INLINE void outputs(room *k, const cpu_linear_job *j, int32_t r0, int32_t n, const bool four, const bool routed) {
     const int32_t end = (j->to + ERN_TILE_OUT - 1) / ERN_TILE_OUT;
     for (int32_t band = j->from / ERN_TILE_OUT, step; band < end; band += step) {
-        step = end - band >= 2 * PAIRS ? 2 * PAIRS : end - band >= 2 ? 2 : 1;
+        step = least(2, end - band);
         for (int32_t t = 0; t < n; t += PASS) {
             const bool fill = t == 0 || cpu_groups(j->w->n_in) > KEPT;
             const int32_t r = r0 + t * ROWS, m = least(PASS, n - t);
-            if (step == 2 * PAIRS)
-                block(k, j, r, m, band, fill, PAIRS, 2, four, routed);
-            else if (step == 2)
-                block(k, j, r, m, band, fill, 1, 2, four, routed);
+            if (step == 2)
+                block(k, j, r, m, band, fill, 2, four, routed);
             else
-                block(k, j, r, m, band, fill, 1, 1, four, routed);
+                block(k, j, r, m, band, fill, 1, four, routed);
         }
     }
 }
