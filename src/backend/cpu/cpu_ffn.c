@@ -7,22 +7,37 @@
  * whole group of down's inputs, and nobody meets in between. */
 #include "backend/cpu/cpu_state.h"
 
+enum { NEAR_ROWS = 16 }; /* so many rows are worth a scratch of their own */
+
 static int32_t least(int32_t a, int32_t b) { return a < b ? a : b; }
 static int32_t pieces(int32_t n, int32_t each) { return (n + each - 1) / each; }
 
 /* Columns from..to-1 of gate <- silu(gate x) * (up x), and of mid; rows y0.. of the scratch. gate: the job of w->gate.
- */
-static void gate_up_part(const cpu_backend *b, const ern_ffn *w, const cpu_linear_job *gate, int64_t y0, int32_t from,
+ * Of many rows a group of down's inputs at a time is made, in a scratch that stays in L2, unless down reads gate itself
+ * or the weights are read in long runs. */
+static void gate_up_part(const cpu_run *c, const ern_ffn *w, const cpu_linear_job *gate, int64_t y0, int32_t from,
                          int32_t to) {
-    const int32_t F = w->gate.n_out;
-    cpu_linear_job up = *gate;
-    up.w = &w->up;
-    up.y = b->up + y0 * F;
-    cpu_linear_part(b, gate, from, to);
-    cpu_linear_part(b, &up, from, to);
-    for (int64_t r = 0; r < gate->n_row && from < to; r++) {
-        b->kernels->silu_mul(gate->y + r * F + from, up.y + r * F + from, to - from);
-        cpu_act_put(b, b->mid, &w->down, y0 + r, from, gate->y + r * F + from, to - from);
+    const cpu_backend *b = c->b;
+    const int32_t F = w->gate.n_out, n = gate->n_row;
+    const bool near = n >= NEAR_ROWS && cpu_act_for(b, &w->down) != CPU_ACT_F32 && !cpu_is_fixed(&w->gate);
+    for (int32_t at = from, end; at < to; at = end) {
+        end = near ? least(at + ERN_ACT_GROUP, to) : to;
+        cpu_linear_job g = *gate, u = *gate;
+        u.w = &w->up;
+        u.y = b->up + y0 * F;
+        if (near) {
+            const int64_t plane = CPU_FFN_ROWS * ERN_ACT_GROUP;
+            g.y_stride = u.y_stride = ERN_ACT_GROUP;
+            g.y = b->near + c->worker * 2 * plane - at; /* column `at` is its first */
+            u.y = g.y + plane;
+        }
+        cpu_linear_part(b, &g, at, end);
+        cpu_linear_part(b, &u, at, end);
+        for (int64_t r = 0; r < n; r++) {
+            float *y = g.y + r * g.y_stride + at;
+            b->kernels->silu_mul(y, u.y + r * u.y_stride + at, end - at);
+            cpu_act_put(b, b->mid, &w->down, y0 + r, at, y, end - at);
+        }
     }
 }
 
@@ -48,10 +63,10 @@ static void dense(cpu_run *c, const ern_ffn *w, int64_t row0, int32_t n) {
     cpu_phase(c);
     if (cpu_is_fixed(&w->gate)) {
         cpu_share(c, F, ERN_ACT_GROUP, &from, &to);
-        gate_up_part(b, w, &gate, 0, from, to);
+        gate_up_part(c, w, &gate, 0, from, to);
     } else {
         while (cpu_claim(c, pieces(F, ERN_ACT_GROUP), &from, &to))
-            gate_up_part(b, w, &gate, 0, from * ERN_ACT_GROUP, least(to * ERN_ACT_GROUP, F));
+            gate_up_part(c, w, &gate, 0, from * ERN_ACT_GROUP, least(to * ERN_ACT_GROUP, F));
     }
     cpu_meet(c);
     cpu_linears(c,
@@ -152,7 +167,7 @@ static void experts_up(cpu_run *c, const ern_layer *w) {
             gate.x_row = b->entry_row + first[e];
             from = col * ERN_ACT_GROUP, to = least(last * ERN_ACT_GROUP, F);
             if (fixed) cpu_share(c, F, ERN_ACT_GROUP, &from, &to);
-            gate_up_part(b, &w->expert[e], &gate, first[e], from, to);
+            gate_up_part(c, &w->expert[e], &gate, first[e], from, to);
         }
     }
     cpu_meet(c);

@@ -158,6 +158,7 @@ size_t cpu_layout(cpu_backend *b, unsigned char *base) {
     b->rope = cut(&c, T * C, sizeof(float));
     b->gate = cut(&c, R * wide, sizeof(float));
     b->up = cut(&c, R * wide, sizeof(float));
+    b->near = cut(&c, n * 2 * CPU_FFN_ROWS * ERN_ACT_GROUP, sizeof(float));
     b->prob = cut(&c, R * E, sizeof(float));
     b->chosen = cut(&c, R * K, sizeof(int32_t));
     b->share = cut(&c, R * K, sizeof(float));

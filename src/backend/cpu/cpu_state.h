@@ -77,6 +77,7 @@ typedef struct cpu_backend {
     float *inv_freq;      /* [C/2] 1 / theta^(2j/C), rounded as docs/model.md 3.3 has it; filled at open */
     float *rope;          /* [T, 2, C/2] cosines, sines */
     float *gate, *up;     /* [R, F] or [R*K, F of an expert] */
+    float *near;          /* [n_worker, 2, CPU_FFN_ROWS, ERN_ACT_GROUP] gate and up of a piece of many rows */
     float *prob;          /* [R, E] router */
     int32_t *chosen;      /* [R, K] expert ids, ascending */
     float *share;         /* [R, K] their weights */
