@@ -3,7 +3,10 @@
  * One sequence of six softmax blocks is served by one worker, alone, in chunks of 512; then with 2, 3 and 7 workers,
  * in other chunks, alone and beside a second one of other length, rows of drafts (4 in a step) included. The logits of
  * every step's last row must have the bits of the first run. KV in bf16 and int8, every level of this machine; cells
- * that were not written hold NaN. */
+ * that were not written hold NaN.
+ *
+ * Pieces of several blocks need more of them: four rows end a sequence of 64 blocks whose cells were filled from
+ * outside, one by one with one worker, then as drafts with more, alone and beside eight rows of another sequence. */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -107,17 +110,105 @@ static void check(const ern_model *m, int32_t level, bool int8) {
     free(have);
 }
 
-static void every_level(const char *shape) {
+/* ---- pieces of several blocks ------------------------------------------------------------------------------------ */
+
+enum { WIDE = 256, LONG = WIDE * STEP_PAGES, LAST = 4, MORE = 8 };
+
+typedef struct lasts {
+    int32_t want0; /* of the first row that is watched */
+    float *logits; /* [LAST, V] */
+} lasts;
+
+static void watch_lasts(void *ud, const char *stage, int32_t layer, int32_t row, const float *data, int32_t n_row,
+                        int32_t n_col) {
+    (void)layer, (void)n_row;
+    const lasts *w = ud;
+    if (strcmp(stage, "logits") == 0 && row >= w->want0)
+        memcpy(w->logits + (size_t)(row - w->want0) * (size_t)n_col, data, (size_t)n_col * sizeof *data);
+}
+
+/* Numbers of about 1 with both signs as bf16, as codes and as scales, other ones in each page. */
+static void fill(ern_backend *b, int32_t n_page, size_t page_bytes) {
+    uint64_t *page = malloc(page_bytes);
+    for (int32_t p = 0; p < n_page; p++) {
+        for (size_t i = 0; i < page_bytes / sizeof *page; i++)
+            page[i] = (ern_counter64((uint64_t)p, i) & 0x807f807f807f807fu) | 0x3f003f003f003f00u;
+        cpu_backend_ops.kv_write(b, &p, 1, page);
+    }
+    free(page);
+}
+
+/* The last rows of the sequence, `each` in a step; most_blocks: of a piece. */
+static void serve_lasts(const ern_model *m, int32_t level, int32_t n_thread, bool int8, int32_t each, bool beside,
+                        float *logits, int32_t *most_blocks) {
+    static step s;
+    static int32_t text[LONG + 1], page[2][STEP_PAGES];
+    const ern_backend_options o = {.n_page = 2 * STEP_PAGES,
+                                   .n_page_cell = WIDE,
+                                   .n_row_max = LAST + MORE,
+                                   .n_seq_max = 2,
+                                   .n_want_max = LAST + MORE,
+                                   .n_len_max = LONG,
+                                   .kv_dtype = int8 ? ERN_KV_I8 : ERN_KV_BF16,
+                                   .n_thread = n_thread,
+                                   .level = level,
+                                   .mtp = m->has_mtp};
+    ern_err err;
+    ern_backend *b;
+    ern_backend_plan plan;
+    made_check(cpu_backend_ops.plan(&plan, m, &o, &err), &err, "plan");
+    made_check(cpu_backend_ops.open(&b, m, &o, &err), &err, "open");
+    fill(b, o.n_page, plan.page_bytes);
+    for (int i = 0; i <= LONG; i++) text[i] = (int32_t)(ern_counter64(4, (uint64_t)i) % (uint64_t)m->config.n_vocab);
+    for (int i = 0; i < STEP_PAGES; i++) page[0][i] = 2 * i, page[1][i] = 2 * i + 1;
+    lasts w = {.logits = logits};
+    cpu_backend_ops.probe(b, watch_lasts, &w);
+    for (int32_t at = LONG - LAST; at < LONG; at += each, w.logits += (size_t)each * (size_t)m->config.n_vocab) {
+        step_clear(&s);
+        if (beside) step_add(&s, text, LONG - MORE, LONG, page[1], WIDE, false);
+        w.want0 = s.in.n_want;
+        step_add(&s, text, at, at + each, page[0], WIDE, true);
+        if (!m->has_mtp) s.in.next = NULL;
+        (void)step_run(b, &s, &o, m->config.n_vocab);
+        const cpu_backend *c = (const cpu_backend *)(const void *)b;
+        for (int32_t i = 0; i < c->n_tile; i++)
+            if (c->tile[i].slot >= 0 && c->tile[i].n_block > *most_blocks) *most_blocks = c->tile[i].n_block;
+    }
+    cpu_backend_ops.close(b);
+}
+
+static void check_lasts(const ern_model *m, int32_t level, bool int8) {
+    const size_t bytes = LAST * (size_t)m->config.n_vocab * sizeof(float);
+    float *want = calloc(1, bytes), *have = calloc(1, bytes);
+    int32_t most_blocks = 0;
+    serve_lasts(m, level, 1, int8, 1, false, want, &most_blocks);
+    assert_int_equal(most_blocks, 0); /* nothing to share */
+    static const int32_t threads[] = {2, 3, 7, 2}, each[] = {1, 4, 1, 2};
+    for (int i = 0; i < 8; i += few ? 3 : 1) {
+        memset(have, 0xff, bytes);
+        serve_lasts(m, level, threads[i / 2], int8, each[i / 2], i % 2, have, &most_blocks);
+        assert_memory_equal(have, want, bytes);
+    }
+    assert_true(most_blocks > 1);
+    free(want);
+    free(have);
+}
+
+/* ---- every level ------------------------------------------------------------------------------------------------- */
+
+static void every_level(const char *shape, void (*f)(const ern_model *, int32_t, bool)) {
     made_model made = made_model_open(shape, false, 29);
     for (int32_t level = ERN_CPU_PORTABLE; level <= (int32_t)ern_cpu_level_here(); level++)
         for (int int8 = 0; int8 < 2 && (level == ERN_CPU_PORTABLE || level >= ERN_CPU_AVX512); int8++)
-            check(made.model, level, int8);
+            f(made.model, level, int8);
     made_model_close(&made);
 }
-static void test_dense(void **state) { (void)state, every_level("tiny-dense"); }
-static void test_moe(void **state) { (void)state, every_level("tiny-moe"); }
+static void test_dense(void **state) { (void)state, every_level("tiny-dense", check); }
+static void test_moe(void **state) { (void)state, every_level("tiny-moe", check); }
+static void test_pieces(void **state) { (void)state, every_level("tiny-moe", check_lasts); }
 
 int main(void) {
-    const struct CMUnitTest tests[] = {cmocka_unit_test(test_dense), cmocka_unit_test(test_moe)};
+    const struct CMUnitTest tests[] = {cmocka_unit_test(test_dense), cmocka_unit_test(test_moe),
+                                       cmocka_unit_test(test_pieces)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
