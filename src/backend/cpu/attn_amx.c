@@ -331,6 +331,17 @@ CPU_INLINE void turn(room *w, const cpu_attn_job *j, ahead *next, int32_t i, int
  * while the tiles multiply those before and those that come next are on their way. The sums are those of 32 queries, in
  * the same order. */
 
+/* Groups of 16 positions are met in the order of keys, values, the next block's keys, and fetched that many early. */
+enum { EARLY = 8 };
+
+/* What group i of n fetches, group n being the first of the values; NULL: nothing. */
+static inline const unsigned char *group_ahead(const cpu_kv_block *kv, int32_t n, int32_t i) {
+    i += EARLY;
+    if (i < n) return kv->run[i].k;
+    if (i < 2 * n) return kv->run[i - n].v;
+    return kv->next && i - 2 * n < kv->next->n_run ? kv->next->run[i - 2 * n].k : NULL;
+}
+
 /* S of group i of 16 positions, whose keys lie at k. */
 CPU_INLINE void score_few(room *w, const ern_bf16 *k, int32_t i, int32_t nk) {
     _tile_zero(0);

@@ -15,15 +15,4 @@ static inline bool is_ragged(const cpu_kv_block *kv, int32_t n) {
     return false;
 }
 
-/* Groups of 16 positions are met in the order of keys, values, the next block's keys, and fetched that many early. */
-enum { EARLY = 8 };
-
-/* What group i of n fetches, group n being the first of the values; NULL: nothing. */
-static inline const unsigned char *group_ahead(const cpu_kv_block *kv, int32_t n, int32_t i) {
-    i += EARLY;
-    if (i < n) return kv->run[i].k;
-    if (i < 2 * n) return kv->run[i - n].v;
-    return kv->next && i - 2 * n < kv->next->n_run ? kv->next->run[i - 2 * n].k : NULL;
-}
-
 #endif

@@ -27,7 +27,7 @@ typedef struct room {
     _Alignas(64) int8_t q[QUERIES][DIMS];
     _Alignas(64) int8_t k[GROUPS][CPU_HEAD_DIM_MAX / CODES][TILE_BYTES];
     _Alignas(64) int8_t ragged[CPU_ATTN_BLOCK * CPU_HEAD_DIM_MAX]; /* keys of pages of an odd size, as k */
-    _Alignas(64) int8_t v[CPU_ATTN_BLOCK * CPU_HEAD_DIM_MAX];      /* [64 positions, 16 dims] tiles */
+    _Alignas(64) int8_t v[2][4 * TILE_BYTES]; /* 64 positions and dims: one is brought into order as k is */
     _Alignas(64) int32_t score[QUERIES][SCORES];
     _Alignas(64) uint8_t weight[QUERIES][WEIGHTS];
     _Alignas(64) int32_t out[QUERIES][DIMS];
@@ -35,8 +35,43 @@ typedef struct room {
     float unit[CPU_HEAD_TILE]; /* u, then m */
 } room;
 
-static int32_t least(int32_t a, int32_t b) { return a < b ? a : b; }
 CPU_INLINE __mmask64 mask64(int32_t n) { return n >= 64 ? ~(__mmask64)0 : n <= 0 ? 0 : ((__mmask64)1 << n) - 1; }
+
+/* ---- memory ------------------------------------------------------------------------------------------------------ */
+
+/* What a block fetches beside all that it computes, four lines at a time, so that memory has something
+ * to do all the while and never so much that the first cache's misses wait for it. Groups of 16 positions are met in
+ * the order of keys, values, the next block's keys; EARLY of them are on their way. */
+enum { EARLY = 12, GROUPS_MAX = CPU_ATTN_BLOCK / 16, FETCH_BYTES = 256 };
+
+typedef struct early {
+    const unsigned char *p; /* the next bytes to fetch */
+    int32_t left;           /* fetches of p's group that are left; 0: all is fetched */
+    int32_t i, n, each;     /* the group after p's, groups in all, fetches of one */
+    const unsigned char *group[2 * GROUPS_MAX + EARLY];
+} early;
+
+CPU_INLINE void early_turn(early *e) {
+    e->left = e->i < e->n ? e->each : 0;
+    if (e->left) e->p = e->group[e->i++];
+}
+
+/* For n groups of `bytes` each; the first EARLY were fetched by the block before. */
+static void early_begin(early *e, const cpu_kv_block *kv, int32_t n, int32_t bytes) {
+    *e = (early){.i = EARLY, .each = bytes / FETCH_BYTES};
+    for (int32_t i = 0; i < n; i++) e->group[e->n++] = kv->run[i].k;
+    for (int32_t i = 0; i < n; i++) e->group[e->n++] = kv->run[i].v;
+    for (int32_t i = 0; kv->next && i < EARLY && i < kv->next->n_run; i++) e->group[e->n++] = kv->next->run[i].k;
+    early_turn(e);
+}
+
+/* e NULL: nothing. */
+CPU_INLINE void early_fetch(early *e) {
+    if (!e || e->left == 0) return;
+    CPU_UNROLL for (int i = 0; i < FETCH_BYTES; i += 64) fetch(e->p + i);
+    e->p += FETCH_BYTES;
+    if (--e->left == 0) early_turn(e);
+}
 
 /* ---- queries ----------------------------------------------------------------------------------------------------- */
 
@@ -64,14 +99,19 @@ static void pack_queries(room *w, const float *q, int32_t n_head, int32_t C, flo
 
 /* ---- scores ------------------------------------------------------------------------------------------------------ */
 
-/* Keys of a run that fills its group's lanes from the first on: four dims of 16 positions side by side. As many
- * lines from `then` on are fetched meanwhile, unless it is NULL. */
-CPU_INLINE void pack_group(int8_t *to, const unsigned char *k, int32_t C, const unsigned char *then) {
+/* Keys of a run that fills its group's lanes from the first on: four dims of 16 positions side by side. */
+CPU_INLINE void pack_group(int8_t *to, const unsigned char *k, int32_t C, early *e) {
     const __m512i lanes = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
     const __m512i bytes = _mm512_broadcast_i32x4(_mm_set_epi8(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0));
     int32_t c = 0;
+    for (; c + 64 <= C; c += 64, to += 16 * 64, k += 16 * 64) {
+        early_fetch(e);
+        CPU_UNROLL for (int i = 0; i < 16 * 64; i += 64) {
+            const __m512i x = _mm512_permutexvar_epi32(lanes, _mm512_loadu_si512(k + i));
+            _mm512_store_si512(to + i, _mm512_shuffle_epi8(x, bytes));
+        }
+    }
     for (; c < C; c += 4, to += 64, k += 64) {
-        if (then) fetch(then + 16 * c);
         const __m512i x = c + 4 <= C ? _mm512_loadu_si512(k) : _mm512_maskz_loadu_epi8(0xffffffff, k);
         _mm512_store_si512(to, _mm512_shuffle_epi8(_mm512_permutexvar_epi32(lanes, x), bytes));
     }
@@ -89,9 +129,10 @@ static void pack_ragged(room *w, const cpu_kv_block *kv, int32_t C, int32_t n) {
 }
 
 /* Scores of group i of positions, whose keys lie at k. */
-CPU_INLINE void score_group(room *w, const int8_t *k, int32_t i, int32_t C) {
+CPU_INLINE void score_group(room *w, const int8_t *k, int32_t i, int32_t C, early *e) {
     _tile_zero(0);
     for (int32_t c = 0; c < C; c += CODES, k += TILE_BYTES) {
+        early_fetch(e);
         cpu_tile_load(4, w->q[0] + c, DIMS);
         cpu_tile_load(6, k, 64);
         _tile_dpbssd(0, 4, 6);
@@ -99,20 +140,21 @@ CPU_INLINE void score_group(room *w, const int8_t *k, int32_t i, int32_t C) {
     _tile_stored(0, w->score[0] + i * 16, SCORES * 4);
 }
 
-static void score_all(room *w, const cpu_kv_block *kv, int32_t C, int32_t n) {
+static void score_all(room *w, const cpu_kv_block *kv, int32_t C, int32_t n, early *e) {
     const int32_t each = tiles_of(C, CODES) * TILE_BYTES, n_group = tiles_of(n, 16);
     const bool ragged = is_ragged(kv, n);
     if (ragged) pack_ragged(w, kv, C, n);
     for (int32_t i = 0; i <= n_group; i++) {
-        if (!ragged && i < n_group) pack_group(w->k[i % GROUPS][0], kv->run[i].k, C, group_ahead(kv, n_group, i));
-        if (i > 0) score_group(w, ragged ? w->ragged + (int64_t)(i - 1) * each : w->k[(i - 1) % GROUPS][0], i - 1, C);
+        if (!ragged && i < n_group) pack_group(w->k[i % GROUPS][0], kv->run[i].k, C, e);
+        if (i > 0)
+            score_group(w, ragged ? w->ragged + (int64_t)(i - 1) * each : w->k[(i - 1) % GROUPS][0], i - 1, C, e);
     }
 }
 
 /* ---- softmax ----------------------------------------------------------------------------------------------------- */
 
 /* Scores of head h to weights of 16 bits, zeros after them to a multiple of 64. */
-CPU_INLINE void soften(room *w, float *part, int32_t h, int32_t n_head, int32_t n) {
+CPU_INLINE void soften(room *w, float *part, int32_t h, int32_t n_head, int32_t n, early *fetched) {
     const __m512 none = _mm512_set1_ps(-INFINITY), unit = _mm512_set1_ps(w->unit[h]);
     __m512 top = none, sum = _mm512_setzero_ps(), most = sum, zero = sum;
     for (int32_t t = 0; t < n; t += 16) {
@@ -126,6 +168,7 @@ CPU_INLINE void soften(room *w, float *part, int32_t h, int32_t n_head, int32_t 
     top = _mm512_set1_ps(max);
     for (int32_t t = 0; t < n; t += 16) {
         const __mmask16 m = cpu_mask(n - t);
+        early_fetch(fetched);
         const __m512 e = _mm512_maskz_mov_ps(m, cpu_exp2_16(_mm512_sub_ps(_mm512_load_ps(w->soft + t), top)));
         const __m512 x = _mm512_maskz_mul_ps(m, e, _mm512_load_ps(w->v_scale + t));
         sum = _mm512_add_ps(sum, e);
@@ -147,55 +190,59 @@ CPU_INLINE void soften(room *w, float *part, int32_t h, int32_t n_head, int32_t 
 
 /* ---- outputs ----------------------------------------------------------------------------------------------------- */
 
-/* Values of n positions, zeros after them to a multiple of 64: of 64 dims, tile i holds 4i..4i+3 of each 16. */
-static void pack_values(room *w, const cpu_kv_block *kv, int32_t C, int32_t n) {
-    const unsigned char *row[CPU_ATTN_BLOCK];
-    const int32_t nv = tiles_of(C, CODES) * 4, n_group = tiles_of(n, 16);
+/* Where the values of the first n positions lie. */
+static void find_values(const unsigned char **row, const cpu_kv_block *kv, int32_t C, int32_t n) {
     for (const cpu_kv_run *r = kv->run, *end = r + kv->n_run; r < end && r->t0 < n; r++)
-        for (int32_t t = r->t0; t < least(r->t0 + r->n, n); t++) row[t] = r->v + (int64_t)(t - r->t0) * C;
-    for (int32_t t = 0; t < tiles_of(n, CODES) * CODES; t += 4) {
-        int8_t *to = w->v + (int64_t)(t / CODES) * nv * TILE_BYTES + t % CODES / 4 * 64;
-        const unsigned char *then = group_ahead(kv, n_group, n_group + t / 16);
-        if (then) then += t % 16 * C;
-        for (int32_t c = 0; c < C; c += 64, to += 4 * TILE_BYTES) {
-            __m512i x[4];
-            CPU_UNROLL for (int i = 0; then && i < 4; i++) fetch(then + i * C + c);
+        for (int32_t t = 0; t < r->n; t++) row[r->t0 + t] = r->v + (int64_t)t * C;
+}
+
+/* 64 dims from c of the values of 64 positions from `from`, zeros from position n on: tile i holds dims 4i..4i+3 of
+ * each 16. */
+CPU_INLINE void pack_values(int8_t *to, const unsigned char *const *row, int32_t C, int32_t c, int32_t n, int32_t from,
+                            early *e) {
+    const __mmask64 dims = mask64(C - c);
+    for (int32_t t = from; t < from + CODES; t += 4, to += 64) {
+        __m512i x[4];
+        if (t % 8 == 0) early_fetch(e);
+        if (t + 4 <= n)
+            CPU_UNROLL for (int i = 0; i < 4; i++) x[i] = _mm512_maskz_loadu_epi8(dims, row[t + i] + c);
+        else
             CPU_UNROLL for (int i = 0; i < 4; i++) x[i] =
-                t + i < n ? _mm512_maskz_loadu_epi8(mask64(C - c), row[t + i] + c) : _mm512_setzero_si512();
-            const __m512i a = _mm512_unpacklo_epi8(x[0], x[1]), b = _mm512_unpackhi_epi8(x[0], x[1]);
-            const __m512i d = _mm512_unpacklo_epi8(x[2], x[3]), e = _mm512_unpackhi_epi8(x[2], x[3]);
-            _mm512_store_si512(to, _mm512_unpacklo_epi16(a, d));
-            _mm512_store_si512(to + TILE_BYTES, _mm512_unpackhi_epi16(a, d));
-            _mm512_store_si512(to + 2 * TILE_BYTES, _mm512_unpacklo_epi16(b, e));
-            _mm512_store_si512(to + 3 * TILE_BYTES, _mm512_unpackhi_epi16(b, e));
-        }
+                t + i < n ? _mm512_maskz_loadu_epi8(dims, row[t + i] + c) : _mm512_setzero_si512();
+        const __m512i a = _mm512_unpacklo_epi8(x[0], x[1]), b = _mm512_unpackhi_epi8(x[0], x[1]);
+        const __m512i d = _mm512_unpacklo_epi8(x[2], x[3]), f = _mm512_unpackhi_epi8(x[2], x[3]);
+        _mm512_store_si512(to, _mm512_unpacklo_epi16(a, d));
+        _mm512_store_si512(to + TILE_BYTES, _mm512_unpackhi_epi16(a, d));
+        _mm512_store_si512(to + 2 * TILE_BYTES, _mm512_unpacklo_epi16(b, f));
+        _mm512_store_si512(to + 3 * TILE_BYTES, _mm512_unpackhi_epi16(b, f));
     }
 }
 
-static void weigh_all(room *w, int32_t C, int32_t n) {
-    const int32_t nv = tiles_of(C, CODES) * 4;
-    for (int32_t d = 0; d < nv; d += 4) {
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
-        for (int32_t i = 0; i < tiles_of(n, CODES); i++) {
-            const int8_t *v = w->v + (int64_t)(i * nv + d) * TILE_BYTES;
-            cpu_tile_load(4, w->weight[0] + i * CODES, WEIGHTS);
-            cpu_tile_load(6, v, 64);
-            cpu_tile_load(7, v + TILE_BYTES, 64);
-            _tile_dpbusd(0, 4, 6);
-            _tile_dpbusd(1, 4, 7);
-            cpu_tile_load(6, v + 2 * TILE_BYTES, 64);
-            cpu_tile_load(7, v + 3 * TILE_BYTES, 64);
-            _tile_dpbusd(2, 4, 6);
-            _tile_dpbusd(3, 4, 7);
-        }
-        _tile_stored(0, w->out[0] + d * 16, DIMS * 4);
-        _tile_stored(1, w->out[0] + d * 16 + 16, DIMS * 4);
-        _tile_stored(2, w->out[0] + d * 16 + 32, DIMS * 4);
-        _tile_stored(3, w->out[0] + d * 16 + 48, DIMS * 4);
+/* O of 64 dims from c: the sums stay in their tiles while the values pass, 64 positions brought into order while those
+ * before are multiplied. */
+static void weigh_dims(room *w, const unsigned char *const *row, int32_t C, int32_t c, int32_t n, early *e) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int32_t t = 0, end = tiles_of(n, CODES) * CODES; t <= end; t += CODES) {
+        if (t < end) pack_values(w->v[t / CODES % 2], row, C, c, n, t, e);
+        if (t == 0) continue;
+        const int8_t *v = w->v[(t / CODES + 1) % 2];
+        cpu_tile_load(4, w->weight[0] + t - CODES, WEIGHTS);
+        cpu_tile_load(6, v, 64);
+        cpu_tile_load(7, v + TILE_BYTES, 64);
+        _tile_dpbusd(0, 4, 6);
+        _tile_dpbusd(1, 4, 7);
+        cpu_tile_load(6, v + 2 * TILE_BYTES, 64);
+        cpu_tile_load(7, v + 3 * TILE_BYTES, 64);
+        _tile_dpbusd(2, 4, 6);
+        _tile_dpbusd(3, 4, 7);
     }
+    _tile_stored(0, w->out[0] + c, DIMS * 4);
+    _tile_stored(1, w->out[0] + c + 16, DIMS * 4);
+    _tile_stored(2, w->out[0] + c + 32, DIMS * 4);
+    _tile_stored(3, w->out[0] + c + 48, DIMS * 4);
 }
 
 /* Outputs of head h from the order of its tiles. */
@@ -221,16 +268,25 @@ CPU_INLINE void finish(const room *w, float *part, int32_t h, int32_t n_head, in
 void cpu_attn_int8_amx(float *part, const float *q, int32_t n_head, int32_t head_dim, float scale,
                        const cpu_kv_block *kv, int32_t n) {
     room w;
-    for (const cpu_kv_run *r = kv->run, *end = r + kv->n_run; r < end && r->t0 < n; r++) {
+    early e = {.left = 0};
+    const cpu_kv_run *end = kv->run + kv->n_run;
+    const unsigned char *row[CPU_ATTN_BLOCK];
+    if (!is_ragged(kv, n)) early_begin(&e, kv, tiles_of(n, 16), head_dim * CPU_KV_GROUP);
+    for (const cpu_kv_run *r = kv->run; r < end && r->t0 < n; r++) {
         _mm512_storeu_ps(w.k_scale + r->t0, _mm512_maskz_loadu_ps(cpu_mask(r->n), r->k_scale));
         _mm512_storeu_ps(w.v_scale + r->t0, _mm512_maskz_loadu_ps(cpu_mask(r->n), r->v_scale));
     }
     pack_queries(&w, q, n_head, head_dim, scale);
     cpu_tiles_begin(2 * n_head, 2 * n_head);
-    score_all(&w, kv, head_dim, n);
-    for (int32_t h = 0; h < n_head; h++) soften(&w, part, h, n_head, n);
-    pack_values(&w, kv, head_dim, n);
-    weigh_all(&w, head_dim, n);
+    score_all(&w, kv, head_dim, n, &e);
+    for (int32_t h = 0; h < n_head; h++) soften(&w, part, h, n_head, n, &e);
+    find_values(row, kv, head_dim, n);
+    for (int32_t c = 0; c < head_dim; c += CODES) weigh_dims(&w, row, head_dim, c, n, &e);
     _tile_release();
+    while (e.left > 0) early_fetch(&e);
+    for (int32_t i = 0; kv->next && i < kv->next->n_run; i++) {
+        fetch((const unsigned char *)kv->next->run[i].k_scale);
+        fetch((const unsigned char *)kv->next->run[i].v_scale);
+    }
     for (int32_t h = 0; h < n_head; h++) finish(&w, part, h, n_head, head_dim);
 }
