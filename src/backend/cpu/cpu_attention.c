@@ -72,7 +72,7 @@ void cpu_store_rows(const cpu_run *c, int32_t layer) {
 
 enum {
     TILES_EACH = 4, /* tiles per worker below which the heavy ones are cut */
-    PIECES = 4,     /* that an average tile would be cut into then: the last ones end at nearly one time */
+    PIECES = 8,     /* that an average tile would be cut into then: the last ones end at nearly one time */
     ROWS_FEW = 8,   /* rows of a tile where each attends by itself, or workers want more tiles */
     SPLIT_ROWS = 8, /* longest rows whose pieces fit at one time; further ones stay whole */
 };
@@ -269,8 +269,12 @@ static void join_row(const cpu_run *c, const cpu_tile *split, int32_t r, const h
     const cpu_backend *b = c->b;
     const int32_t slot = split->slot + r * split->stride, n_block = blocks_to(c->s->pos[split->row + r]);
     float *acc = slot_part(b, slot, h);
-    for (int32_t i = 1; i < n_block; i++)
-        b->kernels->attn_join(acc, slot_part(b, slot + i, h), h->n, b->model->config.n_head_dim);
+    for (int32_t i = 1; i < n_block; i++) {
+        /* other workers wrote most of the parts, which lie in their caches */
+        const float *part = slot_part(b, slot + i, h), *next = slot_part(b, slot + i + (i + 1 < n_block), h);
+        for (int64_t at = 0; at < b->part_floats; at += CPU_LINE / 2) __builtin_prefetch(next + at, 0, 2);
+        b->kernels->attn_join(acc, part, h->n, b->model->config.n_head_dim);
+    }
     finish_row(b, split->row + r, h, acc);
 }
 
