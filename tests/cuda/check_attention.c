@@ -411,6 +411,33 @@ static void crowd_case(const shape *s) {
     step_free(w), step_free(alone);
 }
 
+/* Sequences of all sizes: those that blocks finish, hand over to the next block and share among many, in one line. */
+enum { UNEVEN = 50 };
+static void uneven(const shape *s, int32_t content[UNEVEN], int32_t len[UNEVEN], int32_t rows[UNEVEN]) {
+    const int32_t most = 16 / (s->H / s->G);
+    for (int32_t i = 0; i < UNEVEN; i++) {
+        content[i] = 100 + i;
+        rows[i] = 1 + i % most;
+        len[i] = i % 19 == 7 ? 3000 + i : rows[i] + i * i * 37 % 1000;
+    }
+}
+static void uneven_case(const shape *s) {
+    const char *name = case_name("uneven", s);
+    if (!check_begin(name)) return;
+    int32_t content[UNEVEN], len[UNEVEN], rows[UNEVEN];
+    uneven(s, content, len, rows);
+    step *w = step_new(s, UNEVEN, content, len, rows), *some = step_new(s, 9, content + 20, len + 20, rows + 20);
+    cu_bf16 *out = attend(name, w, true, BIG), *walked = attend(name, w, true, 0), *x = attend(name, some, true, BIG);
+    check_step(name, w, out, 1);
+    int32_t compared = 0;
+    const size_t bytes = (size_t)w->n_row * (size_t)CU_PAD(s->H * s->C) * 2;
+    check_that(case_name("uneven without scratch: bits", s), memcmp(out, walked, bytes) == 0, "differ");
+    check_that(case_name("uneven and fewer: bits", s), same_bits(w, out, some, x, &compared) && compared == some->n_row,
+               "differ");
+    free(out), free(walked), free(x);
+    step_free(w), step_free(some);
+}
+
 /* A sequence so long that every block has several of its tiles and more blocks than there are rows to join, beside one
  * that a block finishes and one that two share. */
 static void long_case(const shape *s) {
@@ -572,11 +599,8 @@ static void rope_case(const shape *s) {
 }
 
 /* Rotation, store and attention by one kernel, against the two: the same bits, and the same cache. */
-static void fused_case(const shape *s) {
-    const char *name = case_name("rope, store and decode at once", s);
-    if (!check_begin(name)) return;
-    const int32_t most = 16 / (s->H / s->G), len[] = {most, 128, 129, 130, 257, 1000, 3000, 1}, n = 8;
-    const int32_t content[] = {20, 21, 22, 23, 24, 25, 26, 27}, rows[] = {most, 1, most, most, 1, most, 1, 1};
+static void fused(const char *name, const shape *s, int32_t n, const int32_t *content, const int32_t *len,
+                  const int32_t *rows) {
     step *w = step_new(s, n, content, len, rows);
     const size_t C = (size_t)s->C, count = (size_t)w->n_row * (size_t)(s->H + 2 * s->G) * C,
                  out_bytes = (size_t)w->n_row * (size_t)CU_PAD(s->H * s->C) * 2,
@@ -612,6 +636,21 @@ static void fused_case(const shape *s) {
     check_free(q), check_free(qkv);
     free(in);
     step_free(w);
+}
+
+static void fused_case(const shape *s) {
+    const char *name = case_name("rope, store and decode at once", s);
+    if (!check_begin(name)) return;
+    const int32_t most = 16 / (s->H / s->G), len[] = {most, 128, 129, 130, 257, 1000, 3000, 1};
+    const int32_t content[] = {20, 21, 22, 23, 24, 25, 26, 27}, rows[] = {most, 1, most, most, 1, most, 1, 1};
+    fused(name, s, 8, content, len, rows);
+}
+static void fused_uneven_case(const shape *s) {
+    const char *name = case_name("rope, store and decode of uneven", s);
+    if (!check_begin(name)) return;
+    int32_t content[UNEVEN], len[UNEVEN], rows[UNEVEN];
+    uneven(s, content, len, rows);
+    fused(name, s, UNEVEN, content, len, rows);
 }
 
 /* ---- speed, as information --------------------------------------------------------------------------------------- */
@@ -737,6 +776,16 @@ void check_attention(void) {
     const shape codes = {.C = 128, .H = 16, .G = 2, .P = 64, .dtype = ERN_KV_I8};
     long_case(&wide);
     long_case(&codes);
+    const shape sizes[] = {{.C = 128, .H = 20, .G = 4, .P = 64},
+                           {.C = 16, .H = 64, .G = 16, .P = 64},
+                           {.C = 64, .H = 32, .G = 16, .P = 48},
+                           {.C = 128, .H = 16, .G = 8, .P = 64}};
+    for (int i = 0; i < 12; i++) {
+        shape s = sizes[i / 3];
+        s.dtype = kinds[i % 3];
+        uneven_case(&s);
+        fused_uneven_case(&s);
+    }
     for (int i = 0; i < 3; i++) many_case(&(shape){.C = 128, .H = 16, .G = 2, .P = 16, .dtype = kinds[i]});
     static const struct {
         const char *what;
@@ -744,8 +793,9 @@ void check_attention(void) {
     } speed[] = {
         {"decode 1 x 1024, 16/2", 16, 2, 1, 1024},     {"decode 1 x 4096, 20/4", 20, 4, 1, 4096},
         {"decode 1 x 32768, 20/4", 20, 4, 1, 32768},   {"decode 64 x 1024, 16/2", 16, 2, 64, 1024},
-        {"decode 64 x 4096, 20/4", 20, 4, 64, 4096},   {"decode 256 x 1024, 16/2", 16, 2, 256, 1024},
-        {"decode 256 x 4096, 20/4", 20, 4, 256, 4096},
+        {"decode 256 x 1024, 16/2", 16, 2, 256, 1024}, {"decode 8 x 4096, 20/4", 20, 4, 8, 4096},
+        {"decode 32 x 4096, 20/4", 20, 4, 32, 4096},   {"decode 64 x 4096, 20/4", 20, 4, 64, 4096},
+        {"decode 128 x 4096, 20/4", 20, 4, 128, 4096}, {"decode 256 x 4096, 20/4", 20, 4, 256, 4096},
     };
     for (size_t i = 0; i < sizeof speed / sizeof *speed; i++) {
         for (int k = 0; k < 3; k++) {

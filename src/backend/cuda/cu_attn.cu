@@ -162,28 +162,41 @@ static __device__ __forceinline__ int32_t packed_rows(const plan_args *a, int32_
     return a->kv_len[s] > 0 ? (a->row0[s + 1] - a->row0[s]) * a->group : 0;
 }
 
-/* Where each block begins in the line of n_dec sequences, whose places begin at `begin`, `stride` bytes apart. */
+static __device__ __forceinline__ int32_t unit_tiles(const attn_short *u) { return (u->len + CU_KEYS - 1) / CU_KEYS; }
+/* The unit of place x in the line of n_dec sequences, whose places begin at `begin`, `stride` bytes apart. */
+static __device__ attn_short unit_at(const plan_args *a, int32_t x, int32_t n_dec, const int32_t *begin,
+                                     int32_t stride) {
+    int32_t low = 0, high = n_dec; /* the last that does not begin beyond x */
+    while (high - low > 1) {
+        const int32_t mid = (low + high) / 2;
+        if (*(const int32_t *)((const char *)begin + (int64_t)mid * stride) <= x)
+            low = mid;
+        else
+            high = mid;
+    }
+    attn_short one = attn_shorts(a->work)[low];
+    one.head = (x - one.x0) / unit_tiles(&one);
+    one.x0 += one.head * unit_tiles(&one);
+    return one;
+}
+/* What each block begins with. */
 static __device__ void plan_starts(const plan_args *a, int32_t n_tile, int32_t n_dec, const int32_t *begin,
                                    int32_t stride) {
     const attn_line line = attn_line_of(n_tile, a->n_block);
     static_assert(PLANNERS >= ATTN_BLOCKS_MOST, "a thread a block");
     if ((int32_t)threadIdx.x < line.n_block) {
-        const int32_t x = attn_line_start(&line, threadIdx.x);
-        int32_t low = 0, high = n_dec; /* the last that does not begin beyond x */
-        while (high - low > 1) {
-            const int32_t mid = (low + high) / 2;
-            if (*(const int32_t *)((const char *)begin + (int64_t)mid * stride) <= x)
-                low = mid;
-            else
-                high = mid;
-        }
-        attn_short one = attn_shorts(a->work)[low];
-        const int32_t tiles = (one.len + CU_KEYS - 1) / CU_KEYS;
-        one.head = (x - one.x0) / tiles;
-        one.x0 += one.head * tiles;
+        const int32_t x = attn_line_start(&line, threadIdx.x), stop = attn_line_start(&line, threadIdx.x + 1);
         attn_start *to = attn_starts(a->turn, a->n_row, 2 * a->half) + threadIdx.x;
+        to->begin = unit_at(a, x, n_dec, begin, stride);
+        to->last = unit_at(a, stop - 1, n_dec, begin, stride);
+        const int32_t after = to->begin.x0 + unit_tiles(&to->begin), n_last = unit_tiles(&to->last);
+        attn_short one = to->begin;
+        if (to->last.x0 > x && to->last.x0 + n_last > stop && attn_line_hands(&line, n_last))
+            one = to->last;
+        else if (x > one.x0 && attn_line_hands(&line, after - one.x0))
+            one = unit_at(a, after, n_dec, begin, stride); /* there is more: a stretch is as long as the unit */
         to->at = one;
-        const int32_t first = (x - one.x0) * CU_KEYS / a->n_page_cell;
+        const int32_t first = max(x - one.x0, 0) * CU_KEYS / a->n_page_cell;
         for (int32_t i = 0; i < ATTN_START_PAGES; i++)
             to->page[i] = a->page[(int64_t)one.seq * a->n_page_max + min(first + i, a->n_page_max - 1)];
     }

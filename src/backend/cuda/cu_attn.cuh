@@ -90,18 +90,23 @@ static __device__ __forceinline__ int32_t attn_line_block(const attn_line *l, in
     const int32_t longer = l->more * (l->each + 1);
     return x < longer ? x / (l->each + 1) : l->more + (x - longer) / l->each;
 }
-/* A short sequence, and where it begins in the line; with a head of it, where a stretch begins. */
+/* A sequence and head of so many tiles that is cut is cut once, and whoever has its later part has time enough: its
+ * first part is done first in its stretch, its later part last, from where the first left it. */
+static __device__ __forceinline__ bool attn_line_hands(const attn_line *l, int32_t n_tile) { return n_tile <= l->each; }
+/* A short sequence, and where it begins in the line; with a head of it ("unit"). */
 typedef struct attn_short {
     int32_t seq, len, row0, n_row; /* packed rows */
     int32_t pos0;                  /* of its first row */
     int32_t x0;                    /* place in the line of the first tile of the head */
     int32_t k, head;               /* place among the short sequences; a sequence: head 0 */
 } attn_short;
-/* Where a stretch begins, and the pages of its first tile, as many as find room. */
+/* The unit that a block has tiles of first, the pages of the first of them, as many as find room; the units of the
+ * first and the last tile of its stretch. */
 enum { ATTN_START_PAGES = 4 };
 typedef struct attn_start {
     attn_short at;
     int32_t page[ATTN_START_PAGES];
+    attn_short begin, last;
 } attn_start;
 static __host__ __device__ __forceinline__ attn_short *attn_shorts(int32_t *work) {
     return (attn_short *)(work + ATTN_HEAD); /* [S] */

@@ -24,7 +24,7 @@
 #include "backend/cuda/cu_tensor.cuh"
 
 enum { THREADS = 128, WARPS = 4 };
-enum { POLLS_MOST = 1 << 20, ONCE = 4 }; /* ONCE: results of a thread on their way when it joins */
+enum { POLLS_MOST = 1 << 20 };
 
 /* Blocks that share a multiprocessor. */
 static __host__ __device__ constexpr int blocks_each(int C, int codes) { return !codes && C == 128 ? 3 : 4; }
@@ -275,13 +275,56 @@ static __device__ __forceinline__ void finish(const attn_args *a, const stretch 
     }
 }
 
+/* Go on from what the block before this one left of a unit: the words that the same threads of it wrote. */
+template <int C, int CODES>
+static __device__ __forceinline__ void take_up(const attn_args *a, const stretch *s, const unit *p, float acc[][2][4],
+                                               float M[2], float L[2], int warp, int lane) {
+    typedef decode_shape<C, CODES> sh;
+    constexpr int slices = slices_of(C);
+    const int g = lane >> 2, c = lane & 3;
+    uint32_t *at = (uint32_t *)a->scratch + (s->line.n_tile + unit_index(a, p)) * s->slot;
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const int r = g + 8 * i;
+        uint32_t *part = at + slot_acc(s->row_max, C) + r * C, least = 0;
+        if (r >= p->n_row || warp * sh::warp_units >= sh::units) continue;
+        uint2 ml, x[sh::warp_units][2];
+        for (int polls = 0; least == 0; polls++) {
+            ml = cu_look2(at + 2 * r * slices);
+            least = min(ml.x, ml.y);
+#pragma unroll
+            for (int u = 0; u < sh::warp_units; u++) {
+                const int first = (warp * sh::warp_units + u) * 16 + (CODES ? 4 * c : 2 * c);
+                x[u][0] = cu_look2(part + first), x[u][1] = cu_look2(part + first + (CODES ? 2 : 8));
+            }
+#pragma unroll
+            for (int u = 0; u < sh::warp_units; u++)
+                least = min(least, min(min(x[u][0].x, x[u][0].y), min(x[u][1].x, x[u][1].y)));
+            if (polls == POLLS_MOST) __trap(); /* not a hang: the block before begins with it */
+        }
+        M[i] = __uint_as_float(~ml.x), L[i] = __uint_as_float(~ml.y);
+#pragma unroll
+        for (int u = 0; u < sh::warp_units; u++) {
+            const int first = (warp * sh::warp_units + u) * 16 + (CODES ? 4 * c : 2 * c);
+            acc[u][0][2 * i] = __uint_as_float(~x[u][0].x);
+            acc[u][CODES ? 1 : 0][2 * i + (CODES ? 0 : 1)] = __uint_as_float(~x[u][0].y);
+            acc[u][CODES ? 0 : 1][2 * i + (CODES ? 1 : 0)] = __uint_as_float(~x[u][1].x);
+            acc[u][1][2 * i + 1] = __uint_as_float(~x[u][1].y);
+            clear2(part + first), clear2(part + first + (CODES ? 2 : 8));
+        }
+    }
+    __syncthreads(); /* all have M and L */
+    if (warp == 0 && c < slices)
+        for (int r = g; r < p->n_row; r += 8) clear2(at + 2 * (r * slices + c));
+}
+
 /* Join the block's share of its last unit, which was cut: the blocks whose stretch ends in the unit or with it share
  * its rows and slices, in turn. All results of a block are out before it waits here, and all blocks are on the chip at
  * once (the next kernel's come when all of these have begun), so what is waited for comes.
  *
- * Words come to shared memory (`room`), where `lanes` threads a row and slice join them. Every word has one reader, who
- * makes it 0 for the next launch. */
-template <int C, int ROOM_BYTES>
+ * Words come to shared memory (`room`), ONCE of 16 bytes of a thread on their way at once, where `lanes` threads a row
+ * and slice join them. Every word has one reader, who makes it 0 for the next launch. */
+template <int C, int ONCE, int ROOM_BYTES>
 static __device__ __forceinline__ void join(const attn_args *a, const stretch *s, const unit *u, unsigned char *room) {
     constexpr int wide = C < 32 ? C : 32, lanes = wide / 4, groups = THREADS / lanes, slices = slices_of(C);
     constexpr int lines = ROOM_BYTES / (wide * 4 + 8) / 2 * 2, at_once = lines < groups ? groups / 2 : groups;
@@ -309,39 +352,47 @@ static __device__ __forceinline__ void join(const attn_args *a, const stretch *s
             const int32_t count = min(each, seen - piece0);
 #pragma unroll 1
             for (int32_t p = sub; p < count; p += ONCE * step) {
-                int32_t slot[ONCE];
+                /* M and L of piece k: by lane k of those that share it */
                 uint4 o[ONCE];
-                uint2 ml[ONCE];
-#pragma unroll
-                for (int k = 0; k < ONCE; k++) {
-                    const int32_t piece = piece0 + p + (p + k * step < count ? k * step : 0); /* nobody else's */
-                    slot[k] = piece ? slots + piece * s->slot : slot0;
-                }
-                uint32_t least = 0;
-                for (int polls = 0; least == 0; polls++) {
-                    least = 0xffffffffu;
+                uint2 ml[ONCE / lanes];
+                for (int polls = 0;; polls++) {
+                    uint32_t least = 0xffffffffu, least_ml = least;
 #pragma unroll
                     for (int k = 0; k < ONCE; k++) {
-                        o[k] = cu_look4(acc_at + slot[k]);
-                        ml[k] = make_uint2(least, least);
-                        if (lane == 0) ml[k] = cu_look2(ml_at + slot[k]);
+                        const int32_t piece = piece0 + p + k * step;
+                        o[k] = make_uint4(least, least, least, least);
+                        if (p + k * step < count) o[k] = cu_look4(acc_at + (piece ? slots + piece * s->slot : slot0));
                     }
+                    do {
+#pragma unroll
+                        for (int k = 0; k < ONCE / lanes; k++) {
+                            const int32_t nth_p = p + (k * lanes + lane) * step, piece = piece0 + nth_p;
+                            ml[k] = make_uint2(0xffffffffu, 0xffffffffu);
+                            if (nth_p < count) ml[k] = cu_look2(ml_at + (piece ? slots + piece * s->slot : slot0));
+                        }
+                        least_ml = 0xffffffffu;
+#pragma unroll
+                        for (int k = 0; k < ONCE / lanes; k++) least_ml = min(least_ml, min(ml[k].x, ml[k].y));
+                        if (++polls > POLLS_MOST) __trap(); /* not a hang, if ever the above is not so */
+                    } while (least_ml == 0);
 #pragma unroll
                     for (int k = 0; k < ONCE; k++) least = min(min(least, min(o[k].x, o[k].y)), min(o[k].z, o[k].w));
-#pragma unroll
-                    for (int k = 0; k < ONCE; k++) least = min(least, min(ml[k].x, ml[k].y));
-                    if (polls == POLLS_MOST) __trap(); /* not a hang, if ever the above is not so */
+                    if (least) break;
                 }
 #pragma unroll
                 for (int k = 0; k < ONCE; k++) {
-                    const int32_t line = ((p + k * step) << bits) + nth;
+                    const int32_t line = ((p + k * step) << bits) + nth, piece = piece0 + p + k * step;
                     if (p + k * step >= count) continue;
                     acc_room[line * lanes + lane] = make_float4(__uint_as_float(~o[k].x), __uint_as_float(~o[k].y),
                                                                 __uint_as_float(~o[k].z), __uint_as_float(~o[k].w));
-                    clear4(acc_at + slot[k]);
-                    if (lane > 0) continue;
-                    ml_room[line] = make_float2(__uint_as_float(~ml[k].x), __uint_as_float(~ml[k].y));
-                    clear2(ml_at + slot[k]);
+                    clear4(acc_at + (piece ? slots + piece * s->slot : slot0));
+                }
+#pragma unroll
+                for (int k = 0; k < ONCE / lanes; k++) {
+                    const int32_t nth_p = p + (k * lanes + lane) * step, piece = piece0 + nth_p;
+                    if (nth_p >= count) continue;
+                    ml_room[(nth_p << bits) + nth] = make_float2(__uint_as_float(~ml[k].x), __uint_as_float(~ml[k].y));
+                    clear2(ml_at + (piece ? slots + piece * s->slot : slot0));
                 }
             }
             __syncthreads();
@@ -429,19 +480,27 @@ static __global__ void __launch_bounds__(THREADS, (blocks_each(C, CODES)))
         cu_wait_previous();
         if (blockIdx.x == 0 && tid == 0) a.work[ATTN_WIDE_TAKEN] = 0;
     }
-    const attn_start *starts = attn_starts(a.turn, a.n_row, C);
-    unit cur = unit_of(&starts[blockIdx.x].at);
-    const int4 pages = __ldcg((const int4 *)starts[blockIdx.x].page);
+    const attn_start *start = attn_starts(a.turn, a.n_row, C) + blockIdx.x;
+    unit cur = unit_of(&start->at);
+    const int4 pages = __ldcg((const int4 *)start->page);
+    const unit begin = unit_of(&start->begin), end_unit = unit_of(&start->last);
     const stretch s = stretch_of(&a, C);
     if ((int32_t)blockIdx.x >= (s.cut ? s.line.n_block : s.n_unit)) {
         if (blockIdx.x == 0) cu_wait_previous(); /* who waits for this kernel waits for those before */
         return;
     }
     if (!s.cut) cur = unit_nth(&a, blockIdx.x);
-    int32_t tile = s.cut ? attn_line_start(&s.line, blockIdx.x) - cur.x0 : 0;
-    const int32_t stop = attn_line_start(&s.line, blockIdx.x + 1);
+    const int32_t from = attn_line_start(&s.line, blockIdx.x), stop = attn_line_start(&s.line, blockIdx.x + 1);
+    const int32_t begin_end = begin.x0 + begin.n_tile;
+    int32_t tile = s.cut ? max(from - cur.x0, 0) : 0;
     int32_t end = s.cut ? min(cur.n_tile, stop - cur.x0) : cur.n_tile;
     bool alone = tile > 0; /* each tile by itself */
+    /* the first part of the last unit is done first; the later part of the first unit is done last */
+    bool hands = s.cut && cur.x0 > from && cur.x0 + cur.n_tile > stop && attn_line_hands(&s.line, cur.n_tile);
+    bool takes = s.cut && from > begin.x0 && attn_line_hands(&s.line, begin.n_tile);
+    const bool joins = s.cut && !attn_line_hands(&s.line, end_unit.n_tile) &&
+                       (end_unit.x0 < from || end_unit.x0 + end_unit.n_tile > stop);
+    int32_t between = hands ? cur.x0 : stop; /* where units end that are neither */
 
     int turn = 0;
     bool first = true;
@@ -492,12 +551,27 @@ static __global__ void __launch_bounds__(THREADS, (blocks_each(C, CODES)))
         const bool last = tile + 1 >= end;
         unit next = cur;
         int32_t next_tile = tile + 1;
-        bool more = true;
-        if (last) {
+        bool more = true, takes_next = false;
+        if (last && !s.cut) {
             const int32_t n = unit_index(&a, &cur) + (int32_t)gridDim.x;
-            more = s.cut ? cur.x0 + cur.n_tile < stop : n < s.n_unit;
+            more = n < s.n_unit;
             next_tile = 0;
-            if (more) next = s.cut ? unit_after(&a, &cur) : unit_nth(&a, n);
+            if (more) next = unit_nth(&a, n);
+        } else if (last) {
+            const int32_t x = !hands ? cur.x0 + cur.n_tile : takes ? begin_end : from;
+            if (x < between) {
+                if (hands) next = unit_of(&start->begin);
+                if (!hands || takes) next = unit_after(&a, &next);
+                next_tile = x - next.x0;
+            } else if (takes) {
+                next = unit_of(&start->begin);
+                next_tile = from - next.x0;
+                takes_next = true;
+                takes = false, between = 0;
+            } else {
+                more = false;
+            }
+            hands = false;
         }
         /* asked for early, used after the scores */
         const int32_t next_at = next_tile * CU_KEYS + tid;
@@ -652,16 +726,18 @@ static __global__ void __launch_bounds__(THREADS, (blocks_each(C, CODES)))
         if (!BULK && makes && next_own < CU_KEYS)
             make_rows<C, CODES>(&a, smem, key_scale + (1 + turn) * CU_KEYS, 1, 1, &next, next_tile);
         if (last) {
-            alone = false;
+            alone = next_tile > 0 && !takes_next;
             end = s.cut ? min(next.n_tile, stop - next.x0) : next.n_tile;
         }
         cur = next;
         tile = next_tile;
+        if (takes_next) take_up<C, CODES>(&a, &s, &cur, acc, M, L, warp, lane);
     }
     attn_copy_wait<0>();
-    if (!alone && end == cur.n_tile) return;
-    __syncthreads(); /* nobody reads values any more */
-    join<C, sh::q_at - sh::v_at>(&a, &s, &cur, smem + sh::v_at);
+    if (!joins) return;
+    if (cur.x0 + cur.n_tile < stop) cur = unit_of(&start->last);
+    __syncthreads(); /* nobody reads keys or values any more */
+    join<C, blocks_each(C, CODES) == 3 ? 16 : 8, sh::q_at - sh::k_at>(&a, &s, &cur, smem + sh::k_at);
 }
 
 /* ---- launches ---------------------------------------------------------------------------------------------------- */
