@@ -191,10 +191,10 @@ static __device__ void plan_starts(const plan_args *a, int32_t n_tile, int32_t n
         to->last = unit_at(a, stop - 1, n_dec, begin, stride);
         const int32_t after = to->begin.x0 + unit_tiles(&to->begin), n_last = unit_tiles(&to->last);
         attn_short one = to->begin;
-        if (to->last.x0 > x && to->last.x0 + n_last > stop && attn_line_hands(&line, n_last))
+        if (to->last.x0 > x && to->last.x0 + n_last > stop && attn_line_hands(&line, to->last.x0, n_last))
             one = to->last;
-        else if (x > one.x0 && attn_line_hands(&line, after - one.x0))
-            one = unit_at(a, after, n_dec, begin, stride); /* there is more: a stretch is as long as the unit */
+        else if (x > one.x0 && attn_line_hands(&line, one.x0, after - one.x0))
+            one = unit_at(a, after, n_dec, begin, stride); /* the stretch is longer */
         to->at = one;
         const int32_t first = max(x - one.x0, 0) * CU_KEYS / a->n_page_cell;
         for (int32_t i = 0; i < ATTN_START_PAGES; i++)

@@ -90,9 +90,12 @@ static __device__ __forceinline__ int32_t attn_line_block(const attn_line *l, in
     const int32_t longer = l->more * (l->each + 1);
     return x < longer ? x / (l->each + 1) : l->more + (x - longer) / l->each;
 }
-/* A sequence and head of so many tiles that is cut is cut once, and whoever has its later part has time enough: its
- * first part is done first in its stretch, its later part last, from where the first left it. */
-static __device__ __forceinline__ bool attn_line_hands(const attn_line *l, int32_t n_tile) { return n_tile <= l->each; }
+/* A sequence and head of n_tile tiles from x0 on that is cut is cut once, and whoever has its later part has time
+ * enough: its first part is done first in its stretch, its later part last, from where the first left it. */
+static __device__ __forceinline__ bool attn_line_hands(const attn_line *l, int32_t x0, int32_t n_tile) {
+    if (n_tile <= l->each) return true;
+    return n_tile <= l->each + l->each / 8 + 1 && x0 + n_tile < attn_line_start(l, attn_line_block(l, x0) + 2);
+}
 /* A short sequence, and where it begins in the line; with a head of it ("unit"). */
 typedef struct attn_short {
     int32_t seq, len, row0, n_row; /* packed rows */
@@ -227,7 +230,8 @@ static __device__ __forceinline__ float attn_join(float acc, float o, float a, f
 
 static __device__ __forceinline__ uint32_t attn_smem(const void *p) { return (uint32_t)__cvta_generic_to_shared(p); }
 
-/* 16 or 4 bytes to shared memory; zeros where `real` is false. */
+/* 16 or 4 bytes to shared memory; zeros where `real` is false. _all: keys and values of decode, each read once: they
+ * leave the L2 cache first, so that results on their way to who joins them stay. */
 static __device__ __forceinline__ void attn_copy16(uint32_t to, const void *from, bool real) {
     asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(real ? 16 : 0)
                  : "memory");
@@ -235,8 +239,15 @@ static __device__ __forceinline__ void attn_copy16(uint32_t to, const void *from
 static __device__ __forceinline__ void attn_copy4(uint32_t to, const void *from, bool real) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(real ? 4 : 0) : "memory");
 }
+static __device__ __forceinline__ uint64_t attn_once(void) {
+    uint64_t policy;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
 static __device__ __forceinline__ void attn_copy16_all(uint32_t to, const void *from) {
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
+                 "l"(attn_once())
+                 : "memory");
 }
 /* 16 bytes or zeros, or nothing at all; without a branch. */
 static __device__ __forceinline__ void attn_copy16_if(bool wanted, uint32_t to, const void *from, bool real) {

@@ -24,7 +24,7 @@
 #include "backend/cuda/cu_tensor.cuh"
 
 enum { THREADS = 128, WARPS = 4 };
-enum { POLLS_MOST = 1 << 20 };
+enum { POLLS_MOST = 1 << 20, ONCE = 4 }; /* ONCE: results of a thread on their way when it joins */
 
 /* Blocks that share a multiprocessor. */
 static __host__ __device__ constexpr int blocks_each(int C, int codes) { return !codes && C == 128 ? 3 : 4; }
@@ -322,9 +322,9 @@ static __device__ __forceinline__ void take_up(const attn_args *a, const stretch
  * its rows and slices, in turn. All results of a block are out before it waits here, and all blocks are on the chip at
  * once (the next kernel's come when all of these have begun), so what is waited for comes.
  *
- * Words come to shared memory (`room`), ONCE of 16 bytes of a thread on their way at once, where `lanes` threads a row
- * and slice join them. Every word has one reader, who makes it 0 for the next launch. */
-template <int C, int ONCE, int ROOM_BYTES>
+ * Words come to shared memory (`room`), where `lanes` threads a row and slice join them. Every word has one reader, who
+ * makes it 0 for the next launch. */
+template <int C, int ROOM_BYTES>
 static __device__ __forceinline__ void join(const attn_args *a, const stretch *s, const unit *u, unsigned char *room) {
     constexpr int wide = C < 32 ? C : 32, lanes = wide / 4, groups = THREADS / lanes, slices = slices_of(C);
     constexpr int lines = ROOM_BYTES / (wide * 4 + 8) / 2 * 2, at_once = lines < groups ? groups / 2 : groups;
@@ -352,47 +352,39 @@ static __device__ __forceinline__ void join(const attn_args *a, const stretch *s
             const int32_t count = min(each, seen - piece0);
 #pragma unroll 1
             for (int32_t p = sub; p < count; p += ONCE * step) {
-                /* M and L of piece k: by lane k of those that share it */
+                int32_t slot[ONCE];
                 uint4 o[ONCE];
-                uint2 ml[ONCE / lanes];
-                for (int polls = 0;; polls++) {
-                    uint32_t least = 0xffffffffu, least_ml = least;
+                uint2 ml[ONCE];
+#pragma unroll
+                for (int k = 0; k < ONCE; k++) {
+                    const int32_t piece = piece0 + p + (p + k * step < count ? k * step : 0); /* nobody else's */
+                    slot[k] = piece ? slots + piece * s->slot : slot0;
+                }
+                uint32_t least = 0;
+                for (int polls = 0; least == 0; polls++) {
+                    least = 0xffffffffu;
 #pragma unroll
                     for (int k = 0; k < ONCE; k++) {
-                        const int32_t piece = piece0 + p + k * step;
-                        o[k] = make_uint4(least, least, least, least);
-                        if (p + k * step < count) o[k] = cu_look4(acc_at + (piece ? slots + piece * s->slot : slot0));
+                        o[k] = cu_look4(acc_at + slot[k]);
+                        ml[k] = make_uint2(least, least);
+                        if (lane == 0) ml[k] = cu_look2(ml_at + slot[k]);
                     }
-                    do {
-#pragma unroll
-                        for (int k = 0; k < ONCE / lanes; k++) {
-                            const int32_t nth_p = p + (k * lanes + lane) * step, piece = piece0 + nth_p;
-                            ml[k] = make_uint2(0xffffffffu, 0xffffffffu);
-                            if (nth_p < count) ml[k] = cu_look2(ml_at + (piece ? slots + piece * s->slot : slot0));
-                        }
-                        least_ml = 0xffffffffu;
-#pragma unroll
-                        for (int k = 0; k < ONCE / lanes; k++) least_ml = min(least_ml, min(ml[k].x, ml[k].y));
-                        if (++polls > POLLS_MOST) __trap(); /* not a hang, if ever the above is not so */
-                    } while (least_ml == 0);
 #pragma unroll
                     for (int k = 0; k < ONCE; k++) least = min(min(least, min(o[k].x, o[k].y)), min(o[k].z, o[k].w));
-                    if (least) break;
+#pragma unroll
+                    for (int k = 0; k < ONCE; k++) least = min(least, min(ml[k].x, ml[k].y));
+                    if (polls == POLLS_MOST) __trap(); /* not a hang, if ever the above is not so */
                 }
 #pragma unroll
                 for (int k = 0; k < ONCE; k++) {
-                    const int32_t line = ((p + k * step) << bits) + nth, piece = piece0 + p + k * step;
+                    const int32_t line = ((p + k * step) << bits) + nth;
                     if (p + k * step >= count) continue;
                     acc_room[line * lanes + lane] = make_float4(__uint_as_float(~o[k].x), __uint_as_float(~o[k].y),
                                                                 __uint_as_float(~o[k].z), __uint_as_float(~o[k].w));
-                    clear4(acc_at + (piece ? slots + piece * s->slot : slot0));
-                }
-#pragma unroll
-                for (int k = 0; k < ONCE / lanes; k++) {
-                    const int32_t nth_p = p + (k * lanes + lane) * step, piece = piece0 + nth_p;
-                    if (nth_p >= count) continue;
-                    ml_room[(nth_p << bits) + nth] = make_float2(__uint_as_float(~ml[k].x), __uint_as_float(~ml[k].y));
-                    clear2(ml_at + (piece ? slots + piece * s->slot : slot0));
+                    clear4(acc_at + slot[k]);
+                    if (lane > 0) continue;
+                    ml_room[line] = make_float2(__uint_as_float(~ml[k].x), __uint_as_float(~ml[k].y));
+                    clear2(ml_at + slot[k]);
                 }
             }
             __syncthreads();
@@ -448,9 +440,9 @@ static __device__ __forceinline__ void bulk_load(const attn_args *a, const bulk 
     if (page < 0) return;
     const int32_t cell = at - attn_nth_page<true>(a, at) * a->n_page_cell;
     const int64_t plane = page * a->page_bytes + head * a->plane_bytes + (which ? a->value : 0);
-    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], "
-                 "[%4];" ::"r"(attn_smem(smem + (which ? sh::v_at : sh::k_at)) + in_tile * C),
-                 "l"(b->cells), "r"(0), "r"((int32_t)(plane / C) + cell), "r"(bar)
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], "
+                 "[%1, {%2, %3}], [%4], %5;" ::"r"(attn_smem(smem + (which ? sh::v_at : sh::k_at)) + in_tile * C),
+                 "l"(b->cells), "r"(0), "r"((int32_t)(plane / C) + cell), "r"(bar), "l"(attn_once())
                  : "memory");
     if (which) return;
     const unsigned char *scale = a->kv + plane + a->scale_at + cell * 4;
@@ -496,9 +488,9 @@ static __global__ void __launch_bounds__(THREADS, (blocks_each(C, CODES)))
     int32_t end = s.cut ? min(cur.n_tile, stop - cur.x0) : cur.n_tile;
     bool alone = tile > 0; /* each tile by itself */
     /* the first part of the last unit is done first; the later part of the first unit is done last */
-    bool hands = s.cut && cur.x0 > from && cur.x0 + cur.n_tile > stop && attn_line_hands(&s.line, cur.n_tile);
-    bool takes = s.cut && from > begin.x0 && attn_line_hands(&s.line, begin.n_tile);
-    const bool joins = s.cut && !attn_line_hands(&s.line, end_unit.n_tile) &&
+    bool hands = s.cut && cur.x0 > from && cur.x0 + cur.n_tile > stop && attn_line_hands(&s.line, cur.x0, cur.n_tile);
+    bool takes = s.cut && from > begin.x0 && attn_line_hands(&s.line, begin.x0, begin.n_tile);
+    const bool joins = s.cut && !attn_line_hands(&s.line, end_unit.x0, end_unit.n_tile) &&
                        (end_unit.x0 < from || end_unit.x0 + end_unit.n_tile > stop);
     int32_t between = hands ? cur.x0 : stop; /* where units end that are neither */
 
@@ -737,7 +729,7 @@ static __global__ void __launch_bounds__(THREADS, (blocks_each(C, CODES)))
     if (!joins) return;
     if (cur.x0 + cur.n_tile < stop) cur = unit_of(&start->last);
     __syncthreads(); /* nobody reads keys or values any more */
-    join<C, blocks_each(C, CODES) == 3 ? 16 : 8, sh::q_at - sh::k_at>(&a, &s, &cur, smem + sh::k_at);
+    join<C, sh::q_at - sh::k_at>(&a, &s, &cur, smem + sh::k_at);
 }
 
 /* ---- launches ---------------------------------------------------------------------------------------------------- */
