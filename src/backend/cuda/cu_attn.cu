@@ -316,7 +316,7 @@ cudaError_t cu_attn_plan(cudaStream_t s, const cu_cache *c, const cu_seqs *seqs,
     a.group = c->n_head / c->n_kv_head;
     a.n_kv_head = c->n_kv_head;
     a.half = c->n_head_dim / 2;
-    a.n_block = attn_decode_blocks(c->n_head_dim, attn_codes_of(c->dtype));
+    a.n_block = attn_decode_blocks(c->n_head_dim, attn_codes_of(c->dtype), (int64_t)seqs->n_seq * c->n_kv_head);
     a.pos = seqs->pos;
     a.row0 = seqs->row0;
     a.kv_len = seqs->kv_len;

@@ -324,8 +324,8 @@ int32_t attn_sm_count(void);
 /* Floats of partial results of short sequences: tiles of all of them and their heads, sequences and heads, packed rows.
  */
 int64_t attn_decode_floats(int64_t n_tile, int64_t n_unit, int32_t n_row, int32_t C);
-/* Blocks of the launch. */
-int32_t attn_decode_blocks(int32_t C, int codes);
+/* Blocks of the launch for so many sequences times heads. */
+int32_t attn_decode_blocks(int32_t C, int codes, int64_t n_unit);
 cudaError_t attn_decode(cudaStream_t s, const attn_args *a, int32_t C, int codes);
 cudaError_t attn_prefill(cudaStream_t s, const attn_args *a, int32_t C, int codes);
 

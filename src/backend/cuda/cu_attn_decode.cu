@@ -30,7 +30,12 @@ enum { POLLS_MOST = 1 << 20, ONCE = 4 }; /* ONCE: results of a thread on their w
 static __host__ __device__ constexpr int blocks_each(int C, int codes) { return !codes && C == 128 ? 3 : 4; }
 
 template <int C, int CODES> struct decode_shape : tile_shape<C, CODES, WARPS> {
-    static constexpr int bytes = tile_shape<C, CODES, WARPS>::end_at;
+    static constexpr int floats = tile_shape<C, CODES, WARPS>::warp_units * 8; /* of Acc, a thread's */
+    static constexpr int each_bytes =
+        (tile_shape<C, CODES, WARPS>::end_at + (CODES ? 1023 : 127)) & (CODES ? -1024 : -128);
+    static constexpr int bytes(int groups) {
+        return groups > 1 ? groups * each_bytes + THREADS * floats * 4 + 2 * ATTN_FEW * 8 : each_bytes;
+    }
     static constexpr int q_turns = (ATTN_FEW * (C / 8) + THREADS - 1) / THREADS; /* chunks of q of a thread */
 };
 
@@ -52,6 +57,8 @@ typedef struct stretch {
     int32_t row_max, slot; /* words of a slot */
     int32_t n_unit;
     bool cut; /* false: slots do not fit scratch, and block b takes units b, b + blocks and so on */
+    int32_t from, stop, begin_end; /* of this block; where the unit of its first tile ends */
+    const attn_start *start;
 } stretch;
 
 static __device__ __forceinline__ stretch stretch_of(const attn_args *a, int C) {
@@ -62,6 +69,8 @@ static __device__ __forceinline__ stretch stretch_of(const attn_args *a, int C) 
     s.slot = slot_words(s.row_max, C);
     s.n_unit = head.x * a->n_kv_head;
     s.cut = ((int64_t)head.y + s.n_unit) * s.slot <= a->n_scratch;
+    s.from = attn_line_start(&s.line, blockIdx.x), s.stop = attn_line_start(&s.line, blockIdx.x + 1);
+    s.start = attn_starts(a->turn, a->n_row, C) + blockIdx.x;
     return s;
 }
 /* A sequence and head. */
@@ -98,6 +107,73 @@ static __device__ __forceinline__ unit unit_nth(const attn_args *a, int32_t n) {
     u.x0 += u.head * u.n_tile;
     return u;
 }
+/* Where a group is. `fresh`: no tile before this one goes into its results, or (`taken`) those of the block before. */
+typedef struct walk {
+    unit u;
+    int32_t tile, end;
+    int32_t between; /* where units end that are neither handed nor taken */
+    bool alone;      /* each tile by itself */
+    bool fresh, taken;
+    bool hands, takes; /* the unit that is handed on is being done; the one that is taken is to come */
+} walk;
+
+/* The first tile of the block. */
+static __device__ __forceinline__ walk walk_of(const attn_args *a, stretch *s) {
+    const unit begin = unit_of(&s->start->begin);
+    walk w;
+    w.u = unit_of(&s->start->at);
+    if (!s->cut) w.u = unit_nth(a, blockIdx.x);
+    s->begin_end = begin.x0 + begin.n_tile;
+    w.hands =
+        s->cut && w.u.x0 > s->from && w.u.x0 + w.u.n_tile > s->stop && attn_line_hands(&s->line, w.u.x0, w.u.n_tile);
+    w.takes = s->cut && s->from > begin.x0 && attn_line_hands(&s->line, begin.x0, begin.n_tile);
+    w.between = w.hands ? w.u.x0 : s->stop;
+    w.tile = s->cut ? max(s->from - w.u.x0, 0) : 0;
+    w.end = s->cut ? min(w.u.n_tile, s->stop - w.u.x0) : w.u.n_tile;
+    w.alone = w.tile > 0;
+    w.fresh = true, w.taken = false;
+    return w;
+}
+/* The next; false: there is none. */
+static __device__ __forceinline__ bool walk_on(const attn_args *a, const stretch *s, walk *w) {
+    w->tile++;
+    w->fresh = w->alone || w->tile == w->end;
+    if (w->tile < w->end) return true;
+    if (!s->cut) {
+        const int32_t n = unit_index(a, &w->u) + (int32_t)gridDim.x;
+        if (n >= s->n_unit) return false;
+        w->u = unit_nth(a, n);
+        w->tile = 0, w->end = w->u.n_tile;
+        return true;
+    }
+    const int32_t x = !w->hands ? w->u.x0 + w->u.n_tile : w->takes ? s->begin_end : s->from;
+    const bool between = x < w->between;
+    if (!between && !w->takes) return false;
+    if (!between || w->hands) w->u = unit_of(&s->start->begin);
+    if (between && (!w->hands || w->takes)) w->u = unit_after(a, &w->u);
+    w->hands = false;
+    w->taken = !between;
+    if (!between) w->takes = false, w->between = 0;
+    w->tile = (between ? x : s->from) - w->u.x0;
+    w->alone = between && w->tile > 0;
+    w->end = min(w->u.n_tile, s->stop - w->u.x0);
+    return true;
+}
+
+/* Threads of a group wait for each other; and groups for their turns, in which they join a tile each. */
+template <int GROUPS> static __device__ __forceinline__ void group_sync(void) {
+    if (GROUPS == 1)
+        __syncthreads();
+    else
+        asm volatile("bar.sync %0, 128;" ::"r"(1 + threadIdx.y) : "memory");
+}
+template <int GROUPS> static __device__ __forceinline__ void turn_wait(void) {
+    asm volatile("bar.sync %0, 256;" ::"r"(1 + GROUPS + threadIdx.y) : "memory");
+}
+template <int GROUPS> static __device__ __forceinline__ void turn_pass(void) {
+    asm volatile("bar.arrive %0, 256;" ::"r"(1 + GROUPS + (threadIdx.y + 1) % GROUPS) : "memory");
+}
+
 /* Keys and values (kinds 2), keys or values (1, from `kind` on) of this step in a tile: rotated, to their cells and to
  * shared memory; a warp a row. scales [][CU_KEYS]: in shared memory, of the first kind and the next. */
 template <int C, int CODES>
@@ -276,7 +352,7 @@ static __device__ __forceinline__ void finish(const attn_args *a, const stretch 
 }
 
 /* Go on from what the block before this one left of a unit: the words that the same threads of it wrote. */
-template <int C, int CODES>
+template <int C, int CODES, int GROUPS>
 static __device__ __forceinline__ void take_up(const attn_args *a, const stretch *s, const unit *p, float acc[][2][4],
                                                float M[2], float L[2], int warp, int lane) {
     typedef decode_shape<C, CODES> sh;
@@ -313,7 +389,7 @@ static __device__ __forceinline__ void take_up(const attn_args *a, const stretch
             clear2(part + first), clear2(part + first + (CODES ? 2 : 8));
         }
     }
-    __syncthreads(); /* all have M and L */
+    group_sync<GROUPS>(); /* all have M and L */
     if (warp == 0 && c < slices)
         for (int r = g; r < p->n_row; r += 8) clear2(at + 2 * (r * slices + c));
 }
@@ -324,7 +400,7 @@ static __device__ __forceinline__ void take_up(const attn_args *a, const stretch
  *
  * Words come to shared memory (`room`), where `lanes` threads a row and slice join them. Every word has one reader, who
  * makes it 0 for the next launch. */
-template <int C, int ROOM_BYTES>
+template <int C, int GROUPS, int ROOM_BYTES>
 static __device__ __forceinline__ void join(const attn_args *a, const stretch *s, const unit *u, unsigned char *room) {
     constexpr int wide = C < 32 ? C : 32, lanes = wide / 4, groups = THREADS / lanes, slices = slices_of(C);
     constexpr int lines = ROOM_BYTES / (wide * 4 + 8) / 2 * 2, at_once = lines < groups ? groups / 2 : groups;
@@ -387,7 +463,7 @@ static __device__ __forceinline__ void join(const attn_args *a, const stretch *s
                     clear2(ml_at + slot[k]);
                 }
             }
-            __syncthreads();
+            group_sync<GROUPS>();
 #pragma unroll 8
             for (int32_t p = 0; p < (sub == 0 ? count : 0); p++) {
                 const float2 ml = ml_room[(p << bits) + nth];
@@ -398,7 +474,7 @@ static __device__ __forceinline__ void join(const attn_args *a, const stretch *s
                 acc[0] = attn_join(acc[0], o.x, f, b), acc[1] = attn_join(acc[1], o.y, f, b);
                 acc[2] = attn_join(acc[2], o.z, f, b), acc[3] = attn_join(acc[3], o.w, f, b);
             }
-            __syncthreads();
+            group_sync<GROUPS>();
         }
         if (sub > 0 || nth >= n) continue;
         const int32_t h = u->head * a->group + r - t * a->group;
@@ -450,15 +526,19 @@ static __device__ __forceinline__ void bulk_load(const attn_args *a, const bulk 
     copy_bulk(attn_smem(value_scale) + in_tile * 4, scale + a->value, b->run * 4, bar);
 }
 
-template <int C, int CODES, bool BULK>
-static __global__ void __launch_bounds__(THREADS, (blocks_each(C, CODES)))
+template <int C, int CODES, bool BULK, int GROUPS>
+static __global__ void __launch_bounds__(THREADS *GROUPS, (blocks_each(C, CODES) / GROUPS))
     decode_kernel(const __grid_constant__ attn_args a, const __grid_constant__ CUtensorMap map, int32_t run) {
     typedef decode_shape<C, CODES> sh;
-    extern __shared__ __align__(1024) unsigned char smem[];
-    __shared__ uint64_t bar_words[2];
-    const bulk b = {&map, run, {attn_smem(bar_words), attn_smem(bar_words + 1)}};
+    extern __shared__ __align__(1024) unsigned char all_smem[];
+    __shared__ uint64_t bar_words[GROUPS][2];
+    const int group = GROUPS > 1 ? (int)threadIdx.y : 0;
+    unsigned char *smem = all_smem + group * sh::each_bytes;
+    /* of the unit that the block is at: [][THREADS] float4 of Acc, then M and L of rows, in two places in turn */
+    float4 *acc_at = (float4 *)(all_smem + GROUPS * sh::each_bytes) + threadIdx.x;
+    float2 *ml_at = (float2 *)(all_smem + GROUPS * sh::each_bytes + THREADS * sh::floats * 4);
+    const bulk b = {&map, run, {attn_smem(bar_words[group]), attn_smem(bar_words[group] + 1)}};
     uint32_t parity = 0;
-    int64_t *cells = (int64_t *)(smem + sh::cell_at);
     float *top = (float *)(smem + sh::top_at), *key_scale = (float *)(smem + sh::scale_at);
     const int tid = threadIdx.x, warp = tid >> 5, lane = tid & 31, g = lane >> 2, c = lane & 3;
     const bool makes = a.qkv != NULL;
@@ -470,38 +550,33 @@ static __global__ void __launch_bounds__(THREADS, (blocks_each(C, CODES)))
     }
     if (!makes) {
         cu_wait_previous();
-        if (blockIdx.x == 0 && tid == 0) a.work[ATTN_WIDE_TAKEN] = 0;
+        if (blockIdx.x == 0 && tid == 0 && group == 0) a.work[ATTN_WIDE_TAKEN] = 0;
     }
-    const attn_start *start = attn_starts(a.turn, a.n_row, C) + blockIdx.x;
-    unit cur = unit_of(&start->at);
-    const int4 pages = __ldcg((const int4 *)start->page);
-    const unit begin = unit_of(&start->begin), end_unit = unit_of(&start->last);
-    const stretch s = stretch_of(&a, C);
+    stretch s = stretch_of(&a, C);
+    const int4 pages = __ldcg((const int4 *)s.start->page);
+    const unit end_unit = unit_of(&s.start->last);
+    walk w = walk_of(&a, &s);
     if ((int32_t)blockIdx.x >= (s.cut ? s.line.n_block : s.n_unit)) {
         if (blockIdx.x == 0) cu_wait_previous(); /* who waits for this kernel waits for those before */
         return;
     }
-    if (!s.cut) cur = unit_nth(&a, blockIdx.x);
-    const int32_t from = attn_line_start(&s.line, blockIdx.x), stop = attn_line_start(&s.line, blockIdx.x + 1);
-    const int32_t begin_end = begin.x0 + begin.n_tile;
-    int32_t tile = s.cut ? max(from - cur.x0, 0) : 0;
-    int32_t end = s.cut ? min(cur.n_tile, stop - cur.x0) : cur.n_tile;
-    bool alone = tile > 0; /* each tile by itself */
-    /* the first part of the last unit is done first; the later part of the first unit is done last */
-    bool hands = s.cut && cur.x0 > from && cur.x0 + cur.n_tile > stop && attn_line_hands(&s.line, cur.x0, cur.n_tile);
-    bool takes = s.cut && from > begin.x0 && attn_line_hands(&s.line, begin.x0, begin.n_tile);
     const bool joins = s.cut && !attn_line_hands(&s.line, end_unit.x0, end_unit.n_tile) &&
-                       (end_unit.x0 < from || end_unit.x0 + end_unit.n_tile > stop);
-    int32_t between = hands ? cur.x0 : stop; /* where units end that are neither */
+                       (end_unit.x0 < s.from || end_unit.x0 + end_unit.n_tile > s.stop);
+    bool here = true;
+#pragma unroll 1
+    for (int i = 0; i < group && here; i++) here = walk_on(&a, &s, &w);
 
     int turn = 0;
     bool first = true;
-    {
+    if (here) {
+        const unit cur = w.u;
+        const int32_t tile = w.tile;
         const int32_t in_tile = BULK ? tid * run : tid, at = tile * CU_KEYS + in_tile, count = cur.len - tile * CU_KEYS;
         const int32_t own = makes ? cur.pos0 - tile * CU_KEYS : CU_KEYS;
         const int32_t nth = attn_nth_page<true>(&a, at) - attn_nth_page<true>(&a, tile * CU_KEYS);
         int32_t page = nth == 0 ? pages.x : nth == 1 ? pages.y : nth == 2 ? pages.z : pages.w;
-        if (!s.cut || nth >= ATTN_START_PAGES || in_tile >= count) page = attn_page_of<true>(&a, cur.seq, at, cur.len);
+        if (group > 0 || !s.cut || nth >= ATTN_START_PAGES || in_tile >= count)
+            page = attn_page_of<true>(&a, cur.seq, at, cur.len);
         if (in_tile >= CU_KEYS) page = -1;
         const attn_cell cell = attn_cell_of<C, CODES, true>(&a, page, cur.head, at);
         if (BULK) {
@@ -509,11 +584,11 @@ static __global__ void __launch_bounds__(THREADS, (blocks_each(C, CODES)))
                 bulk_load<C, CODES>(&a, &b, smem, 0, key_scale + CU_KEYS, page, cur.head, tile * CU_KEYS, count);
                 bulk_load<C, CODES>(&a, &b, smem, 1, NULL, page, cur.head, tile * CU_KEYS, count);
             }
-            __syncthreads();
+            group_sync<GROUPS>();
             if (!makes) load_q<C, CODES>(&a, smem, &cur);
         } else {
-            cells[tid] = max(cell.key, (int64_t)0);
-            __syncthreads();
+            tile_put_cell<C, CODES, WARPS>(smem, tid, cell.key);
+            group_sync<GROUPS>();
             tile_load<C, CODES, WARPS>(&a, a.kv, smem, 0, count, own);
             if (CODES) tile_load_scales(&a, a.kv, key_scale, key_scale + CU_KEYS, cell, own);
             if (!makes) load_q<C, CODES>(&a, smem, &cur);
@@ -533,38 +608,22 @@ static __global__ void __launch_bounds__(THREADS, (blocks_each(C, CODES)))
         }
     }
 
-    float M[2] = {-INFINITY, -INFINITY}, L[2] = {0.0f, 0.0f}, acc[sh::warp_units][2][4];
-#pragma unroll
-    for (int u = 0; u < sh::warp_units; u++)
-        for (int e = 0; e < 8; e++) acc[u][e >> 2][e & 3] = 0.0f;
+    float M[2], L[2], acc[sh::warp_units][2][4];
     const int32_t token[2] = {attn_token(&a, g), attn_token(&a, g + 8)}; /* of the lane's rows */
 
-    for (;;) {
-        const bool last = tile + 1 >= end;
-        unit next = cur;
-        int32_t next_tile = tile + 1;
-        bool more = true, takes_next = false;
-        if (last && !s.cut) {
-            const int32_t n = unit_index(&a, &cur) + (int32_t)gridDim.x;
-            more = n < s.n_unit;
-            next_tile = 0;
-            if (more) next = unit_nth(&a, n);
-        } else if (last) {
-            const int32_t x = !hands ? cur.x0 + cur.n_tile : takes ? begin_end : from;
-            if (x < between) {
-                if (hands) next = unit_of(&start->begin);
-                if (!hands || takes) next = unit_after(&a, &next);
-                next_tile = x - next.x0;
-            } else if (takes) {
-                next = unit_of(&start->begin);
-                next_tile = from - next.x0;
-                takes_next = true;
-                takes = false, between = 0;
-            } else {
-                more = false;
-            }
-            hands = false;
+    for (int item = group; here; item += GROUPS) {
+        const unit cur = w.u;
+        const int32_t tile = w.tile;
+        walk to = w;
+        bool more = true, follows = false; /* for this group; for the next */
+#pragma unroll 1
+        for (int i = 0; i < GROUPS && more; i++) {
+            more = walk_on(&a, &s, &to);
+            if (i == 0) follows = more;
         }
+        const unit next = to.u;
+        const int32_t next_tile = to.tile;
+        const bool last = w.alone || tile + 1 == w.end, changes = more && next.x0 != cur.x0;
         /* asked for early, used after the scores */
         const int32_t next_at = next_tile * CU_KEYS + tid;
         const int32_t page = !BULK               ? attn_page_of<true>(&a, next.seq, next_at, more ? next.len : 0)
@@ -588,7 +647,7 @@ static __global__ void __launch_bounds__(THREADS, (blocks_each(C, CODES)))
         } else {
             attn_copy_wait<1>();
         }
-        __syncthreads(); /* keys and q are there; nobody reads `cells` any more */
+        group_sync<GROUPS>(); /* keys and q are there; nobody reads `cells` any more */
         float score[4][4];
         tile_scores<C, CODES, WARPS>(score, smem, warp, lane);
         float m[2] = {-INFINITY, -INFINITY};
@@ -619,24 +678,24 @@ static __global__ void __launch_bounds__(THREADS, (blocks_each(C, CODES)))
         attn_cell cell;
         if (!BULK) {
             cell = attn_cell_of<C, CODES, true>(&a, page, next.head, next_at);
-            cells[tid] = max(cell.key, (int64_t)0);
+            tile_put_cell<C, CODES, WARPS>(smem, tid, cell.key);
         }
-        __syncthreads(); /* maxima are there; keys and q may be overwritten */
+        group_sync<GROUPS>(); /* maxima are there; keys and q may be overwritten */
         const int32_t next_count = next.len - next_tile * CU_KEYS;
         const int32_t next_own = makes ? next.pos0 - next_tile * CU_KEYS : CU_KEYS;
         if (more && BULK) {
             if (warp == 0)
                 bulk_load<C, CODES>(&a, &b, smem, 0, key_scale + (2 - turn) * CU_KEYS, page, next.head,
                                     next_tile * CU_KEYS, next_count);
-            if (last && !makes) load_q<C, CODES>(&a, smem, &next);
+            if (changes && !makes) load_q<C, CODES>(&a, smem, &next);
         } else if (more) {
             tile_load<C, CODES, WARPS>(&a, a.kv, smem, 0, next_count, next_own);
             if (CODES) tile_load_scales(&a, a.kv, key_scale, key_scale + (2 - turn) * CU_KEYS, cell, next_own);
-            if (last && !makes) load_q<C, CODES>(&a, smem, &next);
+            if (changes && !makes) load_q<C, CODES>(&a, smem, &next);
         }
         if (!BULK) attn_copy_commit();
         if (makes && more) {
-            if (last) {
+            if (changes) {
                 float4 angle[sh::q_turns][2], x[sh::q_turns][2];
                 q_turns<C, CODES>(&a, &next, angle);
                 read_q<C, CODES>(&a, &next, x);
@@ -675,10 +734,33 @@ static __global__ void __launch_bounds__(THREADS, (blocks_each(C, CODES)))
             bar_wait(b.bar[1], parity);
         else
             attn_copy_wait<1>();
-        __syncthreads(); /* values and weights are there */
+        group_sync<GROUPS>(); /* values and weights are there */
+        const bool weighs = warp * sh::warp_units < sh::units;
         float o[sh::warp_units][2][4], l[4];
-        if (warp * sh::warp_units < sh::units) {
-            tile_weigh<C, CODES, WARPS>(o, l, smem, warp, lane);
+        if (weighs) tile_weigh<C, CODES, WARPS>(o, l, smem, warp, lane);
+        if (GROUPS > 1 && item > 0) turn_wait<GROUPS>();
+        if (w.fresh) {
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                M[i] = -INFINITY, L[i] = 0.0f;
+                for (int u = 0; u < sh::warp_units; u++)
+                    for (int e = 0; e < 4; e++) acc[u][e >> 1][2 * i + (e & 1)] = 0.0f;
+            }
+            if (w.taken) take_up<C, CODES, GROUPS>(&a, &s, &cur, acc, M, L, warp, lane);
+        } else if (GROUPS > 1 && weighs) {
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                const float2 ml = ml_at[(item & 1) * ATTN_FEW + g + 8 * i];
+                M[i] = ml.x, L[i] = ml.y;
+            }
+#pragma unroll
+            for (int u = 0; u < 2 * sh::warp_units; u++) {
+                const float4 x = acc_at[u * THREADS];
+                acc[u >> 1][u & 1][0] = x.x, acc[u >> 1][u & 1][1] = x.y;
+                acc[u >> 1][u & 1][2] = x.z, acc[u >> 1][u & 1][3] = x.w;
+            }
+        }
+        if (weighs) {
 #pragma unroll
             for (int i = 0; i < 2; i++) {
                 if (!seen[i]) continue;
@@ -692,20 +774,26 @@ static __global__ void __launch_bounds__(THREADS, (blocks_each(C, CODES)))
                             attn_join(acc[u][e >> 1][2 * i + (e & 1)], o[u][e >> 1][2 * i + (e & 1)], f, b);
             }
         }
-        if (last || alone) {
-            const bool whole = !alone && end == cur.n_tile;
-            const bool is[2] = {!alone || seen[0], !alone || seen[1]};
-            const int32_t slot = whole ? -1 : (alone ? cur.x0 + tile : s.line.n_tile + unit_index(&a, &cur)) * s.slot;
-            if (warp * sh::warp_units < sh::units) finish<C, CODES>(&a, &s, &cur, slot, is, acc, M, L, warp, lane);
+        if (GROUPS > 1) {
+            if (!last && weighs) {
 #pragma unroll
-            for (int i = 0; i < 2; i++) {
-                M[i] = -INFINITY, L[i] = 0.0f;
-                for (int u = 0; u < sh::warp_units; u++)
-                    for (int e = 0; e < 4; e++) acc[u][e >> 1][2 * i + (e & 1)] = 0.0f;
+                for (int i = 0; i < 2; i++)
+                    if (warp == 0 && c == 0) ml_at[((item + 1) & 1) * ATTN_FEW + g + 8 * i] = make_float2(M[i], L[i]);
+#pragma unroll
+                for (int u = 0; u < 2 * sh::warp_units; u++)
+                    acc_at[u * THREADS] = make_float4(acc[u >> 1][u & 1][0], acc[u >> 1][u & 1][1],
+                                                      acc[u >> 1][u & 1][2], acc[u >> 1][u & 1][3]);
             }
+            if (follows) turn_pass<GROUPS>();
+        }
+        if (last && weighs) {
+            const bool whole = !w.alone && w.end == cur.n_tile;
+            const bool is[2] = {!w.alone || seen[0], !w.alone || seen[1]};
+            const int32_t slot = whole ? -1 : (w.alone ? cur.x0 + tile : s.line.n_tile + unit_index(&a, &cur)) * s.slot;
+            finish<C, CODES>(&a, &s, &cur, slot, is, acc, M, L, warp, lane);
         }
         if (!more) break;
-        __syncthreads(); /* values and weights may be overwritten */
+        group_sync<GROUPS>(); /* values and weights may be overwritten */
         if (BULK) {
             if (warp == 0) bulk_load<C, CODES>(&a, &b, smem, 1, NULL, page, next.head, next_tile * CU_KEYS, next_count);
         } else {
@@ -717,43 +805,57 @@ static __global__ void __launch_bounds__(THREADS, (blocks_each(C, CODES)))
         first = false;
         if (!BULK && makes && next_own < CU_KEYS)
             make_rows<C, CODES>(&a, smem, key_scale + (1 + turn) * CU_KEYS, 1, 1, &next, next_tile);
-        if (last) {
-            alone = next_tile > 0 && !takes_next;
-            end = s.cut ? min(next.n_tile, stop - next.x0) : next.n_tile;
-        }
-        cur = next;
-        tile = next_tile;
-        if (takes_next) take_up<C, CODES>(&a, &s, &cur, acc, M, L, warp, lane);
+        w = to;
     }
     attn_copy_wait<0>();
     if (!joins) return;
-    if (cur.x0 + cur.n_tile < stop) cur = unit_of(&start->last);
-    __syncthreads(); /* nobody reads keys or values any more */
-    join<C, sh::q_at - sh::k_at>(&a, &s, &cur, smem + sh::k_at);
+    if (GROUPS > 1) {
+        __syncthreads(); /* no other group has anything to leave any more */
+        if (group > 0) return;
+    }
+    if (w.u.x0 + w.u.n_tile < s.stop) w.u = unit_of(&s.start->last);
+    group_sync<GROUPS>(); /* nobody reads keys or values any more */
+    join<C, GROUPS, sh::q_at - sh::k_at>(&a, &s, &w.u, smem + sh::k_at);
 }
 
 /* ---- launches ---------------------------------------------------------------------------------------------------- */
 
-template <int C, int CODES, bool BULK>
-static cudaError_t run_bulk(cudaStream_t s, const attn_args *a, const CUtensorMap *map, int32_t run) {
+/* One group a block: while the kernel in front runs, each finds room of its own. With many units, all groups of a
+ * multiprocessor in a block: stretches are longer then, and few units are cut. */
+enum { UNITS_FEW = 63 };
+static int groups_of(int32_t C, int codes, int64_t n_unit) { return n_unit > UNITS_FEW ? blocks_each(C, codes) : 1; }
+
+template <int C, int CODES, bool BULK, int GROUPS>
+static cudaError_t run_groups(cudaStream_t s, const attn_args *a, const CUtensorMap *map, int32_t run) {
     typedef decode_shape<C, CODES> sh;
-    static bool ready[64];
-    int device = 0;
-    cudaError_t e = cudaGetDevice(&device);
-    if (e != cudaSuccess) return e;
-    if (!ready[device & 63]) {
-        e = cudaFuncSetAttribute(decode_kernel<C, CODES, BULK>, cudaFuncAttributeMaxDynamicSharedMemorySize, sh::bytes);
-        if (e != cudaSuccess) return e;
-        /* room for all blocks that registers allow */
-        e = cudaFuncSetAttribute(decode_kernel<C, CODES, BULK>, cudaFuncAttributePreferredSharedMemoryCarveout,
+    const void *kernel = (const void *)decode_kernel<C, CODES, BULK, GROUPS>;
+    static uint64_t ready;
+    const bool set = ready;
+    cudaError_t e = cu_shared_bytes(&ready, kernel, sh::bytes(GROUPS));
+    /* room for all blocks that registers allow */
+    if (e == cudaSuccess && !set)
+        e = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
                                  cudaSharedmemCarveoutMaxShared);
-        if (e != cudaSuccess) return e;
-        ready[device & 63] = true;
-    }
+    if (e != cudaSuccess) return e;
     attn_args args = *a;
     void *list[] = {&args, (void *)map, &run};
-    return cu_launch(s, (const void *)decode_kernel<C, CODES, BULK>, dim3((unsigned)attn_decode_blocks(C, CODES)),
-                     THREADS, sh::bytes, true, 1, list);
+    cudaLaunchConfig_t config = {};
+    cudaLaunchAttribute early = {};
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+    config.gridDim = dim3((unsigned)attn_decode_blocks(C, CODES, (int64_t)a->n_seq * a->n_kv_head));
+    config.blockDim = dim3(THREADS, GROUPS);
+    config.dynamicSmemBytes = sh::bytes(GROUPS);
+    config.stream = s;
+    config.attrs = &early, config.numAttrs = 1;
+    e = cudaLaunchKernelExC(&config, kernel, list);
+    return e != cudaSuccess ? e : cudaGetLastError();
+}
+template <int C, int CODES, bool BULK>
+static cudaError_t run_bulk(cudaStream_t s, const attn_args *a, const CUtensorMap *map, int32_t run) {
+    return groups_of(C, CODES, (int64_t)a->n_seq * a->n_kv_head) > 1
+               ? run_groups<C, CODES, BULK, blocks_each(C, CODES)>(s, a, map, run)
+               : run_groups<C, CODES, BULK, 1>(s, a, map, run);
 }
 
 template <int C, int CODES> static cudaError_t run_codes(cudaStream_t s, const attn_args *a) {
@@ -774,8 +876,8 @@ template <int C> static cudaError_t run(cudaStream_t s, const attn_args *a, int 
                               : run_codes<C, 0>(s, a);
 }
 
-int32_t attn_decode_blocks(int32_t C, int codes) {
-    const int32_t n = attn_sm_count() * blocks_each(C, codes);
+int32_t attn_decode_blocks(int32_t C, int codes, int64_t n_unit) {
+    const int32_t n = attn_sm_count() * (blocks_each(C, codes) / groups_of(C, codes, n_unit));
     return n < ATTN_BLOCKS_MOST ? n : ATTN_BLOCKS_MOST;
 }
 

@@ -26,11 +26,28 @@ template <int C, int CODES, int WARPS> struct tile_shape {
     static constexpr int k_at = 0, v_at = k_at + CU_KEYS * row_bytes, q_at = v_at + CU_KEYS * row_bytes;
     static constexpr int p_at = q_at + ATTN_FEW * C * 2;             /* weights for O, [16][128] bf16 */
     static constexpr int l_at = p_at + (CODES ? ATTN_FEW * 256 : 0); /* weights for l (bf16: the same) */
-    static constexpr int cell_at = l_at + ATTN_FEW * 256;            /* [128] int64 key of the tile to load */
-    static constexpr int top_at = cell_at + CU_KEYS * 8;             /* [WARPS][16] maxima */
-    static constexpr int scale_at = top_at + WARPS * ATTN_FEW * 4;   /* codes: [128] keys', [2][128] values' */
+    static constexpr int cell_at = l_at + ATTN_FEW * 256; /* [128] keys of the tile to load: int64 bytes, or */
+    static constexpr bool in_rows = WARPS == 4 && !CODES && C == 128;    /* uint32 rows, where memory is short */
+    static constexpr int top_at = cell_at + CU_KEYS * (in_rows ? 4 : 8); /* [WARPS][16] maxima */
+    static constexpr int scale_at = top_at + WARPS * ATTN_FEW * 4;       /* codes: [128] keys', [2][128] values' */
     static constexpr int end_at = scale_at + (CODES ? 3 * CU_KEYS * 4 : 0);
 };
+
+/* A cell to load from: its place in shared memory written and read. */
+template <int C, int CODES, int WARPS>
+static __device__ __forceinline__ void tile_put_cell(unsigned char *smem, int32_t row, int64_t key) {
+    typedef tile_shape<C, CODES, WARPS> sh;
+    if (sh::in_rows)
+        ((uint32_t *)(smem + sh::cell_at))[row] = (uint32_t)(max(key, (int64_t)0) / sh::row_bytes);
+    else
+        ((int64_t *)(smem + sh::cell_at))[row] = max(key, (int64_t)0);
+}
+template <int C, int CODES, int WARPS>
+static __device__ __forceinline__ int64_t tile_cell(const unsigned char *smem, int32_t row) {
+    typedef tile_shape<C, CODES, WARPS> sh;
+    return sh::in_rows ? ((const uint32_t *)(smem + sh::cell_at))[row] * (int64_t)sh::row_bytes
+                       : ((const int64_t *)(smem + sh::cell_at))[row];
+}
 
 /* Keys (which 0) or values (1) of a tile, from the cells in shared memory; zeros beyond the first `count`. Those from
  * `own` on are not loaded: this step makes them. SHORT: in little code. */
@@ -38,14 +55,14 @@ template <int C, int CODES, int WARPS, bool SHORT = false>
 static __device__ __forceinline__ void tile_load(const attn_args *a, const unsigned char *kv, unsigned char *smem,
                                                  int which, int32_t count, int32_t own) {
     typedef tile_shape<C, CODES, WARPS> sh;
-    const int64_t *cell = (const int64_t *)(smem + sh::cell_at);
     const uint32_t to = attn_smem(smem + (which ? sh::v_at : sh::k_at)), chunk = threadIdx.x % sh::chunks;
     const unsigned char *from = kv + (which ? a->value : 0) + chunk * 16;
     if (!SHORT && min(count, own) >= CU_KEYS) { /* nearly always, and no predicates then */
 #pragma unroll
         for (int i = 0; i < sh::copies; i++) {
             const uint32_t row = (threadIdx.x + i * sh::threads) / sh::chunks;
-            attn_copy16_all(to + attn_at<sh::chunks>(row, chunk), from + cell[row]);
+            attn_copy16_all(to + attn_at<sh::chunks>(row, chunk),
+                            from + tile_cell<C, CODES, WARPS>(smem, (int32_t)row));
         }
         return;
     }
@@ -53,7 +70,8 @@ static __device__ __forceinline__ void tile_load(const attn_args *a, const unsig
     for (int i = 0; i < sh::copies; i++) {
         const uint32_t row = (threadIdx.x + i * sh::threads) / sh::chunks;
         const bool real = (int32_t)row < count;
-        attn_copy16_if(!real || (int32_t)row < own, to + attn_at<sh::chunks>(row, chunk), from + cell[row], real);
+        attn_copy16_if(!real || (int32_t)row < own, to + attn_at<sh::chunks>(row, chunk),
+                       from + tile_cell<C, CODES, WARPS>(smem, (int32_t)row), real);
     }
 }
 /* Codes: the scales of a tile's keys and values, by the first CU_KEYS threads. */
