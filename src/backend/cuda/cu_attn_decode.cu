@@ -735,10 +735,6 @@ static __global__ void __launch_bounds__(THREADS *GROUPS, (blocks_each(C, CODES)
         else
             attn_copy_wait<1>();
         group_sync<GROUPS>(); /* values and weights are there */
-        const bool weighs = warp * sh::warp_units < sh::units;
-        float o[sh::warp_units][2][4], l[4];
-        if (weighs) tile_weigh<C, CODES, WARPS>(o, l, smem, warp, lane);
-        if (GROUPS > 1 && item > 0) turn_wait<GROUPS>();
         if (w.fresh) {
 #pragma unroll
             for (int i = 0; i < 2; i++) {
@@ -747,7 +743,12 @@ static __global__ void __launch_bounds__(THREADS *GROUPS, (blocks_each(C, CODES)
                     for (int e = 0; e < 4; e++) acc[u][e >> 1][2 * i + (e & 1)] = 0.0f;
             }
             if (w.taken) take_up<C, CODES, GROUPS>(&a, &s, &cur, acc, M, L, warp, lane);
-        } else if (GROUPS > 1 && weighs) {
+        }
+        const bool weighs = warp * sh::warp_units < sh::units;
+        float o[sh::warp_units][2][4], l[4];
+        if (weighs) tile_weigh<C, CODES, WARPS>(o, l, smem, warp, lane);
+        if (GROUPS > 1 && item > 0) turn_wait<GROUPS>();
+        if (GROUPS > 1 && !w.fresh && weighs) {
 #pragma unroll
             for (int i = 0; i < 2; i++) {
                 const float2 ml = ml_at[(item & 1) * ATTN_FEW + g + 8 * i];
