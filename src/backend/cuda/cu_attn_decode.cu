@@ -1,164 +1,41 @@
 /* Attention of sequences with few rows (all rows of a KV head's group fit 16), one kernel: the tiles of all sequences
- * and heads lie in a line, and every block of four warps takes its stretch of it, cut where it may be. A stretch has
- * parts, one a sequence and head ("unit"): a part that holds all of the unit's tiles goes to the output; the part with
- * the first tiles joins them and leaves that in scratch, and later tiles leave their own results there, each by itself.
- * The blocks whose stretch ends in a unit or with it then join all results of it in order, each its share of rows and
- * dimensions. The words themselves tell that they are there: nobody counts.
+ * and heads lie in a line, and every block takes its stretch of it, cut where it may be (cu_attn_walk.cuh).
  *
- *   line   | unit 0        | unit 1        | unit 2        |      joined by
- *   blocks |0        |1         |2         |3   |4 |5 |6   |      unit 0: 0, unit 1: 1 and 2, unit 2: 3 to 6
+ * A block has groups of four warps, one or as many as a multiprocessor holds. They take the tiles of the stretch in
+ * turn, each with shared memory of its own; what comes of a tile is joined to Acc, M and L of its unit in turn again:
+ * groups hand those on in shared memory.
  *
  * In a step of such sequences alone the kernel also rotates q and k and stores k and v (a->qkv). It is launched early:
  * keys and values of earlier steps are on their way before the kernel that makes q, k and v is done.
  *
  * Bound by memory: codes in pages of whole runs are brought by the copy engine (BULK), all else by copies of 16 bytes.
- * While the block works on a tile's keys its values are on their way, and the next tile's keys while
- * it works on the values; several blocks share a multiprocessor.
+ * While a group works on a tile's keys its values are on their way, and the next tile's keys while it works on the
+ * values; several groups share a multiprocessor.
  *
  * A tile, by warp w: scores of 16 rows and keys 32 w .. 32 w + 31; maxima meet in shared memory; weights go there as
  * bf16; then dimensions w * C/4 .. of O over all 128 keys in order. */
 #include <cuda.h>
 
 #include "backend/cuda/cu_attn_tile.cuh"
+#include "backend/cuda/cu_attn_walk.cuh"
 #include "backend/cuda/cu_map.cuh"
 #include "backend/cuda/cu_tensor.cuh"
 
 enum { THREADS = 128, WARPS = 4 };
 enum { POLLS_MOST = 1 << 20, ONCE = 4 }; /* ONCE: results of a thread on their way when it joins */
 
-/* Blocks that share a multiprocessor. */
-static __host__ __device__ constexpr int blocks_each(int C, int codes) { return !codes && C == 128 ? 3 : 4; }
+/* Groups that share a multiprocessor. */
+static __host__ __device__ constexpr int groups_each(int C, int codes) { return !codes && C == 128 ? 3 : 4; }
 
 template <int C, int CODES> struct decode_shape : tile_shape<C, CODES, WARPS> {
     static constexpr int floats = tile_shape<C, CODES, WARPS>::warp_units * 8; /* of Acc, a thread's */
-    static constexpr int each_bytes =
-        (tile_shape<C, CODES, WARPS>::end_at + (CODES ? 1023 : 127)) & (CODES ? -1024 : -128);
-    static constexpr int bytes(int groups) {
+    static constexpr int align = CODES ? 1024 : 128;                           /* the copy engine's swizzle, or lines */
+    static constexpr int each_bytes = (tile_shape<C, CODES, WARPS>::end_at + align - 1) / align * align; /* a group's */
+    static constexpr int bytes(int groups) { /* of a block */
         return groups > 1 ? groups * each_bytes + THREADS * floats * 4 + 2 * ATTN_FEW * 8 : each_bytes;
     }
     static constexpr int q_turns = (ATTN_FEW * (C / 8) + THREADS - 1) / THREADS; /* chunks of q of a thread */
 };
-
-/* A slot: M and L of a row, once for each reader, then Acc: [row_max][slices][2], [row_max][C]. A reader takes a slice
- * of a row: 32 dimensions, or C if that is less. Floats are stored as ~bits: 0 is a word that is not there, since no
- * sum is a NaN of all ones. */
-static __host__ __device__ constexpr int32_t slices_of(int32_t C) { return C > 32 ? C / 32 : 1; }
-static __host__ __device__ __forceinline__ int32_t slot_acc(int32_t row_max, int32_t C) {
-    return (row_max * 2 * slices_of(C) + 3) / 4 * 4; /* read by 16 bytes */
-}
-static __host__ __device__ __forceinline__ int32_t slot_words(int32_t row_max, int32_t C) {
-    return slot_acc(row_max, C) + row_max * C;
-}
-
-/* The line, and what is left in scratch: a slot for the result of each tile, then one for the first tiles of each unit
- * as the block that has them joined them. */
-typedef struct stretch {
-    attn_line line;
-    int32_t row_max, slot; /* words of a slot */
-    int32_t n_unit;
-    bool cut; /* false: slots do not fit scratch, and block b takes units b, b + blocks and so on */
-    int32_t from, stop, begin_end; /* of this block; where the unit of its first tile ends */
-    const attn_start *start;
-} stretch;
-
-static __device__ __forceinline__ stretch stretch_of(const attn_args *a, int C) {
-    const int4 head = __ldcg((const int4 *)a->work); /* ATTN_N_DEC, ATTN_N_TILE, ATTN_ROW_MAX */
-    stretch s;
-    s.line = attn_line_of(head.y, (int32_t)gridDim.x);
-    s.row_max = head.z;
-    s.slot = slot_words(s.row_max, C);
-    s.n_unit = head.x * a->n_kv_head;
-    s.cut = ((int64_t)head.y + s.n_unit) * s.slot <= a->n_scratch;
-    s.from = attn_line_start(&s.line, blockIdx.x), s.stop = attn_line_start(&s.line, blockIdx.x + 1);
-    s.start = attn_starts(a->turn, a->n_row, C) + blockIdx.x;
-    return s;
-}
-/* A sequence and head. */
-typedef struct unit {
-    int32_t k, head; /* place among the short sequences */
-    int32_t seq, len, row0, n_row, pos0;
-    int32_t n_tile, x0; /* tiles; place of the first in the line */
-} unit;
-
-static __device__ __forceinline__ unit unit_of(const attn_short *from) {
-    const int4 lo = __ldcg((const int4 *)from), hi = __ldcg((const int4 *)from + 1);
-    unit u;
-    u.seq = lo.x, u.len = lo.y, u.row0 = lo.z, u.n_row = lo.w, u.pos0 = hi.x;
-    u.n_tile = (u.len + CU_KEYS - 1) / CU_KEYS;
-    u.x0 = hi.y, u.k = hi.z, u.head = hi.w;
-    return u;
-}
-static __device__ __forceinline__ int32_t unit_index(const attn_args *a, const unit *u) {
-    return u->k * a->n_kv_head + u->head;
-}
-static __device__ __forceinline__ unit unit_after(const attn_args *a, const unit *u) {
-    if (u->head + 1 == a->n_kv_head) return unit_of(attn_shorts(a->work) + u->k + 1);
-    unit next = *u;
-    next.head++;
-    next.x0 += u->n_tile;
-    return next;
-}
-
-/* Unit n of all, in the line's order. */
-static __device__ __forceinline__ unit unit_nth(const attn_args *a, int32_t n) {
-    const int32_t k = n / a->n_kv_head;
-    unit u = unit_of(attn_shorts(a->work) + k);
-    u.head = n - k * a->n_kv_head;
-    u.x0 += u.head * u.n_tile;
-    return u;
-}
-/* Where a group is. `fresh`: no tile before this one goes into its results, or (`taken`) those of the block before. */
-typedef struct walk {
-    unit u;
-    int32_t tile, end;
-    int32_t between; /* where units end that are neither handed nor taken */
-    bool alone;      /* each tile by itself */
-    bool fresh, taken;
-    bool hands, takes; /* the unit that is handed on is being done; the one that is taken is to come */
-} walk;
-
-/* The first tile of the block. */
-static __device__ __forceinline__ walk walk_of(const attn_args *a, stretch *s) {
-    const unit begin = unit_of(&s->start->begin);
-    walk w;
-    w.u = unit_of(&s->start->at);
-    if (!s->cut) w.u = unit_nth(a, blockIdx.x);
-    s->begin_end = begin.x0 + begin.n_tile;
-    w.hands =
-        s->cut && w.u.x0 > s->from && w.u.x0 + w.u.n_tile > s->stop && attn_line_hands(&s->line, w.u.x0, w.u.n_tile);
-    w.takes = s->cut && s->from > begin.x0 && attn_line_hands(&s->line, begin.x0, begin.n_tile);
-    w.between = w.hands ? w.u.x0 : s->stop;
-    w.tile = s->cut ? max(s->from - w.u.x0, 0) : 0;
-    w.end = s->cut ? min(w.u.n_tile, s->stop - w.u.x0) : w.u.n_tile;
-    w.alone = w.tile > 0;
-    w.fresh = true, w.taken = false;
-    return w;
-}
-/* The next; false: there is none. */
-static __device__ __forceinline__ bool walk_on(const attn_args *a, const stretch *s, walk *w) {
-    w->tile++;
-    w->fresh = w->alone || w->tile == w->end;
-    if (w->tile < w->end) return true;
-    if (!s->cut) {
-        const int32_t n = unit_index(a, &w->u) + (int32_t)gridDim.x;
-        if (n >= s->n_unit) return false;
-        w->u = unit_nth(a, n);
-        w->tile = 0, w->end = w->u.n_tile;
-        return true;
-    }
-    const int32_t x = !w->hands ? w->u.x0 + w->u.n_tile : w->takes ? s->begin_end : s->from;
-    const bool between = x < w->between;
-    if (!between && !w->takes) return false;
-    if (!between || w->hands) w->u = unit_of(&s->start->begin);
-    if (between && (!w->hands || w->takes)) w->u = unit_after(a, &w->u);
-    w->hands = false;
-    w->taken = !between;
-    if (!between) w->takes = false, w->between = 0;
-    w->tile = (between ? x : s->from) - w->u.x0;
-    w->alone = between && w->tile > 0;
-    w->end = min(w->u.n_tile, s->stop - w->u.x0);
-    return true;
-}
 
 /* Threads of a group wait for each other; and groups for their turns, in which they join a tile each. */
 template <int GROUPS> static __device__ __forceinline__ void group_sync(void) {
@@ -527,7 +404,7 @@ static __device__ __forceinline__ void bulk_load(const attn_args *a, const bulk 
 }
 
 template <int C, int CODES, bool BULK, int GROUPS>
-static __global__ void __launch_bounds__(THREADS *GROUPS, (blocks_each(C, CODES) / GROUPS))
+static __global__ void __launch_bounds__(THREADS *GROUPS, (groups_each(C, CODES) / GROUPS))
     decode_kernel(const __grid_constant__ attn_args a, const __grid_constant__ CUtensorMap map, int32_t run) {
     typedef decode_shape<C, CODES> sh;
     extern __shared__ __align__(1024) unsigned char all_smem[];
@@ -824,7 +701,7 @@ static __global__ void __launch_bounds__(THREADS *GROUPS, (blocks_each(C, CODES)
 /* One group a block: while the kernel in front runs, each finds room of its own. With many units, all groups of a
  * multiprocessor in a block: stretches are longer then, and few units are cut. */
 enum { UNITS_FEW = 63 };
-static int groups_of(int32_t C, int codes, int64_t n_unit) { return n_unit > UNITS_FEW ? blocks_each(C, codes) : 1; }
+static int groups_of(int32_t C, int codes, int64_t n_unit) { return n_unit > UNITS_FEW ? groups_each(C, codes) : 1; }
 
 template <int C, int CODES, bool BULK, int GROUPS>
 static cudaError_t run_groups(cudaStream_t s, const attn_args *a, const CUtensorMap *map, int32_t run) {
@@ -855,7 +732,7 @@ static cudaError_t run_groups(cudaStream_t s, const attn_args *a, const CUtensor
 template <int C, int CODES, bool BULK>
 static cudaError_t run_bulk(cudaStream_t s, const attn_args *a, const CUtensorMap *map, int32_t run) {
     return groups_of(C, CODES, (int64_t)a->n_seq * a->n_kv_head) > 1
-               ? run_groups<C, CODES, BULK, blocks_each(C, CODES)>(s, a, map, run)
+               ? run_groups<C, CODES, BULK, groups_each(C, CODES)>(s, a, map, run)
                : run_groups<C, CODES, BULK, 1>(s, a, map, run);
 }
 
@@ -878,7 +755,7 @@ template <int C> static cudaError_t run(cudaStream_t s, const attn_args *a, int 
 }
 
 int32_t attn_decode_blocks(int32_t C, int codes, int64_t n_unit) {
-    const int32_t n = attn_sm_count() * (blocks_each(C, codes) / groups_of(C, codes, n_unit));
+    const int32_t n = attn_sm_count() * (groups_each(C, codes) / groups_of(C, codes, n_unit));
     return n < ATTN_BLOCKS_MOST ? n : ATTN_BLOCKS_MOST;
 }
 
