@@ -182,7 +182,7 @@ static __device__ attn_short unit_at(const plan_args *a, int32_t x, int32_t n_de
 /* What each block begins with. */
 static __device__ void plan_starts(const plan_args *a, int32_t n_tile, int32_t n_dec, const int32_t *begin,
                                    int32_t stride) {
-    const attn_line line = attn_line_of(n_tile, a->n_block);
+    const attn_line line = attn_line_of(n_tile, n_dec * a->n_kv_head, a->n_block);
     static_assert(PLANNERS >= ATTN_BLOCKS_MOST, "a thread a block");
     if ((int32_t)threadIdx.x < line.n_block) {
         const int32_t x = attn_line_start(&line, threadIdx.x), stop = attn_line_start(&line, threadIdx.x + 1);

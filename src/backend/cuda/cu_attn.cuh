@@ -70,14 +70,15 @@ static __host__ __device__ __forceinline__ int64_t attn_wide_max(int32_t n_row, 
     return n_row / (ATTN_ROWS / 16) + n_seq; /* group is at most 16 */
 }
 /* The tiles of all short sequences and heads in a line, cut into stretches, one a block: the first `more` blocks have
- * each + 1 tiles, the others each. */
+ * each + 1 tiles, the others each. Hardly fewer sequences and heads than blocks: a block each, which are not cut if
+ * they are of one length. */
 typedef struct attn_line {
     int32_t n_tile, n_block, each, more;
 } attn_line;
-static __device__ __forceinline__ attn_line attn_line_of(int32_t n_tile, int32_t n_block_most) {
+static __device__ __forceinline__ attn_line attn_line_of(int32_t n_tile, int32_t n_unit, int32_t n_block_most) {
     attn_line l;
     l.n_tile = n_tile;
-    l.n_block = min(n_block_most, n_tile);
+    l.n_block = min(n_unit >= n_block_most - n_block_most / 16 ? min(n_unit, n_block_most) : n_block_most, n_tile);
     l.each = n_tile / max(l.n_block, 1);
     l.more = n_tile - l.each * l.n_block;
     return l;

@@ -698,10 +698,15 @@ static __global__ void __launch_bounds__(THREADS *GROUPS, (groups_each(C, CODES)
 
 /* ---- launches ---------------------------------------------------------------------------------------------------- */
 
-/* One group a block: while the kernel in front runs, each finds room of its own. With many units, all groups of a
- * multiprocessor in a block: stretches are longer then, and few units are cut. */
-enum { UNITS_FEW = 63 };
-static int groups_of(int32_t C, int codes, int64_t n_unit) { return n_unit > UNITS_FEW ? groups_each(C, codes) : 1; }
+/* Mostly one group a block: while the kernel in front runs, each finds room of its own. All groups of a multiprocessor
+ * in one block make stretches longer: fewer units are cut, and those that are need not be shared. That pays with bf16,
+ * from about as many units as multiprocessors to where units are shorter than anybody's stretch. Codes wait for their
+ * arithmetic, and so for each other's turns. */
+enum { UNITS_FEW = 95, UNITS_MANY = 1024 };
+static constexpr bool may_group(int C, int codes) { return C == 128 && !codes; }
+static int groups_of(int C, int codes, int64_t n_unit) {
+    return may_group(C, codes) && n_unit > UNITS_FEW && n_unit < UNITS_MANY ? groups_each(C, codes) : 1;
+}
 
 template <int C, int CODES, bool BULK, int GROUPS>
 static cudaError_t run_groups(cudaStream_t s, const attn_args *a, const CUtensorMap *map, int32_t run) {
@@ -731,9 +736,10 @@ static cudaError_t run_groups(cudaStream_t s, const attn_args *a, const CUtensor
 }
 template <int C, int CODES, bool BULK>
 static cudaError_t run_bulk(cudaStream_t s, const attn_args *a, const CUtensorMap *map, int32_t run) {
-    return groups_of(C, CODES, (int64_t)a->n_seq * a->n_kv_head) > 1
-               ? run_groups<C, CODES, BULK, groups_each(C, CODES)>(s, a, map, run)
-               : run_groups<C, CODES, BULK, 1>(s, a, map, run);
+    if constexpr (may_group(C, CODES))
+        if (groups_of(C, CODES, (int64_t)a->n_seq * a->n_kv_head) > 1)
+            return run_groups<C, CODES, BULK, groups_each(C, CODES)>(s, a, map, run);
+    return run_groups<C, CODES, BULK, 1>(s, a, map, run);
 }
 
 template <int C, int CODES> static cudaError_t run_codes(cudaStream_t s, const attn_args *a) {

@@ -42,10 +42,10 @@ typedef struct stretch {
 static __device__ __forceinline__ stretch stretch_of(const attn_args *a, int C) {
     const int4 head = __ldcg((const int4 *)a->work); /* ATTN_N_DEC, ATTN_N_TILE, ATTN_ROW_MAX */
     stretch s;
-    s.line = attn_line_of(head.y, (int32_t)gridDim.x);
+    s.n_unit = head.x * a->n_kv_head;
+    s.line = attn_line_of(head.y, s.n_unit, (int32_t)gridDim.x);
     s.row_max = head.z;
     s.slot = slot_words(s.row_max, C);
-    s.n_unit = head.x * a->n_kv_head;
     s.cut = ((int64_t)head.y + s.n_unit) * s.slot <= a->n_scratch;
     s.from = attn_line_start(&s.line, blockIdx.x), s.stop = attn_line_start(&s.line, blockIdx.x + 1);
     s.start = attn_starts(a->turn, a->n_row, C) + blockIdx.x;
