@@ -19,13 +19,17 @@
  * next tile. Warps 9 to 11 take a tile's totals from shared memory to y or h, while the next tile is multiplied. */
 
 enum { WIDE_SLOTS_MAX = 8 };
-/* A slot of the ring: codes of the tile's bands, one group each, as packed; then x [128 rows][128 bytes]. A piece of 16
- * bytes of x sits at piece ^ (row & 7): the 128-byte swizzle of copies and products. */
-static __host__ __device__ constexpr int codes_bytes(cu_format f) { return LARGE_BANDS * large_group_bytes(f); }
-static __host__ __device__ constexpr int slot_bytes(cu_format f) { return codes_bytes(f) + WIDE_X; }
-static __host__ __device__ constexpr int wide_slots(cu_format f) { return f == CU_BF16 ? 5 : f == CU_I4 ? 8 : 6; }
+/* Two rings. Of x: a slot is a group, [128 rows][128 bytes], a piece of 16 bytes of a row at piece ^ (row & 7): the
+ * 128-byte swizzle of copies and products. Of codes: a slot is a segment of the tile's bands, two groups each, as
+ * packed: one copy a band brings both. */
+static __host__ __device__ constexpr int x_slots(cu_format f) { return f == CU_BF16 ? 4 : f == CU_I4 ? 8 : 6; }
+static __host__ __device__ constexpr int code_slots(cu_format f) { return f == CU_BF16 ? 3 : 4; }
+static __host__ __device__ constexpr int code_bytes(cu_format f) { return LARGE_BANDS * 2 * large_group_bytes(f); }
+static __host__ __device__ constexpr int rings_bytes(cu_format f) {
+    return x_slots(f) * WIDE_X + code_slots(f) * code_bytes(f);
+}
 static __host__ __device__ constexpr int wide_bytes(cu_format f) {
-    return wide_slots(f) * slot_bytes(f) + WIDE_SUMS + 1024; /* the ring starts at a multiple of 1024 */
+    return rings_bytes(f) + WIDE_SUMS + 1024; /* the rings start at a multiple of 1024 */
 }
 
 /* Barriers, by their addresses. */
@@ -63,8 +67,8 @@ static __device__ __forceinline__ void wide_group(float d[32], const uint32_t a[
 template <cu_format F>
 static __device__ __forceinline__ void wide_fill(const large_args *a, const CUtensorMap *x, uint32_t n_tile,
                                                  uint32_t ring, const wide_bars *bars) {
-    constexpr int N = wide_slots(F), OWN = WIDE_ROWS / WIDE_RANKS;
-    const uint32_t rank = cu_cluster_rank(), own0 = rank * OWN, to = ring + codes_bytes(F) + own0 * 128;
+    constexpr int N = x_slots(F), OWN = WIDE_ROWS / WIDE_RANKS;
+    const uint32_t rank = cu_cluster_rank(), own0 = rank * OWN, to = ring + own0 * 128;
     const int32_t n_group = a->w.n_seg * 2;
     int slot = 0;
     uint32_t parity = 1; /* the first time round nobody has to leave a slot */
@@ -75,7 +79,7 @@ static __device__ __forceinline__ void wide_fill(const large_args *a, const CUte
             const uint32_t bar = bars->full + slot * 8;
             bar_wait(bars->empty + slot * 8, parity);
             bar_arrive_expect(bar, WIDE_X);
-            wide_copy_x(x, g * 64, t.row + own0, to + slot * slot_bytes(F), bar);
+            wide_copy_x(x, g * 64, t.row + own0, to + slot * WIDE_X, bar);
             if (++slot == N) slot = 0, parity ^= 1;
         }
     }
@@ -91,37 +95,39 @@ template <cu_format F>
 static __device__ __forceinline__ void wide_multiply(const large_args *a, uint32_t n_tile, uint32_t ring_at,
                                                      const unsigned char *ring, float *sums, const wide_bars *bars,
                                                      int group, int thread) {
-    constexpr int N = wide_slots(F), SLOT = slot_bytes(F), GROUP = large_group_bytes(F), HALF = WIDE_X / 2;
+    constexpr int N = x_slots(F), CODE_N = code_slots(F), CODE_SLOT = code_bytes(F), GROUP = large_group_bytes(F);
     const int warp = thread / 32, lane = thread % 32, in_tile = warp * 2 + group;
-    const uint32_t rank = cu_cluster_rank(), x = ring_at + codes_bytes(F);
-    const unsigned char *codes = ring + in_tile * GROUP;
+    const uint32_t rank = cu_cluster_rank(), x = ring_at;
+    const int own_codes = N * WIDE_X + in_tile * 2 * GROUP; /* of the warp, in the first slot */
+    const unsigned char *codes = ring + own_codes;
     const int32_t n_seg = a->w.n_seg;
-    int slot = 0; /* the next to be read */
-    uint32_t parity = 0, sums_parity = 1;
+    int slot = 0, code_slot = 0; /* the next to be read */
+    uint32_t parity = 0, code_parity = 0, sums_parity = 1;
     /* The warp's codes: what to ask for next, and where to. */
     const uint32_t came = bars->codes + in_tile * (WIDE_SLOTS_MAX * 8);
     uint32_t ask_index = blockIdx.x / WIDE_RANKS;
     const unsigned char *ask_from = NULL;
-    int32_t ask_left = 0; /* groups of the tile */
+    int32_t ask_left = 0; /* segments of the tile */
     int ask_slot = 0;
     const auto ask = [&]() {
         for (; ask_left == 0; ask_index += gridDim.x / WIDE_RANKS) {
             large_tile t;
             if (ask_index >= n_tile) return;
             if (!wide_find(a, ask_index, rank, &t)) continue;
-            ask_left = 2 * n_seg;
-            ask_from = t.pack + (int64_t)min(t.band0 + in_tile, a->w.n_band - 1) * ask_left * GROUP;
+            ask_left = n_seg;
+            ask_from = t.pack + (int64_t)min(t.band0 + in_tile, a->w.n_band - 1) * n_seg * (2 * GROUP);
         }
+        __syncwarp(); /* all lanes have read what is there */
         if (lane == 0) {
-            bar_arrive_expect(came + ask_slot * 8, GROUP);
-            copy_bulk(ring_at + ask_slot * SLOT + in_tile * GROUP, ask_from, GROUP, came + ask_slot * 8);
+            bar_arrive_expect(came + ask_slot * 8, 2 * GROUP);
+            copy_bulk(ring_at + own_codes + ask_slot * CODE_SLOT, ask_from, 2 * GROUP, came + ask_slot * 8);
         }
-        ask_from += GROUP;
+        ask_from += 2 * GROUP;
         ask_left--;
-        if (++ask_slot == N) ask_slot = 0;
+        if (++ask_slot == CODE_N) ask_slot = 0;
     };
     if (a->experts) cu_wait_previous(); /* which tiles there are is for an earlier kernel to say */
-    for (int i = 0; i < N; i++) ask();
+    for (int i = 0; i < CODE_N; i++) ask();
     for (uint32_t index = blockIdx.x / WIDE_RANKS; index < n_tile; index += gridDim.x / WIDE_RANKS) {
         large_tile t;
         if (!wide_find(a, index, rank, &t)) continue;
@@ -131,14 +137,15 @@ static __device__ __forceinline__ void wide_multiply(const large_args *a, uint32
         int at[2]; /* slots of the segment's groups */
         const auto read = [&](int g) {
             at[g] = slot;
-            bar_wait(came + slot * 8, parity);
+            if (g == 0) bar_wait(came + code_slot * 8, code_parity);
             bar_wait(bars->full + slot * 8, parity);
-            wide_codes<F>(code[g], codes + slot * SLOT, lane);
+            wide_codes<F>(code[g], codes + code_slot * CODE_SLOT + g * GROUP, lane);
+            if (g == 1 && ++code_slot == CODE_N) code_slot = 0, code_parity ^= 1;
             if (++slot == N) slot = 0, parity ^= 1;
         };
         const auto multiply = [&](int half, int g) {
             wide_fence();
-            wide_group(acc[half], code[g], x + at[g] * SLOT + half * HALF, g == 0);
+            wide_group(acc[half], code[g], x + at[g] * WIDE_X + half * (WIDE_X / 2), g == 0);
         };
         const auto add = [&](int half, float scale) {
             wide_hold<32>(acc[half]);
@@ -151,7 +158,6 @@ static __device__ __forceinline__ void wide_multiply(const large_args *a, uint32
         const auto leave = [&](int g) {
             wide_hold_codes<4>(code[g]);
             wide_leave(bars->empty + at[g] * 8, lane);
-            ask(); /* into the place that was left */
         };
         const auto segment = [&](int32_t seg, auto is_last) {
             constexpr bool last = decltype(is_last)::value;
@@ -160,6 +166,7 @@ static __device__ __forceinline__ void wide_multiply(const large_args *a, uint32
             read(1);
             multiply(0, 1);
             multiply(1, 1);
+            ask(); /* into the place of this segment, whose codes are in registers */
             wide_wait<2>();
             leave(0);
             if constexpr (!last) read(0);
@@ -199,7 +206,7 @@ __global__ void __launch_bounds__(WIDE_THREADS, 1)
     large_wide(const __grid_constant__ large_args a, const __grid_constant__ CUtensorMap x) {
     extern __shared__ __align__(1024) unsigned char memory[];
     __shared__ __align__(8) uint64_t bar_words[10 * WIDE_SLOTS_MAX + 2];
-    constexpr int N = wide_slots(F), SLOT = slot_bytes(F);
+    constexpr int N = x_slots(F);
     const int group = threadIdx.x / 128, thread = threadIdx.x % 128;
     const uint32_t n_tile = (uint32_t)a.n_tile_out * (uint32_t)a.n_tile_row;
     const uint32_t memory_at = (uint32_t)__cvta_generic_to_shared(memory), skip = -memory_at & 1023;
@@ -207,7 +214,7 @@ __global__ void __launch_bounds__(WIDE_THREADS, 1)
     const wide_bars bars = {bars_at, bars_at + WIDE_SLOTS_MAX * 8, bars_at + 2 * WIDE_SLOTS_MAX * 8,
                             bars_at + (2 * WIDE_SLOTS_MAX + 1) * 8, bars_at + (2 * WIDE_SLOTS_MAX + 2) * 8};
     unsigned char *ring = memory + skip;
-    float *sums = (float *)(ring + N * SLOT);
+    float *sums = (float *)(ring + rings_bytes(F));
 
     cu_launch_next();
     if (threadIdx.x == 0) {
