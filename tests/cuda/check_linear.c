@@ -640,7 +640,8 @@ static void few_apart(const few *f, int32_t n_row) {
                                  .y = j->expert_y,
                                  .ldy = D};
     CHECK_CUDA(cu_grouped_run(0, &down));
-    CHECK_CUDA(cu_combine(0, j->x, NULL, j->expert_y, j->shared_up.n_out > 0 ? j->shared_y : NULL, &f->r, n_row, D));
+    CHECK_CUDA(
+        cu_combine(0, j->x, NULL, j->expert_y, j->shared_up.n_out > 0 ? j->shared_y : NULL, &f->r, n_row, D, NULL));
 }
 
 static void *few_zeros(size_t bytes) {

@@ -438,7 +438,7 @@ static void check_combine(int32_t T, int32_t K, int32_t D, bool with_shared, boo
     cu_routes r = {.n_used = K,
                    .share = check_new(share, entries * sizeof *share),
                    .entry_place = check_new(place, entries * sizeof *place)};
-    CHECK_CUDA(cu_combine(0, dx, with_out ? dout : NULL, dy, with_shared ? dshared : NULL, &r, T, D));
+    CHECK_CUDA(cu_combine(0, dx, with_out ? dout : NULL, dy, with_shared ? dshared : NULL, &r, T, D, NULL));
     float *got = copy_of(dx, n * sizeof *x), *out = copy_of(dout, n * sizeof *x);
     double worst = 0.0;
     for (size_t t = 0; t < (size_t)T; t++) {
@@ -461,6 +461,61 @@ static void check_combine(int32_t T, int32_t K, int32_t D, bool with_shared, boo
     check_free(dx), check_free(dy), check_free(dshared), check_free(dout), check_free(r.share);
     check_free(r.entry_place);
     free(x), free(y), free(shared), free(share), free(place), free(got), free(out);
+}
+
+/* With the norm of what comes out: the bits of the two kernels. */
+static void check_combine_norm(int32_t T, int32_t K, int32_t D, bool with_shared) {
+    char name[96];
+    snprintf(name, sizeof name, "combine and norm T %d K %d D %d%s", T, K, D, with_shared ? " shared" : "");
+    if (!check_begin(name)) return;
+    const size_t d = (size_t)D, n = (size_t)T * d, entries = (size_t)T * (size_t)K, pad = (size_t)T * (size_t)CU_PAD(D);
+    float *x = random_f32(n, 1.0f), *y = random_f32(entries * d, 1.0f), *share = random_f32(entries, 1.0f);
+    cu_bf16 *w = random_bf16(d, 1.0f, 0.5f);
+    int32_t *place = random_order(T * K);
+    float *dx[2] = {check_new(x, n * sizeof *x), check_new(x, n * sizeof *x)};
+    float *dy = check_new(y, entries * d * sizeof *y), *dshared = with_shared ? check_new(x, n * sizeof *x) : NULL;
+    cu_bf16 *dw = check_new(w, d * sizeof *w), *dxn[2];
+    for (int i = 0; i < 2; i++) dxn[i] = check_new(NULL, pad * sizeof *dxn[i]);
+    cu_routes r = {.n_used = K,
+                   .share = check_new(share, entries * sizeof *share),
+                   .entry_place = check_new(place, entries * sizeof *place)};
+    const cu_norm_after after = {dxn[0], dw, 1e-5f};
+    CHECK_CUDA(cu_combine(0, dx[0], NULL, dy, dshared, &r, T, D, &after));
+    CHECK_CUDA(cu_combine(0, dx[1], NULL, dy, dshared, &r, T, D, NULL));
+    CHECK_CUDA(cu_norm(0, dxn[1], dx[1], NULL, dw, T, D, 1e-5f));
+    float *got[2] = {copy_of(dx[0], n * sizeof *x), copy_of(dx[1], n * sizeof *x)};
+    cu_bf16 *bits[2] = {copy_of(dxn[0], pad * sizeof *w), copy_of(dxn[1], pad * sizeof *w)};
+    check_that(name, memcmp(got[0], got[1], n * sizeof *x) == 0 && memcmp(bits[0], bits[1], pad * sizeof *w) == 0,
+               "other bits than the two one by one");
+    check_free(dy), check_free(dshared), check_free(dw), check_free(r.share), check_free(r.entry_place);
+    for (int i = 0; i < 2; i++) check_free(dx[i]), check_free(dxn[i]), free(got[i]), free(bits[i]);
+    free(x), free(y), free(share), free(w), free(place);
+}
+
+/* A norm by row and by place. */
+static void check_norm_spread(int32_t T, int32_t K, int32_t D) {
+    char name[96];
+    snprintf(name, sizeof name, "norm and spread T %d K %d D %d", T, K, D);
+    if (!check_begin(name)) return;
+    const size_t d = (size_t)D, n = (size_t)T * d, k_row = (size_t)K;
+    float *x = random_f32(n, 1.0f);
+    cu_bf16 *w = random_bf16(d, 1.0f, 0.5f);
+    int32_t *place = random_order(T * K);
+    float *dx = check_new(x, n * sizeof *x);
+    cu_bf16 *dw = check_new(w, d * sizeof *w), *dplace = check_new(NULL, n * k_row * sizeof *w), *dxn[2];
+    for (int i = 0; i < 2; i++) dxn[i] = check_new(NULL, n * sizeof *w);
+    cu_routes r = {.n_used = K, .entry_place = check_new(place, (size_t)T * k_row * sizeof *place)};
+    CHECK_CUDA(cu_norm(0, dxn[0], dx, NULL, dw, T, D, 1e-5f));
+    CHECK_CUDA(cu_norm_spread(0, dxn[1], dplace, &r, dx, dw, T, D, 1e-5f));
+    cu_bf16 *want = copy_of(dxn[0], n * sizeof *w), *got = copy_of(dxn[1], n * sizeof *w);
+    cu_bf16 *by_place = copy_of(dplace, n * k_row * sizeof *w);
+    bool same = memcmp(want, got, n * sizeof *w) == 0;
+    for (size_t e = 0; e < (size_t)T * k_row; e++)
+        same &= memcmp(by_place + (size_t)place[e] * d, want + e / k_row * d, d * sizeof *w) == 0;
+    check_that(name, same, "other bits than the norm");
+    check_free(dx), check_free(dw), check_free(dplace), check_free(dxn[0]), check_free(dxn[1]);
+    check_free(r.entry_place);
+    free(x), free(w), free(place), free(want), free(got), free(by_place);
 }
 
 /* ---- how long it takes --------------------------------------------------------------------------------------------
@@ -514,13 +569,20 @@ static void show_times(void) {
     for (size_t c = 0; c < sizeof combine_rows / sizeof *combine_rows; c++) {
         for (int i = -3; i < 20; i++) {
             if (i == 0) CHECK_CUDA(cudaEventRecord(a, 0));
-            CHECK_CUDA(cu_combine(0, dx, NULL, dy, dshared, &r, combine_rows[c], D));
+            CHECK_CUDA(cu_combine(0, dx, NULL, dy, dshared, &r, combine_rows[c], D, NULL));
         }
         CHECK_CUDA(cudaEventRecord(b, 0));
         double us = us_between(a, b);
         printf("      combine T %d K %d D %d: %.2f us, %.2f TB/s\n", combine_rows[c], K, D, us,
                (double)combine_rows[c] * D * 4.0 * (K + 3) / us * 1e-6);
     }
+    const cu_norm_after after = {dout, dw, 1e-5f};
+    for (int i = -3; i < 20; i++) {
+        if (i == 0) CHECK_CUDA(cudaEventRecord(a, 0));
+        CHECK_CUDA(cu_combine(0, dx, NULL, dy, dshared, &r, CROWD, D, &after));
+    }
+    CHECK_CUDA(cudaEventRecord(b, 0));
+    printf("      combine and norm T %d K %d D %d: %.2f us\n", CROWD, K, D, us_between(a, b));
     check_free(dx), check_free(drouter), check_free(dw), check_free(dout), check_free(dy), check_free(dshared);
     check_free(r.share), check_free(r.entry_place);
     CHECK_CUDA(cudaEventDestroy(a));
@@ -547,6 +609,13 @@ void check_rows(void) {
     check_mtp_in(33, 2560);
     check_mtp_in(20, 2564);
     for (size_t i = 0; i < sizeof models / sizeof *models; i++) check_router(&models[i]);
+    check_norm_spread(2050, 6, 2560);
+    check_norm_spread(37, 4, 128);
+    check_norm_spread(131, 16, 1152);
+    check_combine_norm(2049, 6, 2560, true);
+    check_combine_norm(2050, 4, 1284, false);
+    check_combine_norm(2049, 3, 80, true);
+    check_combine_norm(37, 6, 2560, true);
     check_combine(1, 6, 2560, true, false);
     check_combine(37, 6, 2560, true, true);
     check_combine(100, 3, 80, true, true);

@@ -203,6 +203,7 @@ typedef struct cu_grouped_job {
     const cu_bf16 *x;
     int64_t ldx;
     cu_bf16 *by_place; /* with gather: room for x by place, [T*K, ldx] */
+    bool spread;       /* by_place holds it already; of tile_rows 128 only */
     /* CU_F8A8, any number of rows: instead of x and by_place. Of down, rows by place, made from h by cu_quant_x8. */
     cu_x8 x8, x8_by_place;
     float *y;
@@ -223,9 +224,15 @@ cudaError_t cu_f8_mid_grouped(cudaStream_t s, const cu_grouped_job *j);   /* til
 cudaError_t cu_f8_large_grouped(cudaStream_t s, const cu_grouped_job *j); /* tile_rows 128 */
 
 /* y = sum over ranks, in order, of share * expert_y[entry_place]; out = y (for the probe, may be NULL) ; x = x + (y +
- * shared), in f32. shared f32 [T, D] or NULL. */
+ * shared), in f32. shared f32 [T, D] or NULL. norm: what cu_norm makes of the new x [n_row] goes to xn; NULL: nothing.
+ */
+typedef struct cu_norm_after {
+    cu_bf16 *xn;
+    const cu_bf16 *w;
+    float eps;
+} cu_norm_after;
 cudaError_t cu_combine(cudaStream_t s, float *x, float *out, const float *expert_y, const float *shared,
-                       const cu_routes *r, int32_t n_row, int32_t n_hidden);
+                       const cu_routes *r, int32_t n_row, int32_t n_hidden, const cu_norm_after *norm);
 
 /* All of a layer's experts for few rows at once: cu_norm, cu_route, the linears of the shared experts and of the chosen
  * ones, cu_combine; x = x + experts + shared, with the same bits. One launch, of as many blocks as multiprocessors,
@@ -255,6 +262,11 @@ cudaError_t cu_embed(cudaStream_t s, float *x, int32_t *token, const int32_t *pr
 /* out bf16 [n, CU_PAD(D)] = bf16(norm of x row). rows NULL: row i of x; else rows[i] (wanted rows). */
 cudaError_t cu_norm(cudaStream_t s, cu_bf16 *out, const float *x, const int32_t *rows, const cu_bf16 *w, int32_t n,
                     int32_t n_hidden, float eps);
+/* cu_norm of the first n rows, and the same rows by place: by_place [n*K, D], the row of entry e / K at
+ * r->entry_place[e]. */
+static inline bool cu_norm_spreads(int32_t n_hidden) { return n_hidden % CU_SEGMENT == 0 && n_hidden <= 2560; }
+cudaError_t cu_norm_spread(cudaStream_t s, cu_bf16 *out, cu_bf16 *by_place, const cu_routes *r, const float *x,
+                           const cu_bf16 *w, int32_t n, int32_t n_hidden, float eps);
 /* MTP: z bf16 [T, CU_PAD(2D)] = norm(embed[next]) beside norm(x). next[t] known (>= 0), or the token sampled at the
  * wanted row that is t (want [W] ascending, sampled [W] ids), or 0. next_out [T] receives it. */
 cudaError_t cu_mtp_in(cudaStream_t s, cu_bf16 *z, int32_t *next_out, const float *x, const int32_t *next,

@@ -296,7 +296,8 @@ cudaError_t cu_large_grouped(cudaStream_t s, const cu_grouped_job *j) {
     large_args a = large_experts(j);
     if (j->gather) {
         if (!large_sound(&a) || !j->by_place) return cudaErrorInvalidValue;
-        const cudaError_t e = wide_spread(s, j->by_place, j->x, j->ldx * (int64_t)sizeof(cu_bf16), r, j->n_row);
+        const cudaError_t e =
+            j->spread ? cudaSuccess : wide_spread(s, j->by_place, j->x, j->ldx * (int64_t)sizeof(cu_bf16), r, j->n_row);
         if (e != cudaSuccess) return e;
         a.x = j->by_place;
         a.place_entry = NULL;

@@ -4,9 +4,9 @@
  * part = 32 ceil(D / 128) columns; in a part, slice j of SLICES = 8 adds columns 4 j .. 4 j + 3 of each run of 32, in
  * order, with fma; slices meet in the tree 4, 2, 1; parts are added first to last; the row's 1 / sqrt(mean + eps) comes
  * last: logit = scale * sum(router * (x * norm_w)). The squares of the row are added in the same order. Few rows: a
- * warp a logit, a lane a (part, slice) (few_logits). Many: a lane a slice, tiles in registers (many_logits). Columns
- * beyond the row count as zeros, which change no bit.
- * Two launches for few rows, three for many. n_hidden is a multiple of 4; rows start at multiples of 16 bytes. */
+ * warp a logit, a lane a (part, slice) (few_logits). Many: a lane a slice, tiles in registers (many_logits). Very many:
+ * a warp a slice, larger tiles (wide_logits). Columns beyond the row count as zeros, which change no bit. Two launches
+ * for few rows, three for many. n_hidden is a multiple of 4; rows start at multiples of 16 bytes. */
 #include "backend/cuda/cu_device.cuh"
 #include "backend/cuda/cu_launch.cuh"
 #include "backend/cuda/cu_route.cuh"
@@ -15,15 +15,19 @@ enum {
     EXPERTS_MAX = 512,
     USED_MAX = 16,
     LIST_THREADS = 256,   /* of a block of choose_many and of place_entries */
-    CHOOSE_ROWS = 32,     /* rows of a block of choose_many */
+    CHOOSE_ROWS = 8,      /* rows of a block of choose_many */
     PLACE_ENTRIES = 1024, /* entries of a block of place_entries */
     FEW_WARPS = 32,       /* most warps of choose_few's one block */
     FEW_ROWS_A_WARP = 4,
     FEW_ROWS = FEW_WARPS * FEW_ROWS_A_WARP,
-    TILED_ROWS = 192, /* from here on, logits are tiled: 16 x 16 */
-    WIDE_ROWS = 2048, /* from here on, 32 x 64 */
-    COMBINE_THREADS = 128
+    TILED_ROWS = 192,   /* from here on, logits are tiled: 16 x 16 */
+    WIDE_ROWS = 2048,   /* from here on, 32 x 64, by wide_logits */
+    WIDEST_ROWS = 6144, /* from here on, 64 x 64: as many blocks as multiprocessors, nearly */
+    COMBINE_THREADS = 128,
+    ROW_THREADS = 640 /* of a row at once */
 };
+
+static unsigned pieces(int32_t n, int32_t of) { return (unsigned)((n + of - 1) / of); }
 
 /* scratch: entries of an expert [E], next free place of an expert [E], blocks that are done [1]. The launch of the
  * logits clears it for the next. */
@@ -86,7 +90,7 @@ template <int N, int DISTANCE = SLICES / 2> static __device__ __forceinline__ vo
  * norm_w before the others read them, and adds their squares: it has one row and one slice all the way.
  * Grid: rows, experts. */
 template <int R, int X, int WR, int WX, int STAGES>
-static __global__ void __launch_bounds__(32 * WR * WX, WR *WX == 8 ? 2 : 4)
+static __global__ void __launch_bounds__(32 * WR * WX, 4)
     many_logits(cu_route_job j, float *logit, int32_t *scratch, int32_t n_expert) {
     enum { THREADS = 32 * WR * WX, ROWS = 2 * R * WR, EXPERTS = 2 * X * WX, W_COPIES = EXPERTS * SLICES / THREADS };
     static_assert(ROWS * SLICES == THREADS, "a thread copies one piece of x a step");
@@ -177,6 +181,155 @@ static __global__ void __launch_bounds__(32 * WR * WX, WR *WX == 8 ? 2 : 4)
         if (row < j.n_row && expert < n_expert)
             logit[(int64_t)row * n_expert + expert] = __fmul_rn(total[k], scales[r]);
     }
+}
+
+/* ---- logits of very many rows ------------------------------------------------------------------------------------
+ *
+ * A warp is a slice; a lane has R x X logits, of 4 R rows and 8 X experts of the block: row group bits 1 and 4 of the
+ * lane, expert group bits 0, 2, 3, so that neighbouring lanes read the same pieces. Columns pass in steps of 32 through
+ * STAGES buffers in shared memory, piece p of a row (four columns) at piece p ^ (row & 7). A thread multiplies the
+ * numbers of x that it copied by norm_w before the others read them, and adds their squares: it has one slice of its
+ * rows all the way. At the end of a part the slices meet in shared memory. Rows and experts beyond the last are the
+ * last once more. Grid: rows, experts. */
+enum { WIDE_STAGES = 3, WIDE_X = 8, WIDE_EXPERTS = 8 * WIDE_X, WIDE_THREADS = 32 * SLICES };
+
+static __device__ __forceinline__ int piece_at(int row, int piece) { return row * 32 + (piece ^ (row & 7)) * 4; }
+
+template <int R>
+static __global__ void __launch_bounds__(WIDE_THREADS, R > 8 ? 1 : 2)
+    wide_logits(cu_route_job j, float *logit, int32_t *scratch, int32_t n_expert) {
+    enum {
+        ROWS = 4 * R,
+        COPY_ROWS = WIDE_THREADS / SLICES, /* rows that all threads copy at once */
+        X_COPIES = ROWS / COPY_ROWS,
+        W_COPIES = WIDE_EXPERTS / COPY_ROWS,
+        STAGE = (ROWS + WIDE_EXPERTS) * 32,
+        SUMS = R * WIDE_X,
+        EACH = SUMS / SLICES
+    };
+    extern __shared__ __align__(128) float memory[]; /* [WIDE_STAGES][rows, experts][32], [SLICES][SUMS][32] */
+    __shared__ float scales[ROWS];
+    float *meet = memory + WIDE_STAGES * STAGE;
+    cu_launch_next();
+    cu_wait_previous();
+    clear_scratch(scratch, n_expert);
+    const int32_t D = j.n_hidden, n_step = (D + 31) / 32, part_steps = part_columns(D) / 32;
+    const int thread = threadIdx.x, lane = thread & 31, slice = thread >> 5;
+    const int row_group = (lane >> 1 & 1) | (lane >> 3 & 2), expert_group = (lane & 1) | (lane >> 1 & 6);
+    const int32_t row0 = (int32_t)blockIdx.x * ROWS, expert0 = (int32_t)blockIdx.y * WIDE_EXPERTS;
+
+    /* what this thread copies: piece `piece` of rows of, of + COPY_ROWS, ..., the same of experts */
+    const int piece = thread % SLICES, of = thread / SLICES, own = piece_at(of, piece);
+    const float *x_from[X_COPIES], *w_from[W_COPIES];
+#pragma unroll
+    for (int k = 0; k < X_COPIES; k++)
+        x_from[k] = j.x + (int64_t)min(row0 + of + COPY_ROWS * k, j.n_row - 1) * D + piece * 4;
+#pragma unroll
+    for (int k = 0; k < W_COPIES; k++)
+        w_from[k] = j.router + (int64_t)min(expert0 + of + COPY_ROWS * k, n_expert - 1) * D + piece * 4;
+    const auto copy_step = [&](int32_t step, int stage) {
+        if (step < n_step) {
+            const bool in = step * 32 + piece * 4 < D;
+            const int32_t at = in ? step * 32 : -piece * 4;
+            float *to = memory + stage * STAGE + own;
+#pragma unroll
+            for (int k = 0; k < X_COPIES; k++) copy16(to + COPY_ROWS * k * 32, x_from[k] + at, in);
+#pragma unroll
+            for (int k = 0; k < W_COPIES; k++) copy16(to + (ROWS + COPY_ROWS * k) * 32, w_from[k] + at, in);
+        }
+        asm volatile("cp.async.commit_group;" ::: "memory"); /* an empty group counts as well */
+    };
+    const auto norm_of = [&](int32_t step) {
+        const int32_t column = step * 32 + piece * 4;
+        return column < D ? *(const uint2 *)(j.norm_w + column) : make_uint2(0u, 0u);
+    };
+
+    float sum[SUMS], total[EACH], square[X_COPIES], square_total[X_COPIES];
+#pragma unroll
+    for (int k = 0; k < SUMS; k++) sum[k] = 0.0f;
+#pragma unroll
+    for (int k = 0; k < EACH; k++) total[k] = 0.0f;
+#pragma unroll
+    for (int k = 0; k < X_COPIES; k++) square[k] = square_total[k] = 0.0f;
+
+    for (int step = 0; step < WIDE_STAGES - 1; step++) copy_step(step, step);
+    uint2 norm = norm_of(0);
+    int32_t left = part_steps; /* of the part */
+    int stage = 0;
+    for (int32_t step = 0; step < n_step; step++) {
+        float *at = memory + stage * STAGE;
+        asm volatile("cp.async.wait_group %0;" ::"n"(WIDE_STAGES - 2) : "memory");
+#pragma unroll
+        for (int k = 0; k < X_COPIES; k++) {
+            float4 *x_own = (float4 *)(at + own + COPY_ROWS * k * 32);
+            const float4 v = *x_own;
+            square[k] = cu_add_squares(v, square[k]);
+            *x_own = times(v, norm);
+        }
+        __syncthreads(); /* the step is whole; nobody reads the buffer of the step before any more */
+        copy_step(step + WIDE_STAGES - 1, stage == 0 ? WIDE_STAGES - 1 : stage - 1);
+        norm = norm_of(step + 1);
+        stage = stage == WIDE_STAGES - 1 ? 0 : stage + 1;
+        float4 w[WIDE_X];
+#pragma unroll
+        for (int e = 0; e < WIDE_X; e++) w[e] = *(const float4 *)(at + piece_at(ROWS + 8 * e + expert_group, slice));
+#pragma unroll
+        for (int r = 0; r < R; r++) {
+            const float4 x = *(const float4 *)(at + piece_at(4 * r + row_group, slice));
+#pragma unroll
+            for (int e = 0; e < WIDE_X; e++) sum[r * WIDE_X + e] = add_products(x, w[e], sum[r * WIDE_X + e]);
+        }
+        if (--left > 0 && step + 1 < n_step) continue;
+        left = part_steps;
+#pragma unroll
+        for (int k = 0; k < SUMS; k++) {
+            meet[(slice * SUMS + k) * 32 + lane] = sum[k];
+            sum[k] = 0.0f;
+        }
+        __syncthreads();
+#pragma unroll
+        for (int k = 0; k < EACH; k++) {
+            const float *v = meet + (slice * EACH + k) * 32 + lane;
+            float of_slice[SLICES];
+#pragma unroll
+            for (int i = 0; i < SLICES; i++) of_slice[i] = v[i * SUMS * 32];
+#pragma unroll
+            for (int d = SLICES / 2; d > 0; d >>= 1)
+#pragma unroll
+                for (int i = 0; i < d; i++) of_slice[i] = __fadd_rn(of_slice[i], of_slice[i + d]);
+            total[k] = __fadd_rn(total[k], of_slice[0]);
+        }
+#pragma unroll
+        for (int k = 0; k < X_COPIES; k++) {
+            square_total[k] = __fadd_rn(square_total[k], slices_sum(square[k]));
+            square[k] = 0.0f;
+        }
+    }
+
+#pragma unroll
+    for (int k = 0; k < X_COPIES; k++)
+        if (piece == 0) scales[of + COPY_ROWS * k] = cu_norm_scale(square_total[k], D, j.eps);
+    __syncthreads();
+#pragma unroll
+    for (int k = 0; k < EACH; k++) {
+        const int at = slice * EACH + k, r = at / WIDE_X * 4 + row_group;
+        const int32_t row = row0 + r, expert = expert0 + at % WIDE_X * 8 + expert_group;
+        if (row < j.n_row && expert < n_expert)
+            logit[(int64_t)row * n_expert + expert] = __fmul_rn(total[k], scales[r]);
+    }
+}
+
+template <int R> static cudaError_t launch_wide(cudaStream_t s, const cu_route_job *j, const cu_routes *r) {
+    static uint64_t ready;
+    constexpr int BYTES = (WIDE_STAGES * (4 * R + WIDE_EXPERTS) * 32 + SLICES * R * WIDE_X * 32) * (int)sizeof(float);
+    const cudaError_t e = cu_shared_bytes(&ready, (const void *)wide_logits<R>, BYTES);
+    if (e != cudaSuccess) return e;
+    cu_route_job job = *j;
+    float *logit = r->logit;
+    int32_t *scratch = r->scratch, n_expert = r->n_expert;
+    void *args[] = {&job, &logit, &scratch, &n_expert};
+    return cu_launch(s, (const void *)wide_logits<R>, dim3(pieces(j->n_row, 4 * R), pieces(n_expert, WIDE_EXPERTS)),
+                     WIDE_THREADS, BYTES, true, 1, args);
 }
 
 /* ---- choice -------------------------------------------------------------------------------------------------------
@@ -336,8 +489,6 @@ static __global__ void __launch_bounds__(LIST_THREADS) place_entries(cu_routes r
     }
 }
 
-static unsigned pieces(int32_t n, int32_t of) { return (unsigned)((n + of - 1) / of); }
-
 cudaError_t cu_route(cudaStream_t s, const cu_route_job *j, const cu_routes *r) {
     const int32_t T = j->n_row, E = r->n_expert, K = r->n_used;
     if (T <= 0 || E <= 0 || E > EXPERTS_MAX || K <= 0 || K > USED_MAX || K > E || j->n_hidden % 4 != 0)
@@ -353,8 +504,7 @@ cudaError_t cu_route(cudaStream_t s, const cu_route_job *j, const cu_routes *r) 
         e = cu_launch_args(s, many_logits<4, 4, 2, 2, 8>, dim3(pieces(T, 16), pieces(E, 16)), 128, true, *j, r->logit,
                            r->scratch, E);
     else
-        e = cu_launch_args(s, many_logits<8, 8, 2, 4, 3>, dim3(pieces(T, 32), pieces(E, 64)), 256, true, *j, r->logit,
-                           r->scratch, E);
+        e = T < WIDEST_ROWS ? launch_wide<8>(s, j, r) : launch_wide<16>(s, j, r);
     if (e != cudaSuccess) return e;
     if (T <= FEW_ROWS) {
         const unsigned threads = (unsigned)(T < 16 ? 16 : T < FEW_WARPS ? T : FEW_WARPS) * 32u;
@@ -415,17 +565,66 @@ static __global__ void __launch_bounds__(COMBINE_THREADS)
     }
 }
 
+/* The same and the norm of what comes out, as cu_norm has it: a block a row of at most 4 ROW_THREADS numbers. */
+template <int USED>
+static __global__ void __launch_bounds__(ROW_THREADS, 2)
+    combine_norm(float *x, cu_norm_after norm, const float *expert_y, const float *shared, const int32_t *entry_place,
+                 const float *share, int32_t n_used, int32_t n_hidden) {
+    __shared__ __align__(16) float row_x[4 * ROW_THREADS];
+    __shared__ float scale;
+    cu_launch_next();
+    cu_wait_previous();
+    const int32_t K = USED > 0 ? USED : n_used, row = (int32_t)blockIdx.x, i = (int32_t)threadIdx.x * 4;
+    const bool in = i < n_hidden;
+    const int64_t at = (int64_t)row * n_hidden + i;
+    float4 v = zero4();
+    uint2 w = make_uint2(0u, 0u);
+    if (in) {
+        const float4 old = *(const float4 *)(x + at), more = shared ? *(const float4 *)(shared + at) : zero4();
+        float4 y = zero4();
+        w = *(const uint2 *)(norm.w + i);
+#pragma unroll(USED > 0 ? USED : 4)
+        for (int32_t k = 0; k < K; k++) {
+            const float part = share[(int64_t)row * K + k];
+            const float4 e = *(const float4 *)(expert_y + (int64_t)entry_place[(int64_t)row * K + k] * n_hidden + i);
+            y.x = __fmaf_rn(part, e.x, y.x), y.y = __fmaf_rn(part, e.y, y.y);
+            y.z = __fmaf_rn(part, e.z, y.z), y.w = __fmaf_rn(part, e.w, y.w);
+        }
+        v.x = __fadd_rn(old.x, __fadd_rn(y.x, more.x)), v.y = __fadd_rn(old.y, __fadd_rn(y.y, more.y));
+        v.z = __fadd_rn(old.z, __fadd_rn(y.z, more.z)), v.w = __fadd_rn(old.w, __fadd_rn(y.w, more.w));
+        *(float4 *)(x + at) = *(float4 *)(row_x + i) = v;
+    }
+    __syncthreads();
+    if (threadIdx.x < 32) {
+        const float sum = cu_sum_squares(row_x, n_hidden);
+        if (threadIdx.x == 0) scale = cu_norm_scale(sum, n_hidden, norm.eps);
+    }
+    __syncthreads();
+    if (!in) return;
+    uint2 to;
+    to.x = cu_round2(cu_normed(v.x, scale, (cu_bf16)w.x), cu_normed(v.y, scale, (cu_bf16)(w.x >> 16)));
+    to.y = cu_round2(cu_normed(v.z, scale, (cu_bf16)w.y), cu_normed(v.w, scale, (cu_bf16)(w.y >> 16)));
+    *(uint2 *)(norm.xn + (int64_t)row * CU_PAD(n_hidden) + i) = to;
+}
+
 cudaError_t cu_combine(cudaStream_t s, float *x, float *out, const float *expert_y, const float *shared,
-                       const cu_routes *r, int32_t n_row, int32_t n_hidden) {
+                       const cu_routes *r, int32_t n_row, int32_t n_hidden, const cu_norm_after *norm) {
     if (n_row <= 0) return cudaSuccess;
     const int32_t K = r->n_used;
+    /* `shared` may come from another stream: then more is waited for than the kernel before */
+    if (norm && !out && n_hidden % 4 == 0 && n_hidden <= 4 * ROW_THREADS)
+        return cu_launch_args(s, K == 6 ? combine_norm<6> : combine_norm<0>, (unsigned)n_row,
+                              (unsigned)(n_hidden + 127) / 128 * 32, !shared, x, *norm, expert_y, shared,
+                              r->entry_place, r->share, K, n_hidden);
     const dim3 wide((unsigned)n_row, pieces(n_hidden, 4 * COMBINE_THREADS));
     const bool four = n_hidden % 4 == 0;
-    /* `shared` may come from another stream: then more is waited for than the kernel before */
-    return cu_launch_args(s,
-                          !four    ? combine_kernel<1, 0>
-                          : K == 6 ? combine_kernel<4, 6>
-                                   : combine_kernel<4, 0>,
-                          four ? wide : dim3((unsigned)n_row, pieces(n_hidden, COMBINE_THREADS)), COMBINE_THREADS,
-                          !shared, x, out, expert_y, shared, r->entry_place, r->share, K, n_hidden);
+    const cudaError_t e =
+        cu_launch_args(s,
+                       !four    ? combine_kernel<1, 0>
+                       : K == 6 ? combine_kernel<4, 6>
+                                : combine_kernel<4, 0>,
+                       four ? wide : dim3((unsigned)n_row, pieces(n_hidden, COMBINE_THREADS)), COMBINE_THREADS, !shared,
+                       x, out, expert_y, shared, r->entry_place, r->share, K, n_hidden);
+    if (e != cudaSuccess || !norm) return e;
+    return cu_norm(s, norm->xn, x, NULL, norm->w, n_row, n_hidden, norm->eps);
 }

@@ -27,12 +27,11 @@ static __device__ __forceinline__ float4 load4(const cu_bf16 *x) {
 /* ---- norm ---------------------------------------------------------------------------------------------------------
  */
 
-/* w: bits of four weights, loaded beforehand: the compiler may not move a load of w over a store to out. */
-static __device__ __forceinline__ void store_normed4(cu_bf16 *out, float4 v, float scale, uint2 w) {
-    uint2 to;
-    to.x = cu_round2(cu_normed(v.x, scale, (cu_bf16)(w.x & 0xffffu)), cu_normed(v.y, scale, (cu_bf16)(w.x >> 16)));
-    to.y = cu_round2(cu_normed(v.z, scale, (cu_bf16)(w.y & 0xffffu)), cu_normed(v.w, scale, (cu_bf16)(w.y >> 16)));
-    *(uint2 *)out = to;
+/* w: bits of four weights, loaded beforehand: the compiler may not move a load of w over a store. */
+static __device__ __forceinline__ uint2 normed4(float4 v, float scale, uint2 w) {
+    return make_uint2(
+        cu_round2(cu_normed(v.x, scale, (cu_bf16)(w.x & 0xffffu)), cu_normed(v.y, scale, (cu_bf16)(w.x >> 16))),
+        cu_round2(cu_normed(v.z, scale, (cu_bf16)(w.y & 0xffffu)), cu_normed(v.w, scale, (cu_bf16)(w.y >> 16))));
 }
 
 /* The sum of a row that is f32, or widened from bf16: one order for both. */
@@ -44,33 +43,41 @@ static __device__ __forceinline__ float row_squares(const cu_bf16 *x, int32_t n)
     return cu_warp_sum(sum);
 }
 
-/* One row by one warp: out [n] = bf16(norm of x [n]). HELD > 0: n is a multiple of 4 and at most 128 HELD; a lane keeps
- * its HELD quadruples, all loads in flight at once. HELD == 0: any n, read twice. */
+/* One row by one warp, which n numbers, a multiple of 4 and at most 128 HELD, make: to[k]: numbers 128 k + 4 lane ...
+ * of bf16(norm of x). All loads are in flight at once. */
+template <int HELD, typename T>
+static __device__ __forceinline__ void norm_held(uint2 to[HELD], const T *x, const cu_bf16 *w, int32_t n, float eps) {
+    const int32_t first = (threadIdx.x & 31) * 4;
+    float4 v[HELD];
+    uint2 bits[HELD];
+    float sum = 0.0f;
+#pragma unroll
+    for (int k = 0; k < HELD; k++) {
+        v[k] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        if (first + k * 128 < n) v[k] = load4(x + first + k * 128);
+    }
+#pragma unroll
+    for (int k = 0; k < HELD; k++) {
+        bits[k] = make_uint2(0u, 0u);
+        if (first + k * 128 < n) bits[k] = *(const uint2 *)(w + first + k * 128);
+    }
+#pragma unroll
+    for (int k = 0; k < HELD; k++) sum = cu_add_squares(v[k], sum);
+    const float scale = cu_norm_scale(cu_warp_sum(sum), n, eps);
+#pragma unroll
+    for (int k = 0; k < HELD; k++) to[k] = normed4(v[k], scale, bits[k]);
+}
+
+/* One row by one warp: out [n] = bf16(norm of x [n]). HELD > 0: norm_held. HELD == 0: any n, read twice. */
 template <int HELD, typename T>
 static __device__ __forceinline__ void norm_row(cu_bf16 *out, const T *x, const cu_bf16 *w, int32_t n, float eps) {
     const int32_t first = (threadIdx.x & 31) * 4;
-    if (HELD > 0) {
-        float4 v[HELD > 0 ? HELD : 1];
-        uint2 bits[HELD > 0 ? HELD : 1];
-        float sum = 0.0f;
+    if constexpr (HELD > 0) {
+        uint2 to[HELD];
+        norm_held<HELD>(to, x, w, n, eps);
 #pragma unroll
-        for (int k = 0; k < HELD; k++) {
-            v[k] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-            if (first + k * 128 < n) v[k] = load4(x + first + k * 128);
-        }
-#pragma unroll
-        for (int k = 0; k < HELD; k++) {
-            bits[k] = make_uint2(0u, 0u);
-            if (first + k * 128 < n) bits[k] = *(const uint2 *)(w + first + k * 128);
-        }
-#pragma unroll
-        for (int k = 0; k < HELD; k++) sum = cu_add_squares(v[k], sum);
-        const float scale = cu_norm_scale(cu_warp_sum(sum), n, eps);
-#pragma unroll
-        for (int k = 0; k < HELD; k++) {
-            const int32_t i = first + k * 128;
-            if (i < n) store_normed4(out + i, v[k], scale, bits[k]);
-        }
+        for (int k = 0; k < HELD; k++)
+            if (first + k * 128 < n) *(uint2 *)(out + first + k * 128) = to[k];
         return;
     }
     const float scale = cu_norm_scale(row_squares(x, n), n, eps);
@@ -86,7 +93,7 @@ static __device__ __forceinline__ void norm_row(cu_bf16 *out, const T *x, const 
             }
 #pragma unroll
             for (int k = 0; k < 4; k++)
-                if (i + k * 128 < n) store_normed4(out + i + k * 128, v[k], scale, bits[k]);
+                if (i + k * 128 < n) *(uint2 *)(out + i + k * 128) = normed4(v[k], scale, bits[k]);
         }
     } else {
         for (int32_t i = threadIdx.x & 31; i < n; i += 32) out[i] = cu_round(cu_normed(load1(x + i), scale, w[i]));
@@ -121,6 +128,38 @@ cudaError_t cu_norm(cudaStream_t s, cu_bf16 *out, const float *x, const int32_t 
                           : h == 20 ? norm_kernel<20>
                                     : norm_kernel<0>,
                           blocks, threads, true, out, x, rows, w, n, n_hidden, eps);
+}
+
+/* A norm whose rows also go to the places of their entries: HELD as norm_row has it. */
+template <int HELD>
+static __global__ void __launch_bounds__(32 * NORM_WARPS)
+    norm_spread(cu_bf16 *out, cu_bf16 *by_place, const int32_t *entry_place, int32_t n_used, const float *x,
+                const cu_bf16 *w, int32_t n, int32_t n_hidden, float eps) {
+    cu_launch_next();
+    prefetch_weights(w, n_hidden);
+    cu_wait_previous();
+    const int32_t lane = (int32_t)(threadIdx.x & 31), first = lane * 4;
+    const int32_t row = (int32_t)(blockIdx.x * NORM_WARPS + (threadIdx.x >> 5));
+    if (row >= n) return;
+    const int32_t place = lane < n_used ? entry_place[(int64_t)row * n_used + lane] : 0;
+    uint2 to[HELD];
+    norm_held<HELD>(to, x + (int64_t)row * n_hidden, w, n_hidden, eps);
+    for (int32_t k = -1; k < n_used; k++) {
+        const int64_t at = k < 0 ? row : __shfl_sync(0xffffffffu, place, k < 0 ? 0 : k);
+        cu_bf16 *row_out = (k < 0 ? out : by_place) + at * CU_PAD(n_hidden) + first;
+#pragma unroll
+        for (int q = 0; q < HELD; q++)
+            if (first + q * 128 < n_hidden) *(uint2 *)(row_out + q * 128) = to[q];
+    }
+}
+
+cudaError_t cu_norm_spread(cudaStream_t s, cu_bf16 *out, cu_bf16 *by_place, const cu_routes *r, const float *x,
+                           const cu_bf16 *w, int32_t n, int32_t n_hidden, float eps) {
+    if (n <= 0) return cudaSuccess;
+    const int h = held(n_hidden);
+    if (!cu_norm_spreads(n_hidden) || h == 0 || r->n_used > 32) return cudaErrorInvalidValue;
+    return cu_launch_args(s, h == 8 ? norm_spread<8> : norm_spread<20>, (unsigned)((n + NORM_WARPS - 1) / NORM_WARPS),
+                          32 * NORM_WARPS, true, out, by_place, r->entry_place, r->n_used, x, w, n, n_hidden, eps);
 }
 
 /* ---- embedding ----------------------------------------------------------------------------------------------------

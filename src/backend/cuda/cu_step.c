@@ -131,7 +131,8 @@ static void dense_ffn(const run *r, const cu_layer *w, int32_t layer, int32_t ro
     linear(r, &w->ffn.down, CU_ADD, x, b->hid, n, &b->hid8);
 }
 
-static void run_experts(const run *r, const cu_layer *w, const cu_routes *routes, int32_t n, const cu_x8 *x8) {
+static void run_experts(const run *r, const cu_layer *w, const cu_routes *routes, int32_t n, const cu_x8 *x8,
+                        bool spread) {
     cu_backend *b = r->b;
     const cu_grouped_job up = {.shape = w->shape.up,
                                .experts = w->expert_up,
@@ -142,6 +143,7 @@ static void run_experts(const run *r, const cu_layer *w, const cu_routes *routes
                                .x = b->xn,
                                .ldx = CU_PAD(w->shape.up.n_in),
                                .by_place = (cu_bf16 *)b->expert_y, /* free until down */
+                               .spread = spread,
                                .x8 = *x8,
                                .x8_by_place = {.code = (uint8_t *)b->expert_y, .ldx = x8->ldx},
                                .h = b->expert_hid,
@@ -212,6 +214,14 @@ static cu_few_job few_of(const run *r, const cu_layer *w, const cu_route_job *ro
     return j;
 }
 
+/* The sum of the experts of the layer before makes the norm in front of this one. */
+static bool normed_before(const run *r, int32_t layer) {
+    const cu_backend *b = r->b;
+    return layer > 0 && layer < b->model->config.n_layer && b->weights.layer[layer - 1].is_moe &&
+           b->weights.layer[layer].qkv.format != CU_F8A8 && r->n_row > CU_SKINNY_MAX && r->n_row <= b->n_ffn_row &&
+           !b->probe;
+}
+
 /* x += experts + shared, rows row0..row0+n-1. */
 static void moe_ffn(const run *r, const cu_layer *w, int32_t layer, int32_t row0, int32_t n) {
     cu_backend *b = r->b;
@@ -233,18 +243,27 @@ static void moe_ffn(const run *r, const cu_layer *w, int32_t layer, int32_t row0
         CU_DO(b, cu_moe_few(b->stream, &few));
         return;
     }
-    norm_into(r, NULL, x, NULL, w->ffn_norm, n);
-    show_bf16(r, "ffn_norm", layer, row0, b->xn, n, D);
+    const bool fp8 = w->shape.up.format == CU_F8A8 || (w->has_shared && w->ffn.up.format == CU_F8A8);
+    const bool spread = !fp8 && routes.tile_rows == 128 && cu_norm_spreads(D); /* then the norm knows the places */
     cu_x8 x8 = {0};
-    if (w->shape.up.format == CU_F8A8 || (w->has_shared && w->ffn.up.format == CU_F8A8))
-        x8 = to_fp8(r, &b->row8, b->xn, D, n);
+    if (spread) {
+        CU_DO(b, cu_route(b->stream, &route, &routes));
+        CU_DO(b, cu_norm_spread(b->stream, b->xn, (cu_bf16 *)b->expert_y, &routes, x, w->ffn_norm, n, D, m->rms_eps));
+    } else {
+        norm_into(r, NULL, x, NULL, w->ffn_norm, n);
+        if (fp8) x8 = to_fp8(r, &b->row8, b->xn, D, n);
+    }
+    show_bf16(r, "ffn_norm", layer, row0, b->xn, n, D);
     if (w->has_shared) run_shared(r, w, n, &x8);
-    CU_DO(b, cu_route(b->stream, &route, &routes));
+    if (!spread) CU_DO(b, cu_route(b->stream, &route, &routes));
     show(r, "router", layer, row0, routes.logit, n, m->n_expert);
-    run_experts(r, w, &routes, n, &x8);
+    run_experts(r, w, &routes, n, &x8, spread);
     if (w->has_shared) shared_join(r, n);
     float *out = b->probe ? b->qkv : NULL; /* free by now, and large enough */
-    CU_DO(b, cu_combine(b->stream, x, out, b->expert_y, w->has_shared ? b->shared_y : NULL, &routes, n, D));
+    const bool norm = normed_before(r, layer + 1);
+    const cu_norm_after after = {b->xn, norm ? b->weights.layer[layer + 1].attn_norm : NULL, m->rms_eps};
+    CU_DO(b, cu_combine(b->stream, x, out, b->expert_y, w->has_shared ? b->shared_y : NULL, &routes, n, D,
+                        norm ? &after : NULL));
     if (out) show(r, "experts", layer, row0, out, n, D);
 }
 
@@ -255,7 +274,7 @@ static void run_layer(const run *r, const cu_layer *w, int32_t layer) {
     cu_job qkv = job_of(&w->qkv, CU_STORE, b->xn, r->n_row);
     qkv.y = b->qkv;
     qkv.ldy = w->qkv.n_out;
-    norm_into(r, &qkv, b->x, NULL, w->attn_norm, r->n_row);
+    if (!normed_before(r, layer)) norm_into(r, &qkv, b->x, NULL, w->attn_norm, r->n_row);
     show_bf16(r, "attn_norm", layer, 0, b->xn, r->n_row, m->n_hidden);
     CU_DO(b, cu_linear_run(b->stream, &qkv));
     const bool apart = !r->decode || b->probe;
