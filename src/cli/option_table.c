@@ -50,8 +50,8 @@ const option option_table[] = {
      .help = "The head's number format; default: wint8 when --quantization quantizes something, else none"},
     {.name = "activation-quantization", .type = OPTION_ENUM, .choices = "auto|none", .fallback = "auto",
      .group = "Model", .tag = 'E', .command = CMD_SERVE | CMD_BENCH_STEP,
-     .help = "Inputs of linear layers: auto makes those of quantized ones int8 (fp8 for block_wise_fp8) on the CPU and, on "
-             "AMX tiles, those of bf16 ones bf16, and on a GPU those of fp8 ones fp8 in models with experts; none leaves "
+     .help = "Inputs of linear layers: auto makes those of quantized ones int8 (fp8 for block_wise_fp8) on the CPU and, in "
+             "models with experts, on a GPU (but for the head), and those of bf16 ones bf16 on AMX tiles; none leaves "
              "them in f32 on the CPU, bf16 on a GPU"},
     {.name = "load-choices", .type = OPTION_ENUM, .choices = "default|default_v1|dummy", .fallback = "default_v1",
      .group = "Model", .tag = 'T', .command = CMD_SERVE,

@@ -42,14 +42,17 @@ void *check_new(const void *host, size_t bytes);
 void check_free(void *device);
 /* Copy back; waits for the device. */
 void check_get(void *host, const void *device, size_t bytes);
+/* silu(gate) * up of doubles that are off by at most e_gate and e_up, and how far the kernels' bf16 may be from it. */
+double check_swiglu(double gate, double e_gate, double up, double e_up, double *bound);
 /* Uniform in [-1, 1); every call another. */
 float check_random(void);
 uint64_t check_random64(void);
 
 void check_linears(void);   /* pack, skinny, grouped skinny (check_linear.c) */
-void check_f8_mid(void);    /* f8 skinny, mid, grouped mid (check_f8_mid.c) */
+void check_a8_mid(void);    /* rows of 8 bits: skinny, mid, grouped mid (check_a8_mid.c) */
 void check_large(void);     /* large, grouped large; the same bits as skinny (check_large.c) */
-void check_f8(void);        /* fp8 by fp8: rows to codes, all kernels (check_f8.c) */
+void check_a8(void);        /* rows to codes; rows of 8 bits: large, grouped large (check_a8.c) */
+void check_a8_few(void);    /* few rows of 8 bits: router, linears (check_a8_few.c) */
 void check_attention(void); /* check_attention.c */
 void check_sampling(void);  /* check_sampling.c */
 void check_layers(void);    /* all layers in one kernel (check_chain.c) */

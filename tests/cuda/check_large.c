@@ -150,12 +150,9 @@ static void compare_one(worst *to, const weights *o, const cu_bf16 *x, cu_epilog
         return;
     }
     const double gate = dot(o, x, band * 2, r, &e0), up = dot(o, x, band * 2 + 1, r, &e1);
-    const double silu = gate / (1.0 + exp(-gate)), want = silu * up;
-    /* |silu'| < 1.1; expf (2 ulp), sum, division and product: under 8 * 2^-23 of the result together; then half an ulp
-     * of bf16, at most 2^-8, of the result and of what it may be off; or its least number. */
-    const double bound = 1.1 * e0 * (fabs(up) + e1) + fabs(silu) * e1 + 0x1p-20 * fabs(want) + 0x1.01p-8 * fabs(want);
-    worst_add(to, fabs(got - want), bound + 1.1 * e0 * 0x1p-8 * (fabs(up) + e1) + fabs(silu) * e1 * 0x1p-8 + 0x1p-126,
-              "swiglu", row, out, n_row);
+    double bound;
+    const double want = check_swiglu(gate, e0, up, e1, &bound);
+    worst_add(to, fabs(got - want), bound, "swiglu", row, out, n_row);
 }
 
 static void run_few(const cu_job *all) {

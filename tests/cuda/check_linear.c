@@ -7,9 +7,10 @@
 
 enum { ROWS = 64, NAME = 128, GAP = 3 };
 
-static const char *const format_name[CU_FORMATS] = {"bf16", "int8", "int4", "fp8", "fp8 by fp8"};
-static const ern_dtype format_dtype[CU_FORMATS] = {ERN_DTYPE_BF16, ERN_DTYPE_I8, ERN_DTYPE_I4, ERN_DTYPE_F8E4M3,
-                                                   ERN_DTYPE_F8E4M3};
+static const char *const format_name[CU_FORMATS] = {"bf16",       "int8",         "int4",        "fp8",
+                                                    "fp8 by fp8", "int8 by int8", "int4 by int8"};
+static const ern_dtype format_dtype[CU_FORMATS] = {ERN_DTYPE_BF16,   ERN_DTYPE_I8, ERN_DTYPE_I4, ERN_DTYPE_F8E4M3,
+                                                   ERN_DTYPE_F8E4M3, ERN_DTYPE_I8, ERN_DTYPE_I4};
 
 static void *take(size_t bytes) {
     void *p = aligned_alloc(64, (bytes + 63) / 64 * 64);
@@ -71,7 +72,8 @@ static uint32_t stored_code(const stored *s, int32_t o, int32_t i) {
     if (s->format == CU_BF16) return in ? ern_bf16_from_f32((float)stored_at(s, o, i)) : 0;
     const float code = in ? quant_code_at(&s->of, o, i) : 0.0f;
     if (s->format == CU_F8 || s->format == CU_F8A8) return in ? ern_e4m3_from_f32(code) : 0;
-    return s->format == CU_I8 ? (uint32_t)(int32_t)code & 0xff : (uint32_t)((int32_t)code + 8);
+    if (s->format == CU_I8 || s->format == CU_I8A8) return (uint32_t)(int32_t)code & 0xff;
+    return s->format == CU_I4A8 ? (uint32_t)(int32_t)code & 0xf : (uint32_t)((int32_t)code + 8);
 }
 
 /* Packed on the device: one stored linear, or two of the same outputs band by band. */
@@ -118,10 +120,13 @@ static void draw(unsigned char *group, cu_format f, int32_t r, int32_t k, uint32
     static const int byte_order[8] = {0, 2, 1, 3, 4, 6, 5, 7}, nibble_order[8] = {0, 2, 4, 6, 1, 3, 5, 7};
     const int32_t g = r % 8, s = k / 16, c = k % 8 / 2, j = k % 16 / 8 * 2 + k % 2, lane = 4 * g + c;
     int e = 0;
-    if (f ==
-        CU_F8A8) { /* product k / 32; registers a0, a1: the first 16 inputs of outputs g, g + 8; a2, a3: the last */
-        const int at = k % 32 / 16 * 8 + r / 8 * 4 + k % 4;
-        group[k / 32 * 512 + (4 * g + k % 16 / 4) * 16 + at] = (unsigned char)code;
+    if (cu_codes_of(f)) {
+        /* product k / 32; registers a0, a1: the first 16 inputs of outputs g, g + 8; a2, a3: the last */
+        const int reg = k % 32 / 16 * 2 + r / 8, vector = 4 * g + k % 16 / 4;
+        if (f == CU_I4A8)
+            group[vector * 16 + reg * 4 + k % 4] |= (unsigned char)(code << (k < 32 ? 4 : 0));
+        else
+            group[k / 32 * 512 + vector * 16 + reg * 4 + k % 4] = (unsigned char)code;
         return;
     }
     while (order[e][0] != r / 8 * 8 || order[e][1] != j) e++;
@@ -137,6 +142,12 @@ static void draw(unsigned char *group, cu_format f, int32_t r, int32_t k, uint32
         while (byte_order[n] != e) n++;
         group[((s / 2 * 32 + lane) * 2 + s % 2) * 8 + n] = (unsigned char)code;
     }
+}
+
+/* Segments of bands, or scales of them, before this one. */
+static int64_t segment_at(const cu_linear *w, bool blocks, int32_t band, int32_t seg) {
+    if (!blocks) return (int64_t)band * w->n_seg + seg;
+    return ((int64_t)(band / CU_A8_BANDS) * w->n_seg + seg) * CU_A8_BANDS + band % CU_A8_BANDS;
 }
 
 static void check_pack(cu_format f, ern_order order, int32_t n_out, int32_t n_in, bool pairs) {
@@ -156,21 +167,29 @@ static void check_pack(cu_format f, ern_order order, int32_t n_out, int32_t n_in
     check_get(got, p.pack, bytes);
     if (n_scale) check_get(scale, p.scale, n_scale * sizeof *scale);
     memset(want, 0, bytes);
+    const bool blocks = cu_codes_of(f) != CU_CODES_NONE;
     const int32_t step = pairs ? 2 : 1;
     for (int32_t b = 0; b < p.w.n_band; b++) {
         const stored *of = &s[b % step];
         for (int32_t r = 0; r < CU_BAND; r++) {
             const int32_t o = b / step * CU_BAND + r;
             for (int32_t i = 0; i < p.w.n_seg * CU_SEGMENT; i++)
-                draw(want + (size_t)(b * p.w.n_seg * 2 + i / 64) * each, f, r, i % 64, stored_code(of, o, i));
-            if ((f == CU_I8 || f == CU_I4) &&
-                scale[b * CU_BAND + r] != (o < n_out ? quant_scale_at(&of->of, o, 0) : 0.0f))
+                draw(want + (size_t)(segment_at(&p.w, blocks, b, i / CU_SEGMENT) * 2 + i / 64 % 2) * each, f, r, i % 64,
+                     stored_code(of, o, i));
+            const float by = o < n_out && f != CU_BF16 ? quant_scale_at(&of->of, o, 0) : 0.0f;
+            if ((f == CU_I8 || f == CU_I4 || f == CU_I8A8 || f == CU_I4A8) &&
+                scale[b * CU_BAND + r] != (f == CU_I4A8 ? by / 16.0f : by))
                 snprintf(what, sizeof what, "scale of band %d, output %d", b, r);
         }
         for (int32_t g = 0; (f == CU_F8 || f == CU_F8A8) && g < p.w.n_seg; g++)
-            if (scale[b * p.w.n_seg + g] != quant_scale_at(&of->of, b / step * CU_BAND, g))
+            if (scale[segment_at(&p.w, blocks, b, g)] != quant_scale_at(&of->of, b / step * CU_BAND, g))
                 snprintf(what, sizeof what, "scale of band %d, segment %d", b, g);
     }
+    for (int32_t b = p.w.n_band; b < cu_band_room(&p.w); b++) /* open */
+        for (int32_t g = 0; g < p.w.n_seg; g++) {
+            const size_t at = (size_t)segment_at(&p.w, blocks, b, g) * 2 * each;
+            memcpy(want + at, got + at, 2 * each);
+        }
     for (size_t k = 0; k < bytes && !*what; k++)
         if (want[k] != got[k])
             snprintf(what, sizeof what, "group %zu, byte %zu: %02x, not %02x", k / each, k % each, got[k], want[k]);
@@ -202,8 +221,6 @@ static double dot(const stored *s, const cu_bf16 *x, int32_t o, double *bound) {
     return sum;
 }
 
-static double silu(double z) { return z / (1.0 + exp(-z)); }
-
 /* What a number of the result should be, and how far it may be off. before: of ADD. */
 static double expected(const stored *s, cu_epilogue e, const cu_bf16 *x, int32_t o, double before, double *bound) {
     double b0, b1;
@@ -212,12 +229,8 @@ static double expected(const stored *s, cu_epilogue e, const cu_bf16 *x, int32_t
         *bound = b0 + 0x1p-24 * (fabs(z) + fabs(before) + b0);
         return z + before;
     }
-    /* |silu'| <= 1.1. expf is right to 2 ulp, 1 + e, the division and the product round: 5 * 2^-23 in all; then to
-     * bf16, half of 2^-8, or of the smallest subnormal. */
-    const double up = dot(&s[1], x, o, &b1), h = silu(z) * up;
-    const double f32 = 1.1 * b0 * (fabs(up) + b1) + fabs(silu(z)) * b1 + 5.0 * 0x1p-23 * fabs(h);
-    *bound = f32 + 0x1p-8 * (fabs(h) + f32) + 0x1p-133;
-    return h;
+    const double up = dot(&s[1], x, o, &b1);
+    return check_swiglu(z, b0, up, b1, bound);
 }
 
 /* Rows of bf16, padded with zeros, and NaN between. Row r has a size of its own. */

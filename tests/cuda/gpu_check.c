@@ -69,6 +69,17 @@ void check_get(void *host, const void *device, size_t bytes) {
 
 uint64_t check_random64(void) { return ern_counter64(check_seed, n_drawn++); }
 
+double check_swiglu(double gate, double e_gate, double up, double e_up, double *bound) {
+    const double silu = gate / (1.0 + exp(-gate)), h = silu * up;
+    /* |silu'| < 1.1; expf (2 ulp), sum, division and product: under 8 * 2^-23 of the result together. Where expf(-gate)
+     * is beyond f32, silu is 0 there: that is off by less than 89 * 2^-128. */
+    const double f32 =
+        1.1 * e_gate * (fabs(up) + e_up) + fabs(silu) * e_up + 0x1p-20 * fabs(h) + 0x1p-121 * (fabs(up) + e_up);
+    /* Half an ulp of bf16, at most 2^-8, of the result and of what it may be off; or its least normal number. */
+    *bound = f32 + 0x1.01p-8 * (fabs(h) + f32) + 0x1p-126;
+    return h;
+}
+
 float check_random(void) { return (float)((int32_t)(check_random64() >> 40) - (1 << 23)) * 0x1p-23f; }
 
 int main(int argc, char **argv) {
@@ -80,8 +91,9 @@ int main(int argc, char **argv) {
     printf("%s, %d multiprocessors; seed %llu\n", p.name, p.multiProcessorCount, (unsigned long long)check_seed);
     check_linears();
     check_large();
-    check_f8();
-    check_f8_mid();
+    check_a8();
+    check_a8_mid();
+    check_a8_few();
     check_rows();
     check_attention();
     check_layers();

@@ -97,8 +97,8 @@ bool cu_chain_fits(const cu_chain *c) {
     const chain_cut k = cut_of(c);
     chain_args a;
     if (c->n_head_dim != CHAIN_HEAD || c->n_head % c->n_kv_head || c->n_head / c->n_kv_head > ATTN_FEW ||
-        c->n_hidden != CHAIN_HIDDEN || c->format == CU_F8A8 || c->kv_dtype == ERN_KV_F8 || c->n_row_max < 1 ||
-        c->n_row_max > CU_SKINNY_MAX)
+        c->n_hidden != CHAIN_HIDDEN || cu_codes_of(c->format) != CU_CODES_NONE || c->kv_dtype == ERN_KV_F8 ||
+        c->n_row_max < 1 || c->n_row_max > CU_SKINNY_MAX)
         return false;
     for (int i = 0; i < CHAIN_LINEARS; i++) {
         const int32_t most = ceil_div(k.n_job[i], attn_sm_count());

@@ -6,9 +6,11 @@
  *   linear     inputs are added up in segments of CU_SEGMENT = 128: each from zero by a chain of eight m16n8k16 products
  *              in bf16 with f32 sums (weights are the A operand, 16 outputs; rows of x the B operand, 8 rows), then
  *              total = segment + total (fp8: total = fma(scale, segment, total)), first segment first. int8 and int4
- *              codes go in as exact bf16 and total * scale of the output comes last. fp8 by fp8 (CU_F8A8): a segment
- *              is a chain of four products of 32 inputs by wgmma from zero, then
- *              total = fma(scale of x * scale of the weight, segment, total). Any number of rows, any kernel.
+ *              codes go in as exact bf16 and total * scale of the output comes last. Rows of 8 bits (CU_F8A8, CU_I8A8,
+ *              CU_I4A8): a segment is a chain of four products of 32 inputs by wgmma from zero. fp8 by fp8:
+ *              total = fma(scale of x * scale of the weight, segment, total); integers, whose segments are exact:
+ *              total = fma(scale of x, (float)segment, total), and total * scale of the output comes last. Any number
+ *              of rows, any kernel.
  *   attention  keys in tiles of CU_KEYS = 128 at absolute positions; each tile has a softmax of its own (its own
  *              maximum over the keys that the row sees, weights rounded to bf16, their sum by the same products with a
  *              column of ones), and tiles are joined one after the other, first tile first (cu_attn.cu draws it).
@@ -56,21 +58,37 @@ typedef uint16_t cu_bf16; /* bits */
  * I8, F8E4M3: 1024 bytes: [s/2][lane][s%2][8 bytes]; each 8 bytes hold the eight codes in the order
  *             e0 e2 e1 e3 | e4 e6 e5 e7, so that bits 0..7 and 16..23 of a word are one pair, 8..15 and 24..31 the next
  *             I8: two's complement. F8: the e4m3 byte.
- * F8A8:       1024 bytes: [t][lane][16 bytes], t = 0, 1: the A operand of the m64nNk32 product of inputs 32 t ..
- *             32 t + 31, as e4m3 bytes: outputs g, g + 8, g, g + 8 of inputs 32 t + 4 c + {0, 1, 2, 3} (the first two)
- *             and 16 more (the last two) = registers a0 a1 a2 a3. Four bands that follow one another are 64 outputs.
  * I4:         512 bytes: [lane][s][4 bytes]; nibble k of the word of product s (bit 4k) holds q + 8 of code
  *             e0 e2 e4 e6 e1 e3 e5 e7 for k = 0..7, so that (word >> 4k) & 0x000f000f is the pair (e_2k, e_2k+1).
  * Inputs beyond n_in (up to CU_PAD) and outputs beyond n_out are zero codes. A group starts at a multiple of 512 bytes.
  *
- * scale: I8, I4 f32 [16 * n_band] per output; F8, F8A8 f32 [n_band, n_seg] per band and segment (a band of 16 lies in
- * one block of 128 outputs); BF16 NULL. */
-typedef enum cu_format { CU_BF16, CU_I8, CU_I4, CU_F8, CU_F8A8 } cu_format;
+ * Weights that meet rows of 8 bits (A8) lie in blocks of 8 bands by one segment, so that a tile's codes of a segment
+ * are one copy: [ceil(n_band / 8)][n_seg][8 bands][segment of a band]. What is stored for bands beyond n_band is open.
+ * A segment of a band is two groups, each the A operand of the m64nNk32 products of its inputs 32 t .. 32 t + 31, t =
+ * 0, 1: lane 4 g + c owns, of product t, in registers a0 a1 a2 a3, outputs g, g + 8, g, g + 8 of inputs 32 t + 4 c +
+ * {0, 1, 2, 3} (the first two) and 16 more (the last two), a byte each. Four bands that follow one another are 64
+ * outputs.
+ * F8A8, I8A8: 1024 bytes a group: [t][lane][a0 a1 a2 a3], the e4m3 byte, or two's complement.
+ * I4A8:       512 bytes a group: [lane][4 words]; word k holds register a_k of product 0 in the high nibbles of its
+ *             bytes and that of product 1 in the low ones, two's complement: word & 0xf0f0f0f0 and
+ *             word << 4 & 0xf0f0f0f0 are the registers, times 16.
+ *
+ * scale: I8, I4 f32 [16 * n_band] per output; F8 f32 [n_band, n_seg] per band and segment (a band of 16 lies in one
+ * block of 128 outputs); F8A8 the same in the order of its codes, [ceil(n_band / 8)][n_seg][8]; I8A8 f32 [16 * n_band]
+ * per output; I4A8 that / 16; BF16 NULL. */
+typedef enum cu_format { CU_BF16, CU_I8, CU_I4, CU_F8, CU_F8A8, CU_I8A8, CU_I4A8 } cu_format;
 enum {
-    CU_FORMATS = 5,
-    CU_PLAIN_FORMATS = 4,  /* the first: rows of x are bf16, and codes become it */
-    CU_F8A8_INPUTS = 12288 /* most inputs of a CU_F8A8 linear */
+    CU_FORMATS = 7,
+    CU_PLAIN_FORMATS = 4, /* the first: rows of x are bf16, and codes become it */
+    CU_A8_BANDS = 8,      /* of a block of A8 weights */
+    CU_A8_INPUTS = 12288  /* most inputs of an A8 linear */
 };
+/* What rows of 8 bits are made of. */
+typedef enum cu_codes { CU_CODES_NONE, CU_CODES_F8, CU_CODES_I8 } cu_codes;
+/* The rows that weights of this format meet; NONE: bf16. */
+static inline cu_codes cu_codes_of(cu_format f) {
+    return f == CU_F8A8 ? CU_CODES_F8 : f == CU_I8A8 || f == CU_I4A8 ? CU_CODES_I8 : CU_CODES_NONE;
+}
 
 typedef struct cu_linear {
     const void *pack;
@@ -83,12 +101,21 @@ typedef struct cu_linear {
 } cu_linear;
 
 /* Bytes of a group. */
-static inline int64_t cu_group_bytes(cu_format f) { return f == CU_BF16 ? 2048 : f == CU_I4 ? 512 : 1024; }
+static inline int64_t cu_group_bytes(cu_format f) {
+    return f == CU_BF16 ? 2048 : f == CU_I4 || f == CU_I4A8 ? 512 : 1024;
+}
+/* Bands there is room for: of A8 whole blocks. */
+static inline int64_t cu_band_room(const cu_linear *w) {
+    return cu_codes_of(w->format) == CU_CODES_NONE ? w->n_band
+                                                   : (int64_t)(w->n_band + CU_A8_BANDS - 1) / CU_A8_BANDS * CU_A8_BANDS;
+}
 static inline int64_t cu_pack_bytes(const cu_linear *w) {
-    return (int64_t)w->n_band * w->n_seg * 2 * cu_group_bytes(w->format);
+    return cu_band_room(w) * w->n_seg * 2 * cu_group_bytes(w->format);
 }
 static inline int64_t cu_scale_count(const cu_linear *w) {
-    return w->format == CU_BF16 ? 0 : w->format >= CU_F8 ? (int64_t)w->n_band * w->n_seg : (int64_t)w->n_band * CU_BAND;
+    return w->format == CU_BF16                         ? 0
+           : w->format == CU_F8 || w->format == CU_F8A8 ? cu_band_room(w) * w->n_seg
+                                                        : cu_band_room(w) * CU_BAND;
 }
 
 /* Pack outputs of one stored linear: its band i goes to band first_band + i * band_step of dst. raw: device copy of
@@ -99,7 +126,7 @@ static inline int64_t cu_scale_count(const cu_linear *w) {
 cudaError_t cu_pack(cudaStream_t s, const cu_linear *dst, const ern_linear *src, const void *raw, const void *raw_scale,
                     int32_t first_band, int32_t band_step);
 
-/* ---- linears (cu_skinny.cu, cu_tall.cu, cu_mid.cu, cu_large.cu; cu_f8_*.cu) -------------------------------------- */
+/* ---- linears (cu_skinny.cu, cu_tall.cu, cu_mid.cu, cu_large.cu; cu_a8_*.cu) -------------------------------------- */
 
 typedef enum cu_epilogue {
     CU_STORE,  /* y f32 [row, n_out], ldy numbers apart: = */
@@ -108,9 +135,9 @@ typedef enum cu_epilogue {
                 * silu(z) = z / (1 + expf(-z)) */
 } cu_epilogue;
 
-/* Rows in e4m3 for CU_F8A8, quantized as quant_act_fp8 (docs/model.md 9.2) does with the bf16 numbers of the row: code
- * [n_row, CU_PAD(n_in)], ldx bytes apart (a multiple of 128), what lies beyond n_in zero; scale f32: that of segment s
- * of row r is scale[s * ld_scale + r], ld_scale a multiple of 4. */
+/* Rows of 8 bits, quantized as quant_act_fp8 or quant_act_int8 (docs/model.md 9.2) do with the bf16 numbers of the row:
+ * code [n_row, CU_PAD(n_in)], ldx bytes apart (a multiple of 128), what lies beyond n_in zero; scale f32: that of
+ * segment s of row r is scale[s * ld_scale + r], ld_scale a multiple of 4. */
 typedef struct cu_x8 {
     uint8_t *code;
     int64_t ldx;
@@ -118,7 +145,8 @@ typedef struct cu_x8 {
     int64_t ld_scale;
 } cu_x8;
 /* out = x, quantized: rows of x bf16 [n_row, CU_PAD(n_in)], ldx apart. */
-cudaError_t cu_quant_x8(cudaStream_t s, const cu_x8 *out, const cu_bf16 *x, int64_t ldx, int32_t n_row, int32_t n_in);
+cudaError_t cu_quant_x8(cudaStream_t s, const cu_x8 *out, cu_codes codes, const cu_bf16 *x, int64_t ldx, int32_t n_row,
+                        int32_t n_in);
 
 /* One linear of n_row rows. x bf16 [n_row, CU_PAD(n_in)], ldx apart. Rows of y/h beyond n_row are not touched. */
 typedef struct cu_job {
@@ -136,7 +164,7 @@ typedef struct cu_job {
     const float *x_f32;
     const cu_bf16 *norm_w;
     float eps;
-    cu_x8 x8; /* CU_F8A8 of more than CU_SKINNY_MAX rows: instead of x. Fewer rows: quantized from x or x_f32 inside */
+    cu_x8 x8;   /* A8 of more than CU_SKINNY_MAX rows: instead of x. Fewer rows: quantized from x or x_f32 inside */
     bool alone; /* comes after something else than a kernel of its stream: is not launched before that ends */
 } cu_job;
 
@@ -164,7 +192,7 @@ typedef struct cu_routes {
     int32_t *n_tile;                   /* [1] */
     int32_t tile_rows;                 /* places of a tile: 8, 16, 32, 64 or 128; chosen by cu_tile_rows(T, K, E) */
     float *logit;                      /* [T, E] router logits (kept for the probe) */
-    int32_t *scratch;                  /* [E * 2 + 2] */
+    int32_t *scratch;                  /* [E * 2 + 2]; the last is zero at first, and left so */
 } cu_routes;
 /* Depends on the step's size only for speed. */
 static inline int32_t cu_tile_rows(int32_t n_row, int32_t n_used, int32_t n_expert) {
@@ -189,6 +217,12 @@ typedef struct cu_route_job {
 } cu_route_job;
 cudaError_t cu_route(cudaStream_t s, const cu_route_job *j, const cu_routes *r);
 
+/* cu_norm, cu_quant_x8 and cu_route of at most CU_ROUTE_FEW_MAX rows, in one launch. codes CU_CODES_NONE: no codes, and
+ * out may be NULL; so may xn. */
+enum { CU_ROUTE_FEW_MAX = 128 };
+cudaError_t cu_route_few(cudaStream_t s, const cu_route_job *j, const cu_routes *r, const cu_x8 *out, cu_codes codes,
+                         cu_bf16 *xn);
+
 /* The linears of all experts on their entries. experts: device array [E] of cu_linear of one shape and format,
  * described by `shape` (its pack and scale are not used). up    (pairs)  x row = place_entry[p] / K of x [T,
  * CU_PAD(D)]; h[p] = swiglu, bf16 [T*K, CU_PAD(F)] by place down           x row = p of h; y[p] f32 [T*K, D] by place
@@ -204,7 +238,8 @@ typedef struct cu_grouped_job {
     int64_t ldx;
     cu_bf16 *by_place; /* with gather: room for x by place, [T*K, ldx] */
     bool spread;       /* by_place holds it already; of tile_rows 128 only */
-    /* CU_F8A8, any number of rows: instead of x and by_place. Of down, rows by place, made from h by cu_quant_x8. */
+    /* A8, any number of rows: instead of x and by_place. Of down, rows by place, made from h by cu_quant_x8; where
+     * tile_rows is 8 and x8.code is NULL they are quantized inside, from x by place. */
     cu_x8 x8, x8_by_place;
     float *y;
     int64_t ldy;
@@ -216,12 +251,12 @@ cudaError_t cu_skinny_grouped(cudaStream_t s, const cu_grouped_job *j); /* tile_
 cudaError_t cu_mid_grouped(cudaStream_t s, const cu_grouped_job *j);    /* tile_rows 16, 32, 64 */
 cudaError_t cu_large_grouped(cudaStream_t s, const cu_grouped_job *j);  /* tile_rows 128 */
 
-/* The same for CU_F8A8, which cu_linear_run and cu_grouped_run turn to. */
-cudaError_t cu_f8_skinny_run(cudaStream_t s, const cu_job *j);            /* rows 1..CU_SKINNY_MAX, x or x_f32 */
-cudaError_t cu_f8_mid_run(cudaStream_t s, const cu_job *j);               /* x8, any number of rows */
-cudaError_t cu_f8_large_run(cudaStream_t s, const cu_job *j);             /* x8, any number of rows */
-cudaError_t cu_f8_mid_grouped(cudaStream_t s, const cu_grouped_job *j);   /* tile_rows 8..64 */
-cudaError_t cu_f8_large_grouped(cudaStream_t s, const cu_grouped_job *j); /* tile_rows 128 */
+/* The same for A8, which cu_linear_run and cu_grouped_run turn to. */
+cudaError_t cu_a8_skinny_run(cudaStream_t s, const cu_job *j);            /* rows 1..CU_SKINNY_MAX, x or x_f32 */
+cudaError_t cu_a8_mid_run(cudaStream_t s, const cu_job *j);               /* x8, any number of rows */
+cudaError_t cu_a8_large_run(cudaStream_t s, const cu_job *j);             /* x8, any number of rows */
+cudaError_t cu_a8_mid_grouped(cudaStream_t s, const cu_grouped_job *j);   /* tile_rows 8..64 */
+cudaError_t cu_a8_large_grouped(cudaStream_t s, const cu_grouped_job *j); /* tile_rows 128 */
 
 /* y = sum over ranks, in order, of share * expert_y[entry_place]; out = y (for the probe, may be NULL) ; x = x + (y +
  * shared), in f32. shared f32 [T, D] or NULL. norm: what cu_norm makes of the new x [n_row] goes to xn; NULL: nothing.

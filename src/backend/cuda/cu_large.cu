@@ -234,7 +234,7 @@ __global__ void __launch_bounds__(WIDE_THREADS, 1)
         const int warp = thread / 32, lane = thread % 32;
         cu_wait_previous();
         if (warp > 0)
-            wide_store(&a, n_tile, sums, bars.sums_full, bars.sums_empty, warp - 1, lane);
+            wide_store<false>(&a, n_tile, sums, bars.sums_full, bars.sums_empty, warp - 1, lane);
         else if (lane == 0)
             wide_fill<F>(&a, &x, n_tile, ring_at, &bars);
     } else {
@@ -278,7 +278,7 @@ static cudaError_t launch_any(cudaStream_t s, large_args *a, int64_t n_x, bool e
     case CU_I8: return launch_wide<CU_I8>(s, a, n_x, early, n_core);
     case CU_I4: return launch_wide<CU_I4>(s, a, n_x, early, n_core);
     case CU_F8: return launch_wide<CU_F8>(s, a, n_x, early, n_core);
-    case CU_F8A8: break; /* cu_f8_large.cu */
+    default: break; /* rows of 8 bits: cu_a8_large.cu */
     }
     return cudaErrorInvalidValue;
 }

@@ -17,20 +17,21 @@ static bool large_pays(const cu_job *j) {
     return (int64_t)j->n_row * j->w.n_band * 100 > room * (j->w.format == CU_BF16 ? 75 : 45);
 }
 
-static cudaError_t f8_run(cudaStream_t s, const cu_job *j) {
-    return j->n_row <= CU_SKINNY_MAX ? cu_f8_skinny_run(s, j)
-           : large_pays(j)           ? cu_f8_large_run(s, j)
-                                     : cu_f8_mid_run(s, j);
+static cudaError_t a8_run(cudaStream_t s, const cu_job *j) {
+    return j->n_row <= CU_SKINNY_MAX ? cu_a8_skinny_run(s, j)
+           : large_pays(j)           ? cu_a8_large_run(s, j)
+                                     : cu_a8_mid_run(s, j);
 }
 
 cudaError_t cu_linear_run(cudaStream_t s, const cu_job *j) {
-    if (j->w.format == CU_F8A8) return f8_run(s, j);
+    if (cu_codes_of(j->w.format) != CU_CODES_NONE) return a8_run(s, j);
     return j->n_row <= CU_SKINNY_MAX ? cu_skinny_run(s, j) : large_pays(j) ? cu_large_run(s, j) : cu_mid_run(s, j);
 }
 
 cudaError_t cu_grouped_run(cudaStream_t s, const cu_grouped_job *j) {
     const int32_t rows = j->routes->tile_rows;
-    if (j->shape.format == CU_F8A8) return rows < TILE_ROWS ? cu_f8_mid_grouped(s, j) : cu_f8_large_grouped(s, j);
+    if (cu_codes_of(j->shape.format) != CU_CODES_NONE)
+        return rows < TILE_ROWS ? cu_a8_mid_grouped(s, j) : cu_a8_large_grouped(s, j);
     return rows <= CU_SKINNY_MAX ? cu_skinny_grouped(s, j)
            : rows < TILE_ROWS    ? cu_mid_grouped(s, j)
                                  : cu_large_grouped(s, j);

@@ -196,7 +196,7 @@ static const void *place_array(loader *l, const void *from, size_t bytes) {
 
 /* A linear of n_band bands like w, with its place. */
 static cu_linear take_linear(loader *l, const ern_linear *w, int32_t n_out, int32_t n_band, bool pairs) {
-    cu_linear d = {.format = cu_format_of(l->b, w->dtype),
+    cu_linear d = {.format = cu_format_of(l->b, w),
                    .n_out = n_out,
                    .n_in = w->n_in,
                    .n_band = n_band,

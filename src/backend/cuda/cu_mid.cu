@@ -81,7 +81,7 @@ static void plan(mid_plan *best, const cu_linear *w, int rows, int32_t n_tile_ro
 static cudaError_t launch(cudaStream_t s, mid_args *a, const mid_plan *p, int rows, bool early) {
     static uint64_t ready[CU_PLAIN_FORMATS][HEIGHTS][2];
     const int height = rows == 16 ? 0 : rows == 32 ? 1 : 2, split = p->n_rank > 1;
-    if (a->l.w.format == CU_F8A8 || !large_sound(&a->l)) return cudaErrorInvalidValue;
+    if (cu_codes_of(a->l.w.format) != CU_CODES_NONE || !large_sound(&a->l)) return cudaErrorInvalidValue;
     const void *kernel = kernels[a->l.w.format][height][split];
     a->n_pair = p->n_pair;
     a->n_slot = p->n_slot;

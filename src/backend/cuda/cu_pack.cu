@@ -1,6 +1,6 @@
 /* Stored weights to packed ones (cu_kernels.h draws both ends): a warp makes one group of 16 outputs by 64 inputs, lane
  * 4 g + c what it will one day feed to the tensor core. Elements are fetched one by one, whatever the source: this runs
- * once, while the bus brings the next tensor, and the cache makes whole lines of it. pack_fetch and pack_words have no
+ * once, while the bus brings the next tensor, and the cache makes whole lines of it. pack_fetch and pack_lane have no
  * device code, so that a program on the CPU can hold them against the drawing. */
 #include "backend/cuda/cu_device.cuh"
 #include "backend/cuda/cu_kernels.h"
@@ -14,7 +14,11 @@ typedef struct pack_source {
     int32_t n_out, n_in, n_tile; /* n_tile: tiles of 64 inputs in a band, of the quantized */
 } pack_source;
 
-/* Code of element (o, i) as the destination has it: bf16 bits, two's complement byte, q + 8, e4m3 byte. */
+/* Rows of 8 bits meet these. */
+static __host__ __device__ constexpr bool pack_a8(cu_format f) { return f == CU_F8A8 || f == CU_I8A8 || f == CU_I4A8; }
+
+/* Code of element (o, i) as the destination has it: bf16 bits, two's complement byte, q + 8 (I4A8: two's complement
+ * nibble), e4m3 byte. */
 template <cu_format F, bool OUT_IN>
 static __host__ __device__ __forceinline__ uint32_t pack_fetch(const pack_source *s, int32_t o, int32_t i) {
     const uint32_t zero = F == CU_I4 ? 8 : 0;
@@ -27,9 +31,9 @@ static __host__ __device__ __forceinline__ uint32_t pack_fetch(const pack_source
     const int32_t a = o % ERN_TILE_OUT, b = i % ERN_TILE_IN;
     const int64_t tile = (int64_t)(o / ERN_TILE_OUT) * s->n_tile + i / ERN_TILE_IN;
     if (F == CU_F8 || F == CU_F8A8) return x[tile * 1024 + 16 * b + a];
-    if (F == CU_I8) return x[tile * 1024 + 64 * (b / 4) + 4 * a + b % 4] ^ 0x80u;
+    if (F == CU_I8 || F == CU_I8A8) return x[tile * 1024 + 64 * (b / 4) + 4 * a + b % 4] ^ 0x80u;
     const uint32_t two = x[tile * 512 + 64 * (b / 8) + 4 * a + b % 4];
-    return b % 8 < 4 ? two & 15 : two >> 4;
+    return (b % 8 < 4 ? two & 15 : two >> 4) ^ (F == CU_I4A8 ? 8 : 0);
 }
 
 /* The eight codes e0..e7 of one lane and product to words: 4 of them (bf16), 2 (bytes), 1 (nibbles). */
@@ -45,19 +49,24 @@ template <cu_format F> static __host__ __device__ __forceinline__ void pack_word
 }
 
 /* All of a lane's words of the group at inputs i0.., outputs o0..; word k of the result goes to 16-byte vector
- * k / 4 * 32 + lane of the group: that is [s][lane] for bf16, [s/2][lane] for bytes, [t][lane] for fp8 by fp8, [lane]
+ * k / 4 * 32 + lane of the group: that is [s][lane] for bf16, [s/2][lane] for bytes, [t][lane] for bytes of A8, [lane]
  * for nibbles. */
 template <cu_format F, bool OUT_IN>
 static __host__ __device__ __forceinline__ void pack_lane(uint32_t *word, const pack_source *src, int32_t o0,
                                                           int32_t i0, int lane) {
     const int words = F == CU_BF16 ? 4 : F == CU_I4 ? 1 : 2;
     const int32_t lo = o0 + lane / 4, hi = lo + 8;
-    for (int k = 0; F == CU_F8A8 && k < 8; k++) { /* product k / 4, register k % 4 */
+    for (int k = 0; F == CU_I4A8 && k < 4; k++) word[k] = 0;
+    for (int k = 0; pack_a8(F) && k < 8; k++) { /* product k / 4, register k % 4 */
         const int32_t o = k % 2 ? hi : lo, i = i0 + k / 4 * 32 + k % 4 / 2 * 16 + lane % 4 * 4;
-        word[k] = 0;
-        for (int j = 0; j < 4; j++) word[k] |= pack_fetch<F, OUT_IN>(src, o, i + j) << (8 * j);
+        uint32_t reg = 0;
+        for (int j = 0; j < 4; j++) reg |= pack_fetch<F, OUT_IN>(src, o, i + j) << (8 * j);
+        if (F == CU_I4A8)
+            word[k % 4] |= reg << (k < 4 ? 4 : 0);
+        else
+            word[k] = reg;
     }
-    for (int s = 0; F != CU_F8A8 && s < 4; s++) {
+    for (int s = 0; !pack_a8(F) && s < 4; s++) {
         uint32_t e[8];
         for (int j = 0; j < 4; j++) {
             const int32_t i = i0 + 16 * s + 2 * (lane % 4) + j / 2 * 8 + j % 2;
@@ -73,23 +82,26 @@ static __host__ __device__ __forceinline__ void pack_lane(uint32_t *word, const 
 template <cu_format F, bool OUT_IN>
 static __global__ void pack_kernel(unsigned char *pack, float *scale, pack_source src, const void *raw_scale,
                                    int32_t n_seg, int32_t first_band, int32_t band_step) {
-    const int lane = threadIdx.x & 31, vectors = F == CU_BF16 ? 4 : F == CU_I4 ? 1 : 2;
+    const int lane = threadIdx.x & 31, vectors = F == CU_BF16 ? 4 : F == CU_I4 || F == CU_I4A8 ? 1 : 2;
     const int32_t group = blockIdx.x * WARPS + threadIdx.x / 32, n_band = CU_BANDS(src.n_out);
     if (group >= 2 * n_seg) return;
     for (int32_t b = blockIdx.y; b < n_band; b += gridDim.y) {
         const int64_t band = first_band + (int64_t)b * band_step;
         uint32_t word[4 * vectors];
         pack_lane<F, OUT_IN>(word, &src, b * CU_BAND, group * GROUP_IN, lane);
-        uint4 *out = (uint4 *)(pack + (band * 2 * n_seg + group) * (512 * vectors));
+        /* groups before this one, segments before its own */
+        const int64_t seg_at = pack_a8(F) ? (band / CU_A8_BANDS * n_seg + group / 2) * CU_A8_BANDS + band % CU_A8_BANDS
+                                          : band * n_seg + group / 2;
+        uint4 *out = (uint4 *)(pack + (seg_at * 2 + group % 2) * (512 * vectors));
 #pragma unroll
         for (int v = 0; v < vectors; v++)
             out[v * 32 + lane] = make_uint4(word[4 * v], word[4 * v + 1], word[4 * v + 2], word[4 * v + 3]);
         if ((F == CU_F8 || F == CU_F8A8) && group % 2 == 0 && lane == 0)
-            scale[band * n_seg + group / 2] =
-                ((const float *)raw_scale)[(int64_t)(b * CU_BAND / ERN_F8_BLOCK) * n_seg + group / 2];
-        if ((F == CU_I8 || F == CU_I4) && group == 0 && lane < CU_BAND) {
+            scale[seg_at] = ((const float *)raw_scale)[(int64_t)(b * CU_BAND / ERN_F8_BLOCK) * n_seg + group / 2];
+        if (F != CU_BF16 && F != CU_F8 && F != CU_F8A8 && group == 0 && lane < CU_BAND) {
             const int32_t o = b * CU_BAND + lane;
-            scale[band * CU_BAND + lane] = o < src.n_out ? cu_f32(((const cu_bf16 *)raw_scale)[o]) : 0.0f;
+            const float one = o < src.n_out ? cu_f32(((const cu_bf16 *)raw_scale)[o]) : 0.0f;
+            scale[band * CU_BAND + lane] = F == CU_I4A8 ? one * 0.0625f : one;
         }
     }
 }
@@ -127,6 +139,12 @@ cudaError_t cu_pack(cudaStream_t s, const cu_linear *dst, const ern_linear *src,
     case CU_F8A8:
         if (src->dtype != ERN_DTYPE_F8E4M3) return cudaErrorInvalidValue;
         return pack_launch<CU_F8A8, true>(s, dst, &from, raw_scale, first_band, band_step);
+    case CU_I8A8:
+        if (src->dtype != ERN_DTYPE_I8) return cudaErrorInvalidValue;
+        return pack_launch<CU_I8A8, true>(s, dst, &from, raw_scale, first_band, band_step);
+    case CU_I4A8:
+        if (src->dtype != ERN_DTYPE_I4) return cudaErrorInvalidValue;
+        return pack_launch<CU_I4A8, true>(s, dst, &from, raw_scale, first_band, band_step);
     }
     return cudaErrorInvalidValue;
 }

@@ -132,7 +132,7 @@ static cudaError_t launch(cudaStream_t s, skinny_args *a, const cu_linear *w, in
 cudaError_t cu_skinny_run(cudaStream_t s, const cu_job *j) {
     if (j->n_row <= 0) return cudaSuccess;
     bool tall;
-    if (j->w.format == CU_F8A8) return cudaErrorInvalidValue; /* cu_f8_split.cu */
+    if (cu_codes_of(j->w.format) != CU_CODES_NONE) return cudaErrorInvalidValue; /* cu_a8_split.cu */
     if (j->n_row > CU_SKINNY_MAX || j->w.pairs != (j->epilogue == CU_SWIGLU)) return cudaErrorInvalidValue;
     const cudaError_t e = cu_tall_run(s, j, &tall);
     if (tall || e != cudaSuccess) return e;
@@ -143,7 +143,7 @@ cudaError_t cu_skinny_run(cudaStream_t s, const cu_job *j) {
 cudaError_t cu_skinny_grouped(cudaStream_t s, const cu_grouped_job *j) {
     const cu_routes *r = j->routes;
     if (j->n_row <= 0) return cudaSuccess;
-    if (j->shape.format == CU_F8A8) return cudaErrorInvalidValue;
+    if (cu_codes_of(j->shape.format) != CU_CODES_NONE) return cudaErrorInvalidValue;
     if (r->tile_rows > CU_SKINNY_MAX || j->shape.pairs != (j->epilogue == CU_SWIGLU)) return cudaErrorInvalidValue;
     skinny_args a = {};
     a.n_row = least(r->tile_rows, j->n_row); /* a row chooses an expert once */

@@ -125,11 +125,12 @@ static cu_cache cache_of(const ern_config *c, const ern_backend_options *o, int3
     return k;
 }
 
-cu_format cu_format_of(const cu_backend *b, ern_dtype t) {
-    switch (t) {
-    case ERN_DTYPE_I8: return CU_I8;
-    case ERN_DTYPE_I4: return CU_I4;
-    case ERN_DTYPE_F8E4M3: return b->act8 ? CU_F8A8 : CU_F8;
+cu_format cu_format_of(const cu_backend *b, const ern_linear *w) {
+    const bool a8 = b->codes != CU_CODES_NONE && w != &b->model->head; /* which the sampler reads: as exact as it was */
+    switch (w->dtype) {
+    case ERN_DTYPE_I8: return a8 ? CU_I8A8 : CU_I8;
+    case ERN_DTYPE_I4: return a8 ? CU_I4A8 : CU_I4;
+    case ERN_DTYPE_F8E4M3: return a8 ? CU_F8A8 : CU_F8;
     case ERN_DTYPE_BF16:
     case ERN_DTYPE_F32: break; /* F32 was refused before */
     }
@@ -148,7 +149,7 @@ static cu_chain chain_of(const cu_backend *b) {
                   .n_head = c->n_head,
                   .n_kv_head = c->n_kv_head,
                   .n_head_dim = c->n_head_dim,
-                  .format = cu_format_of(b, m->layer[0].q.dtype),
+                  .format = cu_format_of(b, &m->layer[0].q),
                   .kv_dtype = o->kv_dtype,
                   .eps = c->rms_eps,
                   .n_row_max = o->n_seq_max < CU_CHAIN_ROWS ? o->n_seq_max : CU_CHAIN_ROWS,
@@ -195,6 +196,32 @@ static int64_t widest(const ern_config *c, bool mtp) {
     return most;
 }
 
+/* What a linear of this type would have its rows be. */
+static cu_codes codes_for(ern_dtype t) {
+    return t == ERN_DTYPE_F8E4M3 ? CU_CODES_F8 : t == ERN_DTYPE_I8 || t == ERN_DTYPE_I4 ? CU_CODES_I8 : CU_CODES_NONE;
+}
+
+/* The one kind of codes that all quantized linears of the layers want, of a model with experts; NONE: they want none,
+ * or not the same, or one has too many inputs. Dense models have the kernel of all layers, which takes bf16. */
+static cu_codes codes_of(const ern_model *m, bool mtp) {
+    const ern_config *c = &m->config;
+    cu_codes all = CU_CODES_NONE;
+    if (c->n_expert == 0 || widest(c, mtp) > CU_A8_INPUTS) return CU_CODES_NONE;
+    for (int32_t i = 0; i < c->n_layer; i++) {
+        const ern_layer *w = &m->layer[i];
+        const ern_ffn *ffn = w->is_moe ? &w->shared : &w->ffn;
+        const ern_dtype t[] = {w->q.dtype, w->o.dtype, ffn->gate.data ? ffn->gate.dtype : w->q.dtype,
+                               w->is_moe ? w->expert[0].gate.dtype : w->q.dtype};
+        for (size_t k = 0; k < sizeof t / sizeof *t; k++) {
+            const cu_codes one = codes_for(t[k]);
+            if (one == CU_CODES_NONE) continue;
+            if (all != CU_CODES_NONE && all != one) return CU_CODES_NONE;
+            all = one;
+        }
+    }
+    return all;
+}
+
 static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
@@ -209,7 +236,7 @@ ern_status cu_state_init(cu_backend *b, const ern_model *m, const ern_backend_op
         return ERN_FAIL(err, ERN_ERR_USAGE, "%s has no MTP layer; start without speculative method mtp", m->dir);
     ERN_TRY(shape_check(c, o, err));
     ERN_TRY(weights_check(m, o->mtp, err));
-    b->act8 = !o->act_exact && c->n_expert > 0 && widest(c, o->mtp) <= CU_F8A8_INPUTS;
+    b->codes = o->act_exact ? CU_CODES_NONE : codes_of(m, o->mtp);
     b->n_page_max = (o->n_len_max + o->n_page_cell - 1) / o->n_page_cell;
     b->n_kv_layer = c->n_layer + (o->mtp ? 1 : 0);
     b->n_ffn_row = (int32_t)smaller(o->n_row_max, CU_FFN_ROWS);
@@ -333,7 +360,7 @@ static void scratch_layout(cu_backend *b) {
     b->attn = cu_cut_take(c, b->attn_bytes, 1);
     b->hid = cu_cut_take(c, R * CU_PAD((size_t)m->n_ffn), sizeof(cu_bf16));
     if (m->n_expert > 0) routes_layout(b, c);
-    if (b->act8) act8_layout(b, c);
+    if (b->codes != CU_CODES_NONE) act8_layout(b, c);
     b->chain.memory = cu_cut_take(c, b->chain.n_row_max > 0 ? (size_t)cu_chain_bytes(&b->chain) : 0, 1);
     b->logits = cu_cut_take(c, I * (size_t)m->n_vocab, f);
     b->sampler = cu_cut_take(c, (size_t)cu_sample_scratch_bytes(b->n_logit_row, m->n_vocab), 1);

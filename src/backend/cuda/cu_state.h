@@ -108,7 +108,7 @@ typedef struct cu_lane {
     unsigned char *bounce; /* [lane_bytes] pinned */
 } cu_lane;
 
-/* Room for rows in fp8 (cu_x8) of any linear that takes them. */
+/* Room for rows of 8 bits (cu_x8) of any linear that takes them. */
 typedef struct cu_rows8 {
     uint8_t *code;
     float *scale;
@@ -122,7 +122,7 @@ typedef struct cu_backend {
     int32_t n_kv_layer;  /* L, +1 with MTP */
     int32_t n_ffn_row;   /* rows of a pass through a feed-forward */
     int32_t n_logit_row; /* rows of a pass through the head */
-    bool act8;           /* fp8 linears multiply rows in fp8 (CU_F8A8): of a model with experts, unless act_exact */
+    cu_codes codes;      /* rows that the layers' quantized linears multiply; NONE: bf16 (cu_state_init says when) */
     int32_t n_aux;       /* words of aux that a slot has room for: those of any one row, and many */
     cu_cache cache;      /* its pages are one more than o.n_page: padding rows write to the last */
     cu_weights weights;
@@ -138,7 +138,7 @@ typedef struct cu_backend {
     void *attn;                             /* [attn_bytes] */
     cu_bf16 *hid, *shared_hid, *expert_hid; /* [R, CU_PAD(F)], [R, ..], [R*K, ..] */
     float *expert_y, *shared_y;             /* [R*K, CU_PAD(D)] (used as rows of D; before: x by place), [R, D] */
-    cu_rows8 row8, hid8; /* where act8: xn or att (or mtp_in) in fp8; hid, shared_hid or expert_hid */
+    cu_rows8 row8, hid8; /* where codes: xn or att (or mtp_in) as codes; hid, shared_hid or expert_hid */
     cu_routes routes;    /* for R rows */
     cu_chain chain;      /* all layers of a step of few rows; n_row_max 0: not of this model */
     int32_t *few_count;  /* cu_few_job's, zero between steps */
@@ -185,8 +185,8 @@ void *cu_cut_take(cu_cut *c, size_t n, size_t each_bytes);
 ERN_MUST_CHECK ern_status cu_state_init(cu_backend *b, const ern_model *m, const ern_backend_options *o, ern_err *err);
 /* Cut the device's scratch and the host's pinned block (b->scratch, b->pinned; NULL: only count their bytes). */
 void cu_layout(cu_backend *b);
-/* How a linear whose weights are stored so is packed. */
-cu_format cu_format_of(const cu_backend *b, ern_dtype t);
+/* How this linear of b->model is packed. */
+cu_format cu_format_of(const cu_backend *b, const ern_linear *w);
 /* The arrays of a step of this size from base on. */
 cu_input cu_input_at(const cu_backend *b, unsigned char *base, int32_t n_row, int32_t n_seq, int32_t n_want);
 

@@ -78,16 +78,21 @@ static cu_job job_of(const cu_linear *w, cu_epilogue e, const cu_bf16 *x, int32_
     return (cu_job){.w = *w, .epilogue = e, .x = x, .ldx = CU_PAD(w->n_in), .n_row = n_row};
 }
 
-/* Rows of x in fp8, for linears that take them so. */
-static cu_x8 to_fp8(const run *r, const cu_rows8 *room, const cu_bf16 *x, int32_t n_in, int32_t n_row) {
-    const cu_x8 to = {
+static bool takes_codes(const cu_linear *w) { return cu_codes_of(w->format) != CU_CODES_NONE; }
+
+static cu_x8 x8_in(const cu_rows8 *room, int32_t n_in, int32_t n_row) {
+    return (cu_x8){
         .code = room->code, .ldx = CU_PAD(n_in), .scale = room->scale, .ld_scale = (int64_t)(n_row + 3) / 4 * 4};
-    CU_DO(r->b, cu_quant_x8(r->b->stream, &to, x, CU_PAD(n_in), n_row, n_in));
+}
+/* Rows of x as codes. */
+static cu_x8 to_codes(const run *r, const cu_rows8 *room, const cu_bf16 *x, int32_t n_in, int32_t n_row) {
+    const cu_x8 to = x8_in(room, n_in, n_row);
+    CU_DO(r->b, cu_quant_x8(r->b->stream, &to, r->b->codes, x, CU_PAD(n_in), n_row, n_in));
     return to;
 }
-/* j's rows in fp8, where it is of that kind and does not make them itself. */
-static void rows_fp8(const run *r, cu_job *j, const cu_rows8 *room) {
-    if (j->w.format == CU_F8A8 && j->n_row > CU_SKINNY_MAX) j->x8 = to_fp8(r, room, j->x, j->w.n_in, j->n_row);
+/* j's rows as codes, where it takes them and does not make them itself. */
+static void rows_to_codes(const run *r, cu_job *j, const cu_rows8 *room) {
+    if (takes_codes(&j->w) && j->n_row > CU_SKINNY_MAX) j->x8 = to_codes(r, room, j->x, j->w.n_in, j->n_row);
 }
 
 /* y = W x, or y += W x. */
@@ -96,7 +101,7 @@ static void linear(const run *r, const cu_linear *w, cu_epilogue e, float *y, co
     cu_job j = job_of(w, e, x, n_row);
     j.y = y;
     j.ldy = w->n_out;
-    rows_fp8(r, &j, room);
+    rows_to_codes(r, &j, room);
     CU_DO(r->b, cu_linear_run(r->b->stream, &j));
 }
 
@@ -112,7 +117,7 @@ static void norm_into(const run *r, cu_job *j, const float *x, const int32_t *ro
         if (!b->probe) return; /* who looks at stages wants xn too */
     }
     CU_DO(b, cu_norm(b->stream, b->xn, x, rows, w, n, m->n_hidden, m->rms_eps));
-    if (j) rows_fp8(r, j, &b->row8);
+    if (j) rows_to_codes(r, j, &b->row8);
 }
 
 /* ---- one layer --------------------------------------------------------------------------------------------------- */
@@ -158,8 +163,8 @@ static void run_experts(const run *r, const cu_layer *w, const cu_routes *routes
                            .ldx = CU_PAD(w->shape.down.n_in),
                            .y = b->expert_y,
                            .ldy = w->shape.down.n_out};
-    if (down.shape.format == CU_F8A8)
-        down.x8 = to_fp8(r, &b->hid8, b->expert_hid, w->shape.down.n_in, n * routes->n_used);
+    if (takes_codes(&down.shape) && routes->tile_rows > CU_SKINNY_MAX)
+        down.x8 = to_codes(r, &b->hid8, b->expert_hid, w->shape.down.n_in, n * routes->n_used);
     CU_DO(b, cu_grouped_run(b->stream, &down));
 }
 
@@ -182,7 +187,7 @@ static void run_shared(const run *r, const cu_layer *w, int32_t n, const cu_x8 *
     cu_job down = job_of(&w->ffn.down, CU_STORE, b->shared_hid, n);
     down.y = b->shared_y;
     down.ldy = w->ffn.down.n_out;
-    rows_fp8(r, &down, &b->hid8);
+    rows_to_codes(r, &down, &b->hid8);
     CU_DO(b, cu_linear_run(s, &down));
     if (beside) CU_DO(b, cudaEventRecord(b->join, b->side));
 }
@@ -214,12 +219,11 @@ static cu_few_job few_of(const run *r, const cu_layer *w, const cu_route_job *ro
     return j;
 }
 
-/* The sum of the experts of the layer before makes the norm in front of this one. */
+/* The sum of the experts of the layer before makes the norm in front of this one: of many rows, all in one pass. */
 static bool normed_before(const run *r, int32_t layer) {
     const cu_backend *b = r->b;
     return layer > 0 && layer < b->model->config.n_layer && b->weights.layer[layer - 1].is_moe &&
-           b->weights.layer[layer].qkv.format != CU_F8A8 && r->n_row > CU_SKINNY_MAX && r->n_row <= b->n_ffn_row &&
-           !b->probe;
+           r->n_row > CU_ROUTE_FEW_MAX && r->n_row <= b->n_ffn_row && !b->probe;
 }
 
 /* x += experts + shared, rows row0..row0+n-1. */
@@ -238,24 +242,28 @@ static void moe_ffn(const run *r, const cu_layer *w, int32_t layer, int32_t row0
                                 .bias = w->router_bias,
                                 .n_row = n,
                                 .n_hidden = D};
-    const cu_few_job few = few_of(r, w, &route, x);
-    if (!b->probe && cu_moe_few_fits(&few)) {
-        CU_DO(b, cu_moe_few(b->stream, &few));
+    const cu_few_job whole = few_of(r, w, &route, x);
+    if (!b->probe && cu_moe_few_fits(&whole)) {
+        CU_DO(b, cu_moe_few(b->stream, &whole));
         return;
     }
-    const bool fp8 = w->shape.up.format == CU_F8A8 || (w->has_shared && w->ffn.up.format == CU_F8A8);
-    const bool spread = !fp8 && routes.tile_rows == 128 && cu_norm_spreads(D); /* then the norm knows the places */
+    const bool codes = takes_codes(&w->shape.up) || (w->has_shared && takes_codes(&w->ffn.up));
+    const bool together = n <= CU_ROUTE_FEW_MAX; /* norm, codes and router in one launch */
+    const bool spread = !codes && routes.tile_rows == 128 && cu_norm_spreads(D); /* the norm is told the places */
     cu_x8 x8 = {0};
-    if (spread) {
+    if (together) {
+        if (codes) x8 = x8_in(&b->row8, D, n);
+        CU_DO(b, cu_route_few(b->stream, &route, &routes, &x8, codes ? b->codes : CU_CODES_NONE, b->xn));
+    } else if (spread) {
         CU_DO(b, cu_route(b->stream, &route, &routes));
         CU_DO(b, cu_norm_spread(b->stream, b->xn, (cu_bf16 *)b->expert_y, &routes, x, w->ffn_norm, n, D, m->rms_eps));
     } else {
-        norm_into(r, NULL, x, NULL, w->ffn_norm, n);
-        if (fp8) x8 = to_fp8(r, &b->row8, b->xn, D, n);
+        CU_DO(b, cu_norm(b->stream, b->xn, x, NULL, w->ffn_norm, n, D, m->rms_eps));
+        if (codes) x8 = to_codes(r, &b->row8, b->xn, D, n);
     }
     show_bf16(r, "ffn_norm", layer, row0, b->xn, n, D);
     if (w->has_shared) run_shared(r, w, n, &x8);
-    if (!spread) CU_DO(b, cu_route(b->stream, &route, &routes));
+    if (!together && !spread) CU_DO(b, cu_route(b->stream, &route, &routes));
     show(r, "router", layer, row0, routes.logit, n, m->n_expert);
     run_experts(r, w, &routes, n, &x8, spread);
     if (w->has_shared) shared_join(r, n);
@@ -274,7 +282,10 @@ static void run_layer(const run *r, const cu_layer *w, int32_t layer) {
     cu_job qkv = job_of(&w->qkv, CU_STORE, b->xn, r->n_row);
     qkv.y = b->qkv;
     qkv.ldy = w->qkv.n_out;
-    if (!normed_before(r, layer)) norm_into(r, &qkv, b->x, NULL, w->attn_norm, r->n_row);
+    if (normed_before(r, layer))
+        rows_to_codes(r, &qkv, &b->row8);
+    else
+        norm_into(r, &qkv, b->x, NULL, w->attn_norm, r->n_row);
     show_bf16(r, "attn_norm", layer, 0, b->xn, r->n_row, m->n_hidden);
     CU_DO(b, cu_linear_run(b->stream, &qkv));
     const bool apart = !r->decode || b->probe;

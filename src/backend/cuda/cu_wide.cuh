@@ -1,6 +1,6 @@
 /* What the kernels of warpgroups on tiles of 128 outputs and 128 rows share: the cluster of two blocks that halve the
  * rows they bring, the warps that store a tile's totals while the next is multiplied, rows laid out by place. Included
- * by cu_large.cu and cu_f8_large.cu, which say what multiplies. */
+ * by cu_large.cu and cu_a8_large.cu, which say what multiplies. */
 #ifndef ERN_BACKEND_CUDA_CU_WIDE_CUH
 #define ERN_BACKEND_CUDA_CU_WIDE_CUH
 
@@ -35,6 +35,13 @@ static __device__ __forceinline__ bool wide_find(const large_args *a, uint32_t i
     if (!large_find(a, index, WIDE_ROWS, t)) return false;
     t->band0 += (int32_t)rank * LARGE_BANDS;
     return true;
+}
+
+/* The same without the tile. n_tile_row: row tiles that there are. */
+static __device__ __forceinline__ bool wide_there(const large_args *a, uint32_t index, int32_t n_tile_row) {
+    const uint32_t span = (uint32_t)a->n_tile_out * LARGE_SUPER, super = index / span;
+    const uint32_t left = (uint32_t)a->n_tile_row - super * LARGE_SUPER, high = left < LARGE_SUPER ? left : LARGE_SUPER;
+    return (int32_t)(super * LARGE_SUPER + index % span % high) < n_tile_row;
 }
 
 /* Rows of x from `row` on, 64 inputs from `in` on, to the same place in all blocks. */
@@ -82,14 +89,18 @@ static __device__ __forceinline__ void wide_new(float *y, float4 v, int32_t left
     for (int k = 0; k < 4; k++)
         if (k < left) y[k] = f[k];
 }
-/* y = or += rows first, first + WIDE_STORERS, ... of the tile; four outputs a lane. */
+/* y = or += rows first, first + WIDE_STORERS, ... of the tile; four outputs a lane. SCALED: times the output's scale
+ * first. */
+template <bool SCALED>
 static __device__ __forceinline__ void wide_put(const large_args *a, const large_tile *t, const float *sums, int first,
                                                 int lane) {
     enum { BATCH = 4 };
     const int32_t out = t->band0 * CU_BAND + lane * 4, left = a->w.n_out - out, n = t->row_end - t->row;
     const bool add = a->epilogue == CU_ADD, whole = left >= 4 && ((uintptr_t)a->y | a->ldy * 4) % 16 == 0;
     if (left <= 0) return;
-    float *y = a->y + (int64_t)t->row * a->ldy + out;
+    float *y = a->y + (int64_t)t->row * a->ldy + out, scale[4];
+#pragma unroll
+    for (int k = 0; k < 4; k++) scale[k] = SCALED ? __ldg(t->scale + out + k) : 1.0f;
     for (int from = first; from < n; from += BATCH * WIDE_STORERS) {
         float4 old[BATCH], v[BATCH];
 #pragma unroll
@@ -101,6 +112,10 @@ static __device__ __forceinline__ void wide_put(const large_args *a, const large
 #pragma unroll
         for (int i = 0; i < BATCH; i++) {
             if (from + i * WIDE_STORERS >= n) break;
+            if (SCALED) {
+                v[i].x = __fmul_rn(v[i].x, scale[0]), v[i].y = __fmul_rn(v[i].y, scale[1]);
+                v[i].z = __fmul_rn(v[i].z, scale[2]), v[i].w = __fmul_rn(v[i].w, scale[3]);
+            }
             if (add) {
                 v[i].x = __fadd_rn(old[i].x, v[i].x), v[i].y = __fadd_rn(old[i].y, v[i].y);
                 v[i].z = __fadd_rn(old[i].z, v[i].z), v[i].w = __fadd_rn(old[i].w, v[i].w);
@@ -110,6 +125,7 @@ static __device__ __forceinline__ void wide_put(const large_args *a, const large
     }
 }
 /* h = silu(gate) * up; two outputs a lane. */
+template <bool SCALED>
 static __device__ __forceinline__ void wide_put_swiglu(const large_args *a, const large_tile *t, const float *sums,
                                                        int first, int lane) {
     enum { BATCH = 4 };
@@ -118,6 +134,10 @@ static __device__ __forceinline__ void wide_put_swiglu(const large_args *a, cons
     if (out >= a->w.n_out) return;
     const bool two = out + 1 < a->w.n_out;
     cu_bf16 *h = a->h + (int64_t)t->row * a->ldh + out;
+    float scale[4]; /* of both gates, of both ups */
+#pragma unroll
+    for (int k = 0; k < 4; k++)
+        scale[k] = SCALED ? __ldg(t->scale + t->band0 * CU_BAND + gate_at + k / 2 * CU_BAND + k % 2) : 1.0f;
     for (int from = first; from < n; from += BATCH * WIDE_STORERS) {
         float2 gate[BATCH], up[BATCH];
 #pragma unroll
@@ -128,6 +148,10 @@ static __device__ __forceinline__ void wide_put_swiglu(const large_args *a, cons
 #pragma unroll
         for (int i = 0; i < BATCH; i++) {
             const int row = from + i * WIDE_STORERS;
+            if (SCALED) {
+                gate[i].x = __fmul_rn(gate[i].x, scale[0]), gate[i].y = __fmul_rn(gate[i].y, scale[1]);
+                up[i].x = __fmul_rn(up[i].x, scale[2]), up[i].y = __fmul_rn(up[i].y, scale[3]);
+            }
             const uint32_t v = cu_round2(cu_swiglu(gate[i].x, up[i].x), cu_swiglu(gate[i].y, up[i].y));
             if (row >= n) break;
             if (two)
@@ -138,6 +162,8 @@ static __device__ __forceinline__ void wide_put_swiglu(const large_args *a, cons
     }
 }
 
+/* SCALED: the scales of outputs are still to be multiplied with. */
+template <bool SCALED>
 static __device__ __forceinline__ void wide_store(const large_args *a, uint32_t n_tile, const float *sums,
                                                   uint32_t full, uint32_t empty, int storer, int lane) {
     const uint32_t rank = cu_cluster_rank();
@@ -148,9 +174,9 @@ static __device__ __forceinline__ void wide_store(const large_args *a, uint32_t 
         bar_wait(full, parity);
         parity ^= 1;
         if (a->epilogue == CU_SWIGLU)
-            wide_put_swiglu(a, &t, sums, storer, lane);
+            wide_put_swiglu<SCALED>(a, &t, sums, storer, lane);
         else
-            wide_put(a, &t, sums, storer, lane);
+            wide_put<SCALED>(a, &t, sums, storer, lane);
         __syncwarp();
         if (lane == 0) bar_arrive(empty);
     }

@@ -1,6 +1,7 @@
-/* cu_f8_skinny_run, cu_f8_mid_run and cu_f8_mid_grouped. Weights are drawn as packed bytes and read back by
- * cu_kernels.h's drawing; rows are quantized by quant_act_fp8. Each row alone is compared with scalar double, within a
- * derived bound; rows in company, the norm in front, experts and kernels one after the other bit for bit with those. */
+/* cu_a8_skinny_run, cu_a8_mid_run and cu_a8_mid_grouped, of all three formats. Weights are drawn as packed bytes and
+ * read back by cu_kernels.h's drawing; rows are quantized by quant_act_fp8 and quant_act_int8. Each row alone is
+ * compared with scalar double, within a derived bound; rows in company, the norm in front, experts and kernels one
+ * after the other bit for bit with those. `a8 speed` prints times and checks nothing. */
 #include "check.h"
 
 #include "model/quant.h"
@@ -23,29 +24,57 @@ typedef struct weights {
     void *d_pack, *d_scale;
 } weights;
 
-/* Where the code of input i of output r (0..15) of a band lies. */
+static const char *const kind_name[] = {[CU_F8A8] = "f8", [CU_I8A8] = "i8", [CU_I4A8] = "i4"};
+
+/* The segment of a band, counted from the first. */
+static int64_t segment_at(const cu_linear *w, int32_t band, int32_t seg) {
+    return ((int64_t)(band / CU_A8_BANDS) * w->n_seg + seg) * CU_A8_BANDS + band % CU_A8_BANDS;
+}
+/* Where the code of input i of output r (0..15) of a band lies; I4: which byte. */
 static int64_t code_at(const cu_linear *w, int32_t band, int32_t r, int32_t i) {
     const int32_t t = i % 64 / 32, k = i % 32, lane = 4 * (r % 8) + k % 16 / 4;
-    return ((int64_t)band * w->n_seg * 2 + i / 64) * 1024 + t * 512 + lane * 16 + k / 16 * 8 + r / 8 * 4 + k % 4;
+    const int64_t group = segment_at(w, band, i / CU_SEGMENT) * 2 + i % CU_SEGMENT / 64;
+    return group * cu_group_bytes(w->format) + (w->format == CU_I4A8 ? 0 : t * 512) + lane * 16 + k / 16 * 8 +
+           r / 8 * 4 + k % 4;
 }
+/* I4: times 16. */
 static double code(const weights *s, int32_t band, int32_t r, int32_t i) {
-    return (double)ern_e4m3_to_f32(s->pack[code_at(&s->w, band, r, i)]);
+    const uint8_t byte = s->pack[code_at(&s->w, band, r, i)];
+    if (s->w.format == CU_F8A8) return (double)ern_e4m3_to_f32(byte);
+    if (s->w.format == CU_I8A8) return (double)(int8_t)byte;
+    return (double)(int8_t)(i % 64 < 32 ? byte & 0xf0 : byte << 4);
+}
+static void code_set(weights *s, int32_t band, int32_t r, int32_t i) {
+    uint8_t *byte = s->pack + code_at(&s->w, band, r, i);
+    const uint64_t any = check_random64();
+    if (s->w.format == CU_F8A8) /* few are large */
+        *byte = ern_e4m3_from_f32(check_random() * (any % 16 ? 4.0f : 448.0f));
+    else if (s->w.format == CU_I8A8) /* few are the least */
+        *byte = any % 16 ? (uint8_t)(any >> 8) : 0x80;
+    else
+        *byte = (uint8_t)(*byte | (any & 15) << (i % 64 < 32 ? 4 : 0));
 }
 
-static weights weights_new(int32_t n_out, int32_t n_in, bool pairs) {
-    weights s = {.w = {.format = CU_F8A8, .n_out = n_out, .n_in = n_in, .pairs = pairs}};
+/* What lies beyond the last band is poison. */
+static weights weights_new(cu_format f, int32_t n_out, int32_t n_in, bool pairs) {
+    weights s = {.w = {.format = f, .n_out = n_out, .n_in = n_in, .pairs = pairs}};
     s.w.n_band = CU_BANDS(n_out) * (pairs ? 2 : 1);
     s.w.n_seg = CU_PAD(n_in) / CU_SEGMENT;
     const size_t bytes = (size_t)cu_pack_bytes(&s.w), n_scale = (size_t)cu_scale_count(&s.w);
+    const size_t segment = 2 * (size_t)cu_group_bytes(f);
     s.pack = take(bytes);
     s.scale = take(n_scale * sizeof(float));
-    memset(s.pack, 0, bytes);
-    for (int32_t b = 0; b < s.w.n_band; b++)
+    memset(s.pack, 0xff, bytes);
+    memset(s.scale, 0xff, n_scale * sizeof(float));
+    for (int32_t b = 0; b < s.w.n_band; b++) {
+        for (int32_t g = 0; g < s.w.n_seg; g++) memset(s.pack + (size_t)segment_at(&s.w, b, g) * segment, 0, segment);
         for (int32_t r = 0; r < CU_BAND && (pairs ? b / 2 : b) * CU_BAND + r < n_out; r++)
-            for (int32_t i = 0; i < n_in; i++) /* few are large */
-                s.pack[code_at(&s.w, b, r, i)] =
-                    ern_e4m3_from_f32(check_random() * (check_random64() % 16 ? 4.0f : 448.0f));
-    for (size_t k = 0; k < n_scale; k++) s.scale[k] = between(0x1p-9f, 0x1p-7f);
+            for (int32_t i = 0; i < n_in; i++) code_set(&s, b, r, i);
+        if (f == CU_F8A8)
+            for (int32_t g = 0; g < s.w.n_seg; g++) s.scale[segment_at(&s.w, b, g)] = between(0x1p-9f, 0x1p-7f);
+        else
+            for (int32_t r = 0; r < CU_BAND; r++) s.scale[b * CU_BAND + r] = between(0x1p-13f, 0x1p-11f);
+    }
     s.w.pack = s.d_pack = check_new(s.pack, bytes);
     s.w.scale = s.d_scale = check_new(s.scale, n_scale * sizeof(float));
     return s;
@@ -67,7 +96,7 @@ typedef struct rows {
     cu_x8 x8;
 } rows;
 
-static rows rows_new(int32_t n, int32_t n_in) {
+static rows rows_new(cu_format format, int32_t n, int32_t n_in) {
     const int32_t padded = CU_PAD(n_in), n_seg = padded / CU_SEGMENT;
     rows r = {.n = n, .n_in = n_in, .ld = padded + CU_SEGMENT, .ld_scale = (n + 3) / 4 * 4};
     const size_t count = (size_t)(n * r.ld);
@@ -84,7 +113,10 @@ static rows rows_new(int32_t n, int32_t n_in) {
             x[t * r.ld + i] = i < n_in ? ern_bf16_from_f32(check_random() * (float)(1 << t % 4)) : 0;
             f[i] = ern_bf16_to_f32(x[t * r.ld + i]);
         }
-        quant_act_fp8(r.code + t * r.ld, of_row, f, n_in);
+        if (format == CU_F8A8)
+            quant_act_fp8(r.code + t * r.ld, of_row, f, n_in);
+        else
+            quant_act_int8((int8_t *)r.code + t * r.ld, of_row, f, n_in);
         for (int32_t s = 0; s < n_seg; s++) r.scale[s * r.ld_scale + t] = of_row[s];
     }
     r.x = check_new(x, count * sizeof *x);
@@ -161,12 +193,23 @@ static void say_where(char what[NAME], const results *r, const unsigned char *wa
 
 /* ---- against double ---------------------------------------------------------------------------------------------- */
 
-/* One dot product in double and its bound. A step of the chain has 32 products of codes and the sum so far: all are
- * aligned to the largest and cut below 2^-13 of its power of two (measured: 2^16 - 2^16 + 2^3 is 8, with 2^2 it is 0),
- * 33 cuts, and the same again for the sum's own. Then f32: the product of the scales rounds by 2^-24 of itself, each
- * fma by 2^-24 of the total. */
+/* One dot product and its bound. Of integers there is one number that it can be. fp8: in double. A step of the chain
+ * has 32 products of codes and the sum so far: all are aligned to the largest and cut below 2^-13 of its power of two
+ * (measured: 2^16 - 2^16 + 2^3 is 8, with 2^2 it is 0), 33 cuts, and the same again for the sum's own. Then f32: the
+ * product of the scales rounds by 2^-24 of itself, each fma by 2^-24 of the total. */
 static double dot(const weights *s, const rows *x, int32_t row, int32_t band, int32_t r, double *bound) {
     double total = 0.0, off = 0.0;
+    if (s->w.format != CU_F8A8) {
+        float exact = 0.0f;
+        for (int32_t g = 0; g < s->w.n_seg; g++) {
+            double sum = 0.0;
+            for (int32_t i = g * CU_SEGMENT; i < (g + 1) * CU_SEGMENT; i++)
+                sum += code(s, band, r, i) * (double)(int8_t)x->code[row * x->ld + i];
+            exact = fmaf(x->scale[g * x->ld_scale + row], (float)sum, exact);
+        }
+        *bound = 0.0;
+        return (double)(exact * s->scale[band * CU_BAND + r]);
+    }
     for (int32_t g = 0; g < s->w.n_seg; g++) {
         double sum = 0.0, cut = 0.0;
         for (int32_t step = 0; step < 4; step++) {
@@ -178,7 +221,7 @@ static double dot(const weights *s, const rows *x, int32_t row, int32_t band, in
             }
             cut += 34.0 * 0x1p-13 * fmax(largest, fabs(sum));
         }
-        const double by = (double)s->scale[band * s->w.n_seg + g] * (double)x->scale[g * x->ld_scale + row];
+        const double by = (double)s->scale[segment_at(&s->w, band, g)] * (double)x->scale[g * x->ld_scale + row];
         total += by * sum;
         off += by * cut + 0x1p-24 * (by * (fabs(sum) + cut) + fabs(total) + off);
     }
@@ -192,31 +235,26 @@ static double expected(const weights *s, cu_epilogue e, const rows *x, int32_t r
     const int32_t band = o / CU_BAND, r = o % CU_BAND;
     if (e != CU_SWIGLU) { /* one addition more */
         const double z = dot(s, x, row, band, r, &b0);
-        *bound = b0 + 0x1p-24 * (fabs(z) + fabs(before) + b0);
+        *bound = b0 + 0x1p-24 * (fabs(z) + fabs(before) + b0) + 0x1p-149;
         return z + before;
     }
-    /* |silu'| <= 1.1. expf is right to 2 ulp, 1 + e, the division and the product round: 5 * 2^-23 in all; then to
-     * bf16, half of 2^-8, or of the smallest subnormal. */
     const double z = dot(s, x, row, 2 * band, r, &b0), up = dot(s, x, row, 2 * band + 1, r, &b1);
-    const double silu = z / (1.0 + exp(-z)), h = silu * up;
-    const double f32 = 1.1 * b0 * (fabs(up) + b1) + fabs(silu) * b1 + 5.0 * 0x1p-23 * fabs(h);
-    *bound = f32 + 0x1p-8 * (fabs(h) + f32) + 0x1p-133;
-    return h;
+    return check_swiglu(z, b0, up, b1, bound);
 }
 
 static const char *const epilogue_name[] = {"store", "add", "swiglu"};
 
-static void check_plain(cu_epilogue e, int32_t n_out, int32_t n_in, int32_t n_most) {
+static void check_plain(cu_format f, cu_epilogue e, int32_t n_out, int32_t n_in, int32_t n_most) {
     static const int32_t n_rows[] = {1, 2, 3, 7, 8, 9, 16, 17, 31, 32, 33, 40, 64, 65, 131};
     char name[NAME], what[NAME] = "";
-    snprintf(name, sizeof name, "f8 skinny %s %d x %d", epilogue_name[e], n_out, n_in);
+    snprintf(name, sizeof name, "a8 %s skinny %s %d x %d", kind_name[f], epilogue_name[e], n_out, n_in);
     if (!check_begin(name)) return;
-    weights s = weights_new(n_out, n_in, e == CU_SWIGLU);
-    rows x = rows_new(n_most, n_in);
+    weights s = weights_new(f, n_out, n_in, e == CU_SWIGLU);
+    rows x = rows_new(f, n_most, n_in);
     results r = results_new(e, n_most, n_out);
     for (int32_t row = 0; row < n_most; row++) { /* each alone */
         const cu_job j = job_of(&s, e, &x, row, 1, &r, row);
-        CHECK_CUDA(cu_f8_skinny_run(0, &j));
+        CHECK_CUDA(cu_a8_skinny_run(0, &j));
     }
     unsigned char *alone = take(r.bytes);
     check_get(alone, r.device, r.bytes);
@@ -234,13 +272,13 @@ static void check_plain(cu_epilogue e, int32_t n_out, int32_t n_in, int32_t n_mo
         }
     check_end(name, worst, what);
 
-    snprintf(name, sizeof name, "f8 %s %d x %d, rows in company", epilogue_name[e], n_out, n_in);
+    snprintf(name, sizeof name, "a8 %s %s %d x %d, rows in company", kind_name[f], epilogue_name[e], n_out, n_in);
     *what = 0;
     for (size_t k = 0; k < sizeof n_rows / sizeof *n_rows && n_rows[k] <= n_most; k++)
         for (int way = n_rows[k] <= CU_SKINNY_MAX ? 0 : 1; way < 2; way++) { /* skinny, mid */
             const cu_job j = job_of(&s, e, &x, 0, n_rows[k], &r, 0);
             results_reset(&r);
-            CHECK_CUDA(way ? cu_f8_mid_run(0, &j) : cu_f8_skinny_run(0, &j));
+            CHECK_CUDA(way ? cu_a8_mid_run(0, &j) : cu_a8_skinny_run(0, &j));
             check_get(r.at, r.device, r.bytes);
             const size_t line = (size_t)r.ld * r.each;
             for (int32_t row = 0; row < n_most; row++)
@@ -257,14 +295,14 @@ static void check_plain(cu_epilogue e, int32_t n_out, int32_t n_in, int32_t n_mo
 
 /* ---- the norm in front ------------------------------------------------------------------------------------------- */
 
-static void check_norm_front(cu_epilogue e, int32_t n_out, int32_t n_in, int shift) {
+static void check_norm_front(cu_format format, cu_epilogue e, int32_t n_out, int32_t n_in, int shift) {
     static const int32_t n_rows[] = {1, 2, 5, 8};
     char name[NAME], what[NAME] = "";
-    snprintf(name, sizeof name, "f8 skinny %s, norm in front, %d x %d%s", epilogue_name[e], n_out, n_in,
-             shift ? ", odd address" : "");
+    snprintf(name, sizeof name, "a8 %s skinny %s, norm in front, %d x %d%s", kind_name[format], epilogue_name[e], n_out,
+             n_in, shift ? ", odd address" : "");
     if (!check_begin(name)) return;
-    weights s = weights_new(n_out, n_in, e == CU_SWIGLU);
-    rows x = rows_new(8, n_in); /* to be normed into */
+    weights s = weights_new(format, n_out, n_in, e == CU_SWIGLU);
+    rows x = rows_new(format, 8, n_in); /* to be normed into */
     results r = results_new(e, 8, n_out);
     const int32_t n = 8 * n_in;
     float *f = take((size_t)(n + 1) * sizeof *f);
@@ -280,14 +318,14 @@ static void check_norm_front(cu_epilogue e, int32_t n_out, int32_t n_in, int shi
         results_reset(&r);
         for (int32_t t = 0; t < j.n_row; t++) /* a row each time: they lie further apart than cu_norm puts them */
             CHECK_CUDA(cu_norm(0, x.x + t * x.ld, even_f + t * n_in, NULL, even_w, 1, n_in, 1e-5f));
-        CHECK_CUDA(cu_f8_skinny_run(0, &j));
+        CHECK_CUDA(cu_a8_skinny_run(0, &j));
         check_get(want, r.device, r.bytes);
         results_reset(&r);
         j.x = NULL;
         j.x_f32 = df + shift;
         j.norm_w = dw + shift;
         j.eps = 1e-5f;
-        CHECK_CUDA(cu_f8_skinny_run(0, &j));
+        CHECK_CUDA(cu_a8_skinny_run(0, &j));
         check_get(r.at, r.device, r.bytes);
         say_where(what, &r, want);
     }
@@ -339,25 +377,27 @@ static void lists_fill(lists *l, int32_t n_row, int32_t tile_rows) {
     l->first[E] = p;
 }
 
-/* Up (pairs, gathered) or down of all experts: every place has the bits of its row alone. */
-static void check_experts(bool up, int32_t n_out, int32_t n_in, int32_t n_row, int32_t tile_rows) {
+/* Up (pairs, gathered) or down of all experts, of which rows may be quantized inside: every place has the bits of its
+ * row alone. */
+static void check_experts(cu_format f, bool up, int32_t n_out, int32_t n_in, int32_t n_row, int32_t tile_rows,
+                          bool inside) {
     char name[NAME], what[NAME] = "";
-    snprintf(name, sizeof name, "f8 experts %s %d x %d, %d rows, tiles of %d", up ? "up" : "down", n_out, n_in, n_row,
-             tile_rows);
+    snprintf(name, sizeof name, "a8 %s experts %s %d x %d, %d rows, tiles of %d%s", kind_name[f], up ? "up" : "down",
+             n_out, n_in, n_row, tile_rows, inside ? ", from bf16" : "");
     if (!check_begin(name)) return;
     const cu_epilogue e = up ? CU_SWIGLU : CU_STORE;
     const int32_t n_place = n_row * K;
     weights s[E];
     cu_linear w[E];
-    for (int32_t i = 0; i < E; i++) s[i] = weights_new(n_out, n_in, up), w[i] = s[i].w;
+    for (int32_t i = 0; i < E; i++) s[i] = weights_new(f, n_out, n_in, up), w[i] = s[i].w;
     static lists l;
     lists_fill(&l, n_row, tile_rows);
-    rows x = rows_new(up ? n_row : n_place, n_in);
+    rows x = rows_new(f, up ? n_row : n_place, n_in);
     results r = results_new(e, n_place, n_out);
     unsigned char *want = take(r.bytes);
     for (int32_t i = 0; i < n_place; i++) {
         const cu_job j = job_of(&s[l.expert[i]], e, &x, up ? l.place_entry[i] / K : i, 1, &r, i);
-        CHECK_CUDA(cu_f8_skinny_run(0, &j));
+        CHECK_CUDA(cu_a8_skinny_run(0, &j));
     }
     check_get(want, r.device, r.bytes);
     results_reset(&r);
@@ -380,13 +420,18 @@ static void check_experts(bool up, int32_t n_out, int32_t n_in, int32_t n_row, i
                         .x8 = x.x8,
                         .ldy = r.ld,
                         .ldh = r.ld};
+    if (inside) {
+        g.x8.code = NULL;
+        g.x = x.x;
+        g.ldx = x.ld;
+    }
     g.shape.pack = NULL;
     g.shape.scale = NULL;
     if (up)
         g.h = r.device;
     else
         g.y = r.device;
-    CHECK_CUDA(cu_f8_mid_grouped(0, &g));
+    CHECK_CUDA(cu_a8_mid_grouped(0, &g));
     check_get(r.at, r.device, r.bytes);
     say_where(what, &r, want);
     check_that(name, !*what, what);
@@ -402,12 +447,12 @@ static void check_experts(bool up, int32_t n_out, int32_t n_in, int32_t n_row, i
 
 /* Feed-forwards upon one residual stream, each kernel reading what the one before wrote, as they come: a kernel that
  * begins early must not see, or change, too much. The same bits with a wait after each, and from a graph. */
-static void check_chain(int32_t n_hidden, int32_t n_ffn, int32_t n_row) {
+static void check_chain(cu_format f, int32_t n_hidden, int32_t n_ffn, int32_t n_row) {
     enum { LAYERS = 12, WAYS = 3 };
     char name[NAME], what[NAME] = "";
-    snprintf(name, sizeof name, "f8 a chain of %d x %d, %d rows", n_hidden, n_ffn, n_row);
+    snprintf(name, sizeof name, "a8 %s a chain of %d x %d, %d rows", kind_name[f], n_hidden, n_ffn, n_row);
     if (!check_begin(name)) return;
-    weights p = weights_new(n_ffn, n_hidden, true), q = weights_new(n_hidden, n_ffn, false);
+    weights p = weights_new(f, n_ffn, n_hidden, true), q = weights_new(f, n_hidden, n_ffn, false);
     const int64_t ldx = CU_PAD(n_hidden), ldh = CU_PAD(n_ffn), ld_scale = (n_row + 3) / 4 * 4;
     const size_t n = (size_t)(n_row * n_hidden), x_bytes = (size_t)(n_row * ldx) * 2,
                  h_bytes = (size_t)(n_row * ldh) * 2;
@@ -438,10 +483,10 @@ static void check_chain(int32_t n_hidden, int32_t n_ffn, int32_t n_row) {
         for (int k = 0; k < LAYERS; k++)
             for (int step = 0; step < 5; step++) {
                 if (step == 0 && !few) CHECK_CUDA(cu_norm(s, xn, x, NULL, dw, n_row, n_hidden, 1e-5f));
-                if (step == 1 && !few) CHECK_CUDA(cu_quant_x8(s, &x8, xn, ldx, n_row, n_hidden));
-                if (step == 2) CHECK_CUDA(few ? cu_f8_skinny_run(s, &up) : cu_f8_mid_run(s, &up));
-                if (step == 3 && !few) CHECK_CUDA(cu_quant_x8(s, &h8, h, ldh, n_row, n_ffn));
-                if (step == 4) CHECK_CUDA(few ? cu_f8_skinny_run(s, &add) : cu_f8_mid_run(s, &add));
+                if (step == 1 && !few) CHECK_CUDA(cu_quant_x8(s, &x8, cu_codes_of(f), xn, ldx, n_row, n_hidden));
+                if (step == 2) CHECK_CUDA(few ? cu_a8_skinny_run(s, &up) : cu_a8_mid_run(s, &up));
+                if (step == 3 && !few) CHECK_CUDA(cu_quant_x8(s, &h8, cu_codes_of(f), h, ldh, n_row, n_ffn));
+                if (step == 4) CHECK_CUDA(few ? cu_a8_skinny_run(s, &add) : cu_a8_mid_run(s, &add));
                 if (way == 0) CHECK_CUDA(cudaDeviceSynchronize());
             }
         if (way == 2) {
@@ -469,32 +514,182 @@ static void check_chain(int32_t n_hidden, int32_t n_ffn, int32_t n_row) {
     weights_free(&q);
 }
 
-void check_f8_mid(void) {
+/* ---- speed --------------------------------------------------------------------------------------------------------
+ */
+
+/* The experts of a step of n_row rows, drawn evenly, of a model of 64 with 2560 hidden and 1536 inner: up and down in
+ * turn, as a step has them, LAYERS of them, each with weights of its own. Microseconds of a layer, and the share of
+ * 4.5 TB/s that reading the codes is. */
+static void speed_experts(cu_format f, int32_t n_row) {
+    enum { EXPERTS = 64, USED = 6, HIDDEN = 2560, INNER = 1536, LAYERS = 6, ROUNDS = 20 };
+    static int32_t chosen[512 * USED], list[4 * 512 * USED + EXPERTS + 1];
+    const int32_t n_place = n_row * USED, tile_rows = cu_tile_rows(n_row, USED, EXPERTS);
+    const bool inside = tile_rows == 8;
+    cu_linear w[2][LAYERS][EXPERTS];
+    for (int k = 0; k < 2; k++) {
+        cu_linear one = {.format = f, .n_out = k ? HIDDEN : INNER, .n_in = k ? INNER : HIDDEN, .pairs = !k};
+        one.n_band = CU_BANDS(one.n_out) * (k ? 1 : 2);
+        one.n_seg = one.n_in / CU_SEGMENT;
+        const int64_t bytes = cu_pack_bytes(&one);
+        unsigned char *all;
+        float *scale, *one_scale = take((size_t)cu_scale_count(&one) * sizeof(float));
+        CHECK_CUDA(cudaMalloc((void **)&all, (size_t)(bytes * EXPERTS * LAYERS)));
+        CHECK_CUDA(cudaMalloc((void **)&scale, (size_t)cu_scale_count(&one) * sizeof(float)));
+        unsigned char *some = take(1 << 22);
+        for (int32_t i = 0; i < 1 << 22; i += 8) {
+            const uint64_t any = check_random64() & 0x3f3f3f3f3f3f3f3full;
+            memcpy(some + i, &any, 8);
+        }
+        for (int64_t at = 0; at < bytes * EXPERTS * LAYERS; at += 1 << 22) {
+            const int64_t left = bytes * EXPERTS * LAYERS - at;
+            CHECK_CUDA(cudaMemcpy(all + at, at ? all : some, (size_t)(left < 1 << 22 ? left : 1 << 22),
+                                  at ? cudaMemcpyDeviceToDevice : cudaMemcpyHostToDevice));
+        }
+        for (int64_t i = 0; i < cu_scale_count(&one); i++) one_scale[i] = 0x1p-12f;
+        CHECK_CUDA(cudaMemcpy(scale, one_scale, (size_t)cu_scale_count(&one) * sizeof(float), cudaMemcpyHostToDevice));
+        free(one_scale);
+        free(some);
+        for (int l = 0; l < LAYERS; l++)
+            for (int e = 0; e < EXPERTS; e++) {
+                w[k][l][e] = one;
+                w[k][l][e].pack = all + (l * EXPERTS + e) * bytes;
+                w[k][l][e].scale = scale;
+            }
+    }
+    cu_linear *dw[2] = {check_new(w[0], sizeof w[0]), check_new(w[1], sizeof w[1])};
+    for (int32_t i = 0; i < n_place; i++) {
+        bool again;
+        do {
+            chosen[i] = (int32_t)(check_random64() % EXPERTS);
+            again = false;
+            for (int32_t k = i / USED * USED; k < i; k++) again |= chosen[k] == chosen[i];
+        } while (again);
+    }
+    int32_t *first = list, *place_entry = first + EXPERTS + 1, *tile_expert = place_entry + n_place,
+            *tile_place = tile_expert + n_place, *n_tile = tile_place + n_place, p = 0, n_expert = 0;
+    *n_tile = 0;
+    for (int32_t e = 0; e < EXPERTS; e++) {
+        first[e] = p;
+        for (int32_t i = 0; i < n_place; i++)
+            if (chosen[i] == e) place_entry[p++] = i;
+        for (int32_t i = first[e]; i < p; i += tile_rows) tile_expert[*n_tile] = e, tile_place[(*n_tile)++] = i;
+        n_expert += p > first[e];
+    }
+    first[EXPERTS] = p;
+    int32_t *d = check_new(list, sizeof list);
+    const cu_routes routes = {.n_expert = EXPERTS,
+                              .n_used = USED,
+                              .first = d,
+                              .place_entry = d + (place_entry - list),
+                              .tile_expert = d + (tile_expert - list),
+                              .tile_place = d + (tile_place - list),
+                              .n_tile = d + (n_tile - list),
+                              .tile_rows = tile_rows};
+    const int64_t ld_scale = (n_place + 3) / 4 * 4;
+    const size_t h_count = (size_t)n_place * INNER;
+    const cu_x8 x8 = {check_new(NULL, (size_t)n_row * HIDDEN), HIDDEN, check_new(NULL, (size_t)ld_scale * HIDDEN / 32),
+                      ld_scale};
+    const cu_x8 h8 = {check_new(NULL, h_count), INNER, check_new(NULL, (size_t)ld_scale * INNER / 32), ld_scale};
+    cu_bf16 *h = check_new(NULL, h_count * sizeof *h);
+    float *y = check_new(NULL, (size_t)n_place * HIDDEN * sizeof *y);
+    CHECK_CUDA(cudaMemset(x8.code, 0x11, (size_t)n_row * HIDDEN));
+    CHECK_CUDA(cudaMemset(h8.code, 0x11, h_count));
+    CHECK_CUDA(cudaMemset(h, 0x3c, h_count * sizeof *h));
+    cudaStream_t s;
+    cudaEvent_t from, to;
+    CHECK_CUDA(cudaStreamCreate(&s));
+    CHECK_CUDA(cudaEventCreate(&from));
+    CHECK_CUDA(cudaEventCreate(&to));
+    float us[3]; /* up, down, both */
+    for (int way = 0; way < 3; way++) {
+        cudaGraph_t graph;
+        cudaGraphExec_t exec;
+        CHECK_CUDA(cudaStreamBeginCapture(s, cudaStreamCaptureModeThreadLocal));
+        for (int l = 0; l < LAYERS; l++)
+            for (int k = 0; k < 2; k++) {
+                if (way != 2 && way != k) continue;
+                cu_grouped_job g = {.shape = w[k][0][0],
+                                    .experts = dw[k] + l * EXPERTS,
+                                    .routes = &routes,
+                                    .n_row = n_row,
+                                    .gather = !k,
+                                    .epilogue = k ? CU_STORE : CU_SWIGLU,
+                                    .x8 = k ? h8 : x8,
+                                    .y = k ? y : NULL,
+                                    .ldy = HIDDEN,
+                                    .h = k ? NULL : h,
+                                    .ldh = INNER};
+                if (k && inside) g.x8.code = NULL, g.x = h, g.ldx = INNER;
+                CHECK_CUDA(cu_a8_mid_grouped(s, &g));
+            }
+        CHECK_CUDA(cudaStreamEndCapture(s, &graph));
+        CHECK_CUDA(cudaGraphInstantiate(&exec, graph, 0));
+        us[way] = 1e30f;
+        for (int round = 0; round < ROUNDS; round++) {
+            float ms;
+            CHECK_CUDA(cudaEventRecord(from, s));
+            CHECK_CUDA(cudaGraphLaunch(exec, s));
+            CHECK_CUDA(cudaEventRecord(to, s));
+            CHECK_CUDA(cudaEventSynchronize(to));
+            CHECK_CUDA(cudaEventElapsedTime(&ms, from, to));
+            us[way] = fminf(us[way], ms * 1e3f / LAYERS);
+        }
+        CHECK_CUDA(cudaGraphExecDestroy(exec));
+        CHECK_CUDA(cudaGraphDestroy(graph));
+    }
+    const double floor[2] = {(double)cu_pack_bytes(&w[0][0][0]) * n_expert / 4.5e6,
+                             (double)cu_pack_bytes(&w[1][0][0]) * n_expert / 4.5e6};
+    printf("%s experts of %3d rows (%2d, tiles of %2d): up %6.1f us (%2.0f%%), down %6.1f (%2.0f%%), a layer %6.1f "
+           "(%2.0f%%)\n",
+           kind_name[f], n_row, n_expert, tile_rows, (double)us[0], 100.0 * floor[0] / (double)us[0], (double)us[1],
+           100.0 * floor[1] / (double)us[1], (double)us[2], 100.0 * (floor[0] + floor[1]) / (double)us[2]);
+    fflush(stdout);
+    CHECK_CUDA(cudaStreamDestroy(s));
+    CHECK_CUDA(cudaEventDestroy(from));
+    CHECK_CUDA(cudaEventDestroy(to));
+    for (int k = 0; k < 2; k++) {
+        CHECK_CUDA(cudaFree((void *)(uintptr_t)w[k][0][0].pack));
+        CHECK_CUDA(cudaFree((void *)(uintptr_t)w[k][0][0].scale));
+        check_free(dw[k]);
+    }
+    check_free(d), check_free(x8.code), check_free(x8.scale), check_free(h8.code), check_free(h8.scale);
+    check_free(h), check_free(y);
+}
+
+void check_a8_mid(void) {
     /* outputs, inputs: ugly ones; one pass and several; many tiles and few */
     static const int32_t shapes[][2] = {{44, 80},   {168, 64},   {200, 176}, {16, 128},
                                         {130, 300}, {512, 2560}, {96, 1536}};
-    for (int e = CU_STORE; e <= CU_SWIGLU; e++) {
-        for (size_t k = 0; k < sizeof shapes / sizeof *shapes; k++)
-            check_plain((cu_epilogue)e, shapes[k][0], shapes[k][1], ROWS);
-        check_plain((cu_epilogue)e, 64, 12288, FEW);
-        check_plain((cu_epilogue)e, e == CU_SWIGLU ? 3072 : 6200, 256, FEW);
-        check_plain((cu_epilogue)e, e == CU_SWIGLU ? 5120 : 10240, 1300, 9);
-    }
-    check_norm_front(CU_STORE, 200, 176, 0);
-    check_norm_front(CU_SWIGLU, 130, 300, 0);
-    check_norm_front(CU_STORE, 96, 2560, 0);
-    check_norm_front(CU_STORE, 96, 2560, 1);
-    check_norm_front(CU_SWIGLU, 44, 81, 1);
-    for (int32_t tile = 8; tile <= 64; tile *= 2)
-        for (int up = 0; up < 2; up++) {
-            check_experts(up, 44, 80, 9, tile);
-            check_experts(up, 130, 300, 40, tile);
-            check_experts(up, 256, 512, ROWS, tile);
-            check_experts(up, 96, 1536, ROWS, tile);
+    static const cu_format kinds[] = {CU_F8A8, CU_I8A8, CU_I4A8};
+    for (int kind = 0; kind < 3; kind++) {
+        const cu_format f = kinds[kind];
+        for (int e = CU_STORE; e <= CU_SWIGLU; e++) {
+            for (size_t k = 0; k < sizeof shapes / sizeof *shapes; k++)
+                check_plain(f, (cu_epilogue)e, shapes[k][0], shapes[k][1], ROWS);
+            check_plain(f, (cu_epilogue)e, 64, 12288, FEW);
+            check_plain(f, (cu_epilogue)e, e == CU_SWIGLU ? 3072 : 6200, 256, FEW);
+            check_plain(f, (cu_epilogue)e, e == CU_SWIGLU ? 5120 : 10240, 1300, 9);
         }
-    check_chain(512, 384, 1);
-    check_chain(512, 384, 8);
-    check_chain(2560, 1536, 3);
-    check_chain(512, 384, 20);
-    check_chain(2560, 1536, 64);
+        check_norm_front(f, CU_STORE, 200, 176, 0);
+        check_norm_front(f, CU_SWIGLU, 130, 300, 0);
+        check_norm_front(f, CU_STORE, 96, 2560, 0);
+        check_norm_front(f, CU_STORE, 96, 2560, 1);
+        check_norm_front(f, CU_SWIGLU, 44, 81, 1);
+        for (int32_t tile = 8; tile <= 64; tile *= 2)
+            for (int way = 0; way < (tile == 8 ? 3 : 2); way++) {
+                check_experts(f, way == 1, 44, 80, 9, tile, way == 2);
+                check_experts(f, way == 1, 130, 300, 40, tile, way == 2);
+                check_experts(f, way == 1, 256, 512, ROWS, tile, way == 2);
+                check_experts(f, way == 1, 96, 1536, ROWS, tile, way == 2);
+            }
+        check_chain(f, 512, 384, 1);
+        check_chain(f, 512, 384, 8);
+        check_chain(f, 2560, 1536, 3);
+        check_chain(f, 512, 384, 20);
+        check_chain(f, 2560, 1536, 64);
+    }
+    static const int32_t n_rows[] = {1, 8, 32, 128, 256};
+    if (check_filter && !strcmp(check_filter, "a8 speed"))
+        for (int kind = 0; kind < 3; kind++)
+            for (size_t k = 0; k < sizeof n_rows / sizeof *n_rows; k++) speed_experts(kinds[kind], n_rows[k]);
 }

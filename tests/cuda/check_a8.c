@@ -1,10 +1,14 @@
-/* fp8 by fp8 (CU_F8A8): cu_quant_x8 to the letter; every kernel against scalar double within a derived bound, and bit
- * for bit with rows alone. Weights are drawn as packed bytes, read back by the layout's definition. */
+/* Rows of 8 bits (CU_F8A8, CU_I8A8, CU_I4A8): cu_quant_x8 to the letter; every kernel against scalar code, fp8 in
+ * double within a derived bound, integers bit for bit as cu_kernels.h has their sums; and bit for bit with rows alone.
+ * Weights are drawn as packed bytes, read back by the layout's definition. */
 #include "check.h"
 
 #include "model/quant.h"
 
 enum { NAME = 112 };
+
+static const char *const format_name[CU_FORMATS] = {
+    [CU_F8A8] = "fp8 by fp8", [CU_I8A8] = "int8 by int8", [CU_I4A8] = "int4 by int8"};
 
 static void *take(size_t bytes) {
     void *p = calloc(bytes + 1, 1);
@@ -25,13 +29,13 @@ static cu_bf16 *rows_new(int64_t n_row, int32_t n, int64_t ld) {
     return x;
 }
 
-/* Rows in fp8 on the host, made of rows of bf16, and on the device: poison between rows and behind them. */
+/* Rows of codes on the host, made of rows of bf16, and on the device: poison between rows and behind them. */
 typedef struct rows8 {
     cu_x8 host, device;
     size_t code_bytes, scale_bytes;
 } rows8;
 
-static rows8 rows8_new(const cu_bf16 *x, int64_t ldx, int32_t n_row, int32_t n) {
+static rows8 rows8_new(cu_codes codes, const cu_bf16 *x, int64_t ldx, int32_t n_row, int32_t n) {
     const int32_t pad = CU_PAD(n), n_seg = pad / CU_SEGMENT;
     rows8 r = {.host = {.ldx = pad + CU_SEGMENT, .ld_scale = (n_row + 3) / 4 * 4 + 4}};
     r.code_bytes = (size_t)(n_row * r.host.ldx);
@@ -43,7 +47,10 @@ static rows8 rows8_new(const cu_bf16 *x, int64_t ldx, int32_t n_row, int32_t n) 
     float *wide = take((size_t)pad * sizeof *wide), *scale = take((size_t)n_seg * sizeof *scale);
     for (int32_t t = 0; t < n_row; t++) {
         for (int32_t i = 0; i < pad; i++) wide[i] = ern_bf16_to_f32(x[t * ldx + i]);
-        quant_act_fp8(r.host.code + t * r.host.ldx, scale, wide, pad);
+        if (codes == CU_CODES_F8)
+            quant_act_fp8(r.host.code + t * r.host.ldx, scale, wide, pad);
+        else
+            quant_act_int8((int8_t *)(r.host.code + t * r.host.ldx), scale, wide, pad);
         for (int32_t s = 0; s < n_seg; s++) r.host.scale[s * r.host.ld_scale + t] = scale[s];
     }
     free(wide);
@@ -61,9 +68,9 @@ static void rows8_free(rows8 *r) {
     free(r->host.scale);
 }
 
-static void check_quant(int32_t n_row, int32_t n) {
+static void check_quant(cu_codes codes, int32_t n_row, int32_t n) {
     char name[NAME], what[NAME] = "";
-    snprintf(name, sizeof name, "fp8 rows %d x %d", n_row, n);
+    snprintf(name, sizeof name, "%s rows %d x %d", codes == CU_CODES_F8 ? "fp8" : "int8", n_row, n);
     if (!check_begin(name)) return;
     const int64_t ldx = CU_PAD(n) + 64;
     cu_bf16 *x = rows_new(n_row, n, ldx);
@@ -73,12 +80,12 @@ static void check_quant(int32_t n_row, int32_t n) {
         if (n_row > 1) x[ldx + i] = (cu_bf16)(check_random64() >> 20);
     }
     if (n_row > 2) x[2 * ldx + n - 1] = 0x7f80, x[2 * ldx] = 0xffc1;
-    rows8 want = rows8_new(x, ldx, n_row, n);
+    rows8 want = rows8_new(codes, x, ldx, n_row, n);
     cu_x8 got = want.host, to = want.device;
     CHECK_CUDA(cudaMemset(to.code, 0xff, want.code_bytes));
     CHECK_CUDA(cudaMemset(to.scale, 0xff, want.scale_bytes));
     cu_bf16 *dx = check_new(x, (size_t)(n_row * ldx) * sizeof *x);
-    CHECK_CUDA(cu_quant_x8(NULL, &to, dx, ldx, n_row, n));
+    CHECK_CUDA(cu_quant_x8(NULL, &to, codes, dx, ldx, n_row, n));
     got.code = take(want.code_bytes);
     got.scale = take(want.scale_bytes);
     check_get(got.code, to.code, want.code_bytes);
@@ -102,6 +109,7 @@ static void check_quant(int32_t n_row, int32_t n) {
 /* ---- weights ----------------------------------------------------------------------------------------------------- */
 
 typedef struct shape {
+    cu_format format;
     int32_t n_in, n_out;
     bool pairs;
 } shape;
@@ -112,16 +120,16 @@ typedef struct weights {
     float *scale;
 } weights;
 
-/* Any e4m3 but NaN, eight at once. */
-static uint64_t random_codes(void) {
+/* Any codes, of e4m3 any but NaN, 64 bits of them. */
+static uint64_t random_codes(cu_format f) {
     uint64_t r = check_random64();
-    for (int i = 0; i < 64; i += 8)
+    for (int i = 0; i < 64 && f == CU_F8A8; i += 8)
         if ((r >> i & 0x7f) == 0x7f) r ^= 1ull << (i + 2);
     return r;
 }
 
 static cu_linear linear_of(shape s) {
-    return (cu_linear){.format = CU_F8A8,
+    return (cu_linear){.format = s.format,
                        .n_out = s.n_out,
                        .n_in = s.n_in,
                        .n_band = CU_BANDS(s.n_out) * (s.pairs ? 2 : 1),
@@ -135,7 +143,7 @@ static weights weights_new(shape s) {
     o.pack = take((size_t)bytes);
     o.scale = take((size_t)n_scale * sizeof(float));
     for (int64_t i = 0; i < bytes; i += 8) {
-        const uint64_t r = random_codes();
+        const uint64_t r = random_codes(s.format);
         memcpy(o.pack + i, &r, 8);
     }
     for (int64_t i = 0; i < n_scale; i++) o.scale[i] = 0x1p-10f * (1.0f + 0.5f * check_random());
@@ -155,22 +163,47 @@ static void weights_free(weights *o) {
     free(o->scale);
 }
 
-/* Code of input i of output r (0..15) of a band: cu_kernels.h, word for word. */
-static double code_at(const weights *o, int32_t band, int32_t r, int32_t i) {
-    const int k = i % 64, lane = 4 * (r % 8) + k % 16 / 4, reg = k % 32 / 16 * 2 + r / 8;
-    const unsigned char *group = o->pack + ((int64_t)band * o->w.n_seg * 2 + i / 64) * cu_group_bytes(CU_F8A8);
-    return (double)ern_e4m3_to_f32(group[k / 32 * 512 + lane * 16 + reg * 4 + k % 4]);
+/* Segments of bands, or scales of them, before this one. */
+static int64_t segment_at(const cu_linear *w, int32_t band, int32_t seg) {
+    return ((int64_t)(band / CU_A8_BANDS) * w->n_seg + seg) * CU_A8_BANDS + band % CU_A8_BANDS;
 }
 
-/* Sum over the inputs in double, and a bound of what the kernels may be off. A product of two codes is exact. A product
- * of 32 inputs aligns them and the sum so far to the largest exponent among them (an e4m3 product has less than twice
- * the 1 that its exponents say, so that this is at most the largest magnitude) and cuts each 13 bits below it, then the
- * new sum once more: 34 * 2^-13 of the largest magnitude that goes in. Four of these make a segment. Then factors,
- * their product and an fma round, n_seg + 2 times at most. */
+/* Code of input i of output r (0..15) of a band: cu_kernels.h, word for word. int4: times 16. */
+static double code_at(const weights *o, int32_t band, int32_t r, int32_t i) {
+    const int k = i % 64, lane = 4 * (r % 8) + k % 16 / 4, reg = k % 32 / 16 * 2 + r / 8;
+    const unsigned char *group =
+        o->pack + (segment_at(&o->w, band, i / CU_SEGMENT) * 2 + i / 64 % 2) * cu_group_bytes(o->w.format);
+    if (o->w.format == CU_I4A8) {
+        const int both = group[lane * 16 + reg * 4 + k % 4], high = k < 32 ? both & 0xf0 : both << 4 & 0xf0;
+        return high < 128 ? high : high - 256;
+    }
+    const unsigned char code = group[k / 32 * 512 + lane * 16 + reg * 4 + k % 4];
+    return o->w.format == CU_F8A8 ? (double)ern_e4m3_to_f32(code) : code < 128 ? code : code - 256;
+}
+
+/* Of integers: the sum over the inputs, bit for bit. */
+static double sum_of_integers(const weights *o, const cu_x8 *x, int32_t row, int32_t band, int32_t r) {
+    float total = 0.0f;
+    for (int32_t s = 0; s < o->w.n_seg; s++) {
+        double segment = 0.0; /* exact */
+        for (int32_t in = s * CU_SEGMENT; in < (s + 1) * CU_SEGMENT; in++)
+            segment += code_at(o, band, r, in) * (double)(int8_t)x->code[row * x->ldx + in];
+        total = fmaf(x->scale[s * x->ld_scale + row], (float)segment, total);
+    }
+    return (double)(total * o->scale[band * CU_BAND + r]);
+}
+
+/* Sum over the inputs, and a bound of what the kernels may be off: none of integers. fp8: a product of two codes is
+ * exact. A product of 32 inputs aligns them and the sum so far to the largest exponent among them (an e4m3 product has
+ * less than twice the 1 that its exponents say, so that this is at most the largest magnitude) and cuts each 13 bits
+ * below it, then the new sum once more: 34 * 2^-13 of the largest magnitude that goes in. Four of these make a segment.
+ * Then factors, their product and an fma round, n_seg + 2 times at most. */
 static double dot(const weights *o, const cu_x8 *x, int32_t row, int32_t band, int32_t r, double *bound) {
+    *bound = 0.0;
+    if (o->w.format != CU_F8A8) return sum_of_integers(o, x, row, band, r);
     double sum = 0.0, all = 0.0, cut = 0.0;
     for (int32_t s = 0; s < o->w.n_seg; s++) {
-        const double by = (double)x->scale[s * x->ld_scale + row] * (double)o->scale[(int64_t)band * o->w.n_seg + s];
+        const double by = (double)x->scale[s * x->ld_scale + row] * (double)o->scale[segment_at(&o->w, band, s)];
         double segment = 0.0, magnitude = 0.0, off = 0.0;
         for (int32_t k = 0; k < CU_SEGMENT; k += 32) {
             double largest = fabs(segment) + off;
@@ -201,7 +234,7 @@ typedef struct kernels {
     int32_t n_row[10];             /* of plain checks, ascending; 0: no more */
     int32_t tile_first, tile_last; /* rows of a grouped tile: twice the one before each */
 } kernels;
-static const kernels large = {"large", cu_f8_large_run, cu_f8_large_grouped, {1, 65, 128, 200, 257}, 128, 128};
+static const kernels large = {"large", cu_a8_large_run, cu_a8_large_grouped, {1, 65, 128, 200, 257}, 128, 128};
 
 /* Where and how much the worst of the compared numbers is off. */
 typedef struct worst {
@@ -222,16 +255,18 @@ static void compare_one(worst *to, const weights *o, const cu_x8 *x, cu_epilogue
     double e0, e1;
     const int32_t band = out / CU_BAND, r = out % CU_BAND;
     if (ep != CU_SWIGLU) {
-        const double want = dot(o, x, row, band, r, &e0) + before;
-        worst_add(to, fabs(got - want), e0 + 0x1p-23 * (fabs(want) + fabs(before)), ep == CU_ADD ? "add" : "store", row,
-                  out, n_row);
+        double want = dot(o, x, row, band, r, &e0) + before;
+        if (o->w.format == CU_F8A8)
+            e0 += 0x1p-23 * (fabs(want) + fabs(before));
+        else
+            want = (double)(float)want; /* the sum of two floats is rounded once, as theirs is */
+        worst_add(to, fabs(got - want), e0, ep == CU_ADD ? "add" : "store", row, out, n_row);
         return;
     }
     const double gate = dot(o, x, row, band * 2, r, &e0), up = dot(o, x, row, band * 2 + 1, r, &e1);
-    const double silu = gate / (1.0 + exp(-gate)), want = silu * up;
-    /* As of the other formats: |silu'| < 1.1; f32 steps; then half an ulp of bf16, or its least number. */
-    const double f32 = 1.1 * e0 * (fabs(up) + e1) + fabs(silu) * e1 + 0x1p-20 * fabs(want);
-    worst_add(to, fabs(got - want), f32 + 0x1.01p-8 * (fabs(want) + f32) + 0x1p-126, "swiglu", row, out, n_row);
+    double bound;
+    const double want = check_swiglu(gate, e0, up, e1, &bound);
+    worst_add(to, fabs(got - want), bound, "swiglu", row, out, n_row);
 }
 
 /* Rows one by one. */
@@ -252,15 +287,15 @@ static void check_plain(const kernels *k, shape s) {
     enum { MAX = 257 };
     char name[2][NAME];
     for (int i = 0; i < 2; i++)
-        snprintf(name[i], sizeof name[i], "%s %sfp8 by fp8 %d -> %d%s", k->name, i ? "bits " : "", s.n_in, s.n_out,
-                 s.pairs ? " pairs" : "");
+        snprintf(name[i], sizeof name[i], "%s %s%s %d -> %d%s", k->name, i ? "bits " : "", format_name[s.format],
+                 s.n_in, s.n_out, s.pairs ? " pairs" : "");
     if (!check_begin(name[0]) && !check_begin(name[1])) return;
 
     weights o = weights_new(s);
     const int32_t ldx = CU_PAD(s.n_in), ld = s.pairs ? CU_PAD(s.n_out) : s.n_out + 3;
     const size_t size = s.pairs ? sizeof(cu_bf16) : sizeof(float), bytes = (size_t)MAX * (size_t)ld * size;
     cu_bf16 *x = rows_new(MAX, s.n_in, ldx);
-    rows8 x8 = rows8_new(x, ldx, MAX, s.n_in);
+    rows8 x8 = rows8_new(cu_codes_of(s.format), x, ldx, MAX, s.n_in);
     unsigned char *before = take(bytes), *got = take(bytes), *want = take(bytes);
     void *dy = check_new(NULL, bytes);
     const bool small = (int64_t)s.n_in * s.n_out <= 20000;
@@ -370,7 +405,8 @@ static void check_grouped(const kernels *k, shape s, int32_t n_row) {
     const int32_t n = n_row * K, ldx = CU_PAD(s.n_in), ld = s.pairs ? CU_PAD(s.n_out) : s.n_out;
     const size_t size = s.pairs ? sizeof(cu_bf16) : sizeof(float), bytes = (size_t)n * (size_t)ld * size;
     char name[NAME];
-    snprintf(name, sizeof name, "%s grouped fp8 by fp8 %d -> %d%s", k->name, s.n_in, s.n_out, s.pairs ? " pairs" : "");
+    snprintf(name, sizeof name, "%s grouped %s %d -> %d%s", k->name, format_name[s.format], s.n_in, s.n_out,
+             s.pairs ? " pairs" : "");
     if (!check_begin(name)) return;
     weights o[E];
     cu_linear experts[E];
@@ -379,7 +415,7 @@ static void check_grouped(const kernels *k, shape s, int32_t n_row) {
     described.pack = NULL, described.scale = NULL;
     const int32_t n_x = s.pairs ? n_row : n; /* up gathers rows, down has one a place */
     cu_bf16 *x = rows_new(n_x, s.n_in, ldx), *by_place = take((size_t)n * (size_t)ldx * sizeof *x);
-    rows8 x8 = rows8_new(x, ldx, n_x, s.n_in);
+    rows8 x8 = rows8_new(cu_codes_of(s.format), x, ldx, n_x, s.n_in);
     int32_t first[E + 1], *place_entry = take((size_t)n * sizeof *place_entry);
     unsigned char *got = take(bytes), *want = take(bytes);
     void *dy = check_new(NULL, bytes), *room = check_new(NULL, (size_t)n * (size_t)x8.device.ldx);
@@ -410,7 +446,7 @@ static void check_grouped(const kernels *k, shape s, int32_t n_row) {
         for (int i = 0; i < E; i++) {
             const int32_t n_own = first[i + 1] - first[i];
             if (n_own == 0) continue;
-            rows8 own = rows8_new(by_place + (int64_t)first[i] * ldx, ldx, n_own, s.n_in);
+            rows8 own = rows8_new(cu_codes_of(s.format), by_place + (int64_t)first[i] * ldx, ldx, n_own, s.n_in);
             cu_job one = {.w = experts[i], .epilogue = ep, .x8 = own.device, .n_row = n_own};
             if (s.pairs)
                 one.h = (cu_bf16 *)dy + (int64_t)first[i] * ld, one.ldh = ld;
@@ -448,7 +484,7 @@ static char *filled(void) {
     static char *all;
     if (all) return all;
     CHECK_CUDA(cudaMalloc((void **)&all, FILLED));
-    for (size_t i = 0; i < PIECE / 8; i++) piece[i] = random_codes();
+    for (size_t i = 0; i < PIECE / 8; i++) piece[i] = random_codes(CU_F8A8);
     for (size_t at = 0; at < FILLED; at += PIECE)
         CHECK_CUDA(cudaMemcpy(all + at, piece, PIECE, cudaMemcpyHostToDevice));
     return all;
@@ -464,12 +500,47 @@ static float *scales_new(int64_t n) {
     return at;
 }
 
+/* A stream whose launches become a graph, and the time of one. */
+enum { LAUNCHES = 24, ROUNDS = 3 };
+static cudaStream_t clock_new(void) {
+    cudaStream_t stream;
+    CHECK_CUDA(cudaStreamCreate(&stream));
+    CHECK_CUDA(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+    return stream;
+}
+static double clock_read(cudaStream_t stream) { /* seconds a launch */
+    cudaGraph_t graph;
+    cudaGraphExec_t exec;
+    cudaEvent_t from, to;
+    float ms = 0.0f;
+    CHECK_CUDA(cudaEventCreate(&from));
+    CHECK_CUDA(cudaEventCreate(&to));
+    CHECK_CUDA(cudaStreamEndCapture(stream, &graph));
+    CHECK_CUDA(cudaGraphInstantiate(&exec, graph, 0));
+    CHECK_CUDA(cudaGraphLaunch(exec, stream));
+    CHECK_CUDA(cudaEventRecord(from, stream));
+    for (int i = 0; i < ROUNDS; i++) CHECK_CUDA(cudaGraphLaunch(exec, stream));
+    CHECK_CUDA(cudaEventRecord(to, stream));
+    CHECK_CUDA(cudaEventSynchronize(to));
+    CHECK_CUDA(cudaEventElapsedTime(&ms, from, to));
+    CHECK_CUDA(cudaGraphExecDestroy(exec));
+    CHECK_CUDA(cudaGraphDestroy(graph));
+    CHECK_CUDA(cudaStreamDestroy(stream));
+    CHECK_CUDA(cudaEventDestroy(from));
+    CHECK_CUDA(cudaEventDestroy(to));
+    return (double)ms / (LAUNCHES * ROUNDS) * 1e-3;
+}
+
+static void say_speed(const char *name, shape s, int64_t n_row, double each) {
+    const double flops = 2.0 * (double)n_row * s.n_in * (s.n_out * (s.pairs ? 2.0 : 1.0));
+    printf("info  %-56s %8.2f us, %5.0f TFLOP/s\n", name, each * 1e6, flops / each * 1e-12);
+}
+
 /* What a step would see: launches in a graph, each with weights of its own until those fill 256 MB, so that none come
  * from L2. */
 static void speed(const kernels *k, shape s, int32_t n_row) {
-    enum { LAUNCHES = 24, ROUNDS = 3 };
     char name[NAME];
-    snprintf(name, sizeof name, "%s speed fp8 by fp8 %d x %d -> %d%s", k->name, n_row, s.n_in, s.n_out,
+    snprintf(name, sizeof name, "%s speed %s %d x %d -> %d%s", k->name, format_name[s.format], n_row, s.n_in, s.n_out,
              s.pairs ? " pairs" : "");
     if (!check_begin(name)) return;
     cu_job j = {.w = linear_of(s), .epilogue = s.pairs ? CU_SWIGLU : CU_ADD, .n_row = n_row};
@@ -487,56 +558,103 @@ static void speed(const kernels *k, shape s, int32_t n_row) {
         j.h = out, j.ldh = CU_PAD(s.n_out);
     else
         j.y = out, j.ldy = s.n_out;
-    cudaStream_t stream;
-    cudaGraph_t graph;
-    cudaGraphExec_t exec;
-    cudaEvent_t from, to;
-    float ms = 0.0f;
-    CHECK_CUDA(cudaStreamCreate(&stream));
-    CHECK_CUDA(cudaEventCreate(&from));
-    CHECK_CUDA(cudaEventCreate(&to));
-    CHECK_CUDA(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+    cudaStream_t stream = clock_new();
     for (int i = 0; i < LAUNCHES; i++) {
         j.w.pack = pack + i % n_copy * bytes;
         CHECK_CUDA(k->run(stream, &j));
     }
-    CHECK_CUDA(cudaStreamEndCapture(stream, &graph));
-    CHECK_CUDA(cudaGraphInstantiate(&exec, graph, 0));
-    CHECK_CUDA(cudaGraphLaunch(exec, stream));
-    CHECK_CUDA(cudaEventRecord(from, stream));
-    for (int i = 0; i < ROUNDS; i++) CHECK_CUDA(cudaGraphLaunch(exec, stream));
-    CHECK_CUDA(cudaEventRecord(to, stream));
-    CHECK_CUDA(cudaEventSynchronize(to));
-    CHECK_CUDA(cudaEventElapsedTime(&ms, from, to));
-    const double each = (double)ms / (LAUNCHES * ROUNDS) * 1e-3;
-    const double flops = 2.0 * n_row * s.n_in * (s.n_out * (s.pairs ? 2.0 : 1.0));
-    printf("info  %-56s %8.2f us, %5.0f TFLOP/s, %5.0f GB/s of weights\n", name, each * 1e6, flops / each * 1e-12,
-           (double)bytes / each * 1e-9);
-    CHECK_CUDA(cudaGraphExecDestroy(exec));
-    CHECK_CUDA(cudaGraphDestroy(graph));
-    CHECK_CUDA(cudaStreamDestroy(stream));
-    CHECK_CUDA(cudaEventDestroy(from));
-    CHECK_CUDA(cudaEventDestroy(to));
+    say_speed(name, s, n_row, clock_read(stream));
     CHECK_CUDA(cudaFree(scale));
     CHECK_CUDA(cudaFree(j.x8.scale));
     CHECK_CUDA(cudaFree(out));
 }
 
-void check_f8(void) {
-    /* Ugly ones, then those of 21b. */
-    static const shape shapes[] = {{80, 44, true},      {64, 168, true},     {200, 80, false},   {130, 17, false},
-                                   {1024, 5640, false}, {2560, 3584, false}, {2560, 1536, true}, {12288, 2560, false}};
-    static const shape prefill[] = {{2560, 3584, false}, {2560, 2560, false}, {2560, 3072, true},
-                                    {3072, 2560, false}, {2560, 12288, true}, {12288, 2560, false}};
-    static const int32_t widths[] = {80, 128, 300, 1536, 2560, 3072};
-    for (size_t i = 0; i < sizeof widths / sizeof *widths; i++) {
-        check_quant(1, widths[i]);
-        check_quant(133, widths[i]);
+/* Experts of a step of n_row rows, all alike in entries but for one. */
+static void speed_grouped(const kernels *k, shape s, int32_t n_row) {
+    enum { EXPERTS = 64, USED = 6, TILE = 128 };
+    char name[NAME];
+    snprintf(name, sizeof name, "%s speed grouped %s %d x %d -> %d%s", k->name, format_name[s.format], n_row, s.n_in,
+             s.n_out, s.pairs ? " pairs" : "");
+    if (!check_begin(name)) return;
+    const int32_t n = n_row * USED;
+    cu_linear one = linear_of(s), experts[EXPERTS];
+    const int64_t bytes = cu_pack_bytes(&one), ld = (n + 3) / 4 * 4;
+    float *scale = scales_new(cu_scale_count(&one));
+    const char *pack = filled();
+    for (int i = 0; i < EXPERTS; i++) {
+        experts[i] = one;
+        experts[i].scale = scale;
+        experts[i].pack = pack + i % (FILLED / bytes) * bytes;
     }
-    for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++) check_plain(&large, shapes[i]);
-    check_grouped(&large, (shape){80, 44, true}, 300);
-    check_grouped(&large, (shape){44, 80, false}, 300);
-    check_grouped(&large, (shape){2560, 1536, true}, 150);
-    check_grouped(&large, (shape){1536, 2560, false}, 150);
-    for (size_t i = 0; i < sizeof prefill / sizeof *prefill; i++) speed(&large, prefill[i], 8192);
+    int32_t first[EXPERTS + 1], n_tile = 0;
+    int32_t *lists = take((size_t)(4 * n + 4 * EXPERTS) * sizeof *lists), *tile_expert = lists + 2 * n;
+    int32_t *tile_place = tile_expert + n + EXPERTS;
+    for (int i = 0; i <= EXPERTS; i++) first[i] = (int32_t)((int64_t)n * i / EXPERTS);
+    for (int32_t p = 0; p < n; p++) { /* place p: an entry of any row */
+        const int32_t e = (int32_t)((int64_t)p * 5167 % n);
+        lists[p] = e, lists[n + e] = p;
+    }
+    for (int32_t i = 0; i < EXPERTS; i++)
+        for (int32_t p = first[i]; p < first[i + 1]; p += TILE) tile_expert[n_tile] = i, tile_place[n_tile++] = p;
+    cu_routes r = {.n_expert = EXPERTS, .n_used = USED, .tile_rows = TILE};
+    r.first = check_new(first, sizeof first);
+    r.place_entry = check_new(lists, (size_t)n * sizeof *lists);
+    r.entry_place = check_new(lists + n, (size_t)n * sizeof *lists);
+    r.tile_expert = check_new(tile_expert, (size_t)n_tile * sizeof *lists);
+    r.tile_place = check_new(tile_place, (size_t)n_tile * sizeof *lists);
+    r.n_tile = check_new(&n_tile, sizeof n_tile);
+    cu_linear *dexperts = check_new(experts, sizeof experts);
+    cu_grouped_job j = {.shape = one,
+                        .experts = dexperts,
+                        .routes = &r,
+                        .n_row = n_row,
+                        .gather = s.pairs,
+                        .epilogue = s.pairs ? CU_SWIGLU : CU_STORE};
+    void *out = NULL, *room = NULL;
+    CHECK_CUDA(cudaMalloc(&out, (size_t)n * (size_t)CU_PAD(s.n_out) * sizeof(float)));
+    CHECK_CUDA(cudaMalloc(&room, (size_t)n * (size_t)CU_PAD(s.n_in)));
+    j.x8 = (cu_x8){(uint8_t *)filled(), CU_PAD(s.n_in), scales_new(one.n_seg * ld), ld};
+    j.x8_by_place = (cu_x8){.code = room, .ldx = CU_PAD(s.n_in)};
+    if (s.pairs)
+        j.h = out, j.ldh = CU_PAD(s.n_out);
+    else
+        j.y = out, j.ldy = s.n_out;
+    cudaStream_t stream = clock_new();
+    for (int i = 0; i < LAUNCHES; i++) CHECK_CUDA(k->grouped(stream, &j));
+    say_speed(name, s, n, clock_read(stream));
+    CHECK_CUDA(cudaFree(room));
+    CHECK_CUDA(cudaFree(out));
+    CHECK_CUDA(cudaFree(scale));
+    CHECK_CUDA(cudaFree(j.x8.scale));
+    check_free(dexperts);
+    routes_free(&r);
+    free(lists);
+}
+
+void check_a8(void) {
+    /* Ugly ones, then those of 21b. */
+    static const shape shapes[] = {{0, 80, 44, true},     {0, 64, 168, true},     {0, 200, 80, false},
+                                   {0, 130, 17, false},   {0, 1024, 5640, false}, {0, 2560, 3584, false},
+                                   {0, 2560, 1536, true}, {0, 12288, 2560, false}};
+    static const shape grouped[] = {
+        {0, 80, 44, true}, {0, 44, 80, false}, {0, 2560, 1536, true}, {0, 1536, 2560, false}};
+    static const shape prefill[] = {{0, 2560, 3584, false}, {0, 2560, 2560, false}, {0, 2560, 3072, true},
+                                    {0, 3072, 2560, false}, {0, 2560, 12288, true}, {0, 12288, 2560, false}};
+    static const int32_t widths[] = {80, 128, 300, 1536, 2560, 3072};
+    for (size_t i = 0; i < sizeof widths / sizeof *widths; i++)
+        for (int codes = CU_CODES_F8; codes <= CU_CODES_I8; codes++) {
+            check_quant((cu_codes)codes, 1, widths[i]);
+            check_quant((cu_codes)codes, 133, widths[i]);
+        }
+    for (int f = CU_PLAIN_FORMATS; f < CU_FORMATS; f++) {
+        shape s;
+        for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++)
+            s = shapes[i], s.format = (cu_format)f, check_plain(&large, s);
+        for (size_t i = 0; i < sizeof grouped / sizeof *grouped; i++)
+            s = grouped[i], s.format = (cu_format)f, check_grouped(&large, s, s.n_in < 100 ? 300 : 150);
+        for (size_t i = 0; i < sizeof prefill / sizeof *prefill; i++)
+            s = prefill[i], s.format = (cu_format)f, speed(&large, s, 8192);
+        speed_grouped(&large, (shape){(cu_format)f, 2560, 1536, true}, 8192);
+        speed_grouped(&large, (shape){(cu_format)f, 1536, 2560, false}, 8192);
+    }
 }

@@ -1,0 +1,390 @@
+/* Weights that meet rows of 8 bits (CU_F8A8, CU_I8A8, CU_I4A8) where a matrix alone has too few tiles for the
+ * chip: 1..8 rows, quantized in the kernel from bf16 or by a norm of the residual stream, and up to 16 that were
+ * quantized before. Matrices are small and read once: what counts is that all of one is on its way before the kernel in
+ * front is done, and what little happens after that.
+ *
+ * A tile is 64 outputs and all rows. A cluster of n_rank blocks has one, each block n_each segments that follow one
+ * another, each of its warpgroups every second of these; one warp more asks for the codes. Totals are to be added in
+ * the order of segments, so every segment's sums go to the block that owns the square (32 outputs by 8 rows), which
+ * adds them up once all have come.
+ *
+ *      square 2 i + p: rows 8 i .. 8 i + 7, bands 2 p and 2 p + 1; of rank (2 i + p) % n_rank
+ *   shared: ring [slot][codes of a tile's segment] | x [own segment][ROWS][128], swizzled (cu_a8_device.cuh)
+ *           | sums [segment][own square][8][SUM_ROW] f32 | by_row [segment][ROWS] f32 | fp8: by_band [segment][4] */
+#include "backend/cuda/cu_a8_device.cuh"
+#include "backend/cuda/cu_cluster.cuh"
+#include "backend/cuda/cu_launch.cuh"
+
+enum {
+    GROUPS = 2, /* warpgroups */
+    WARPS = GROUPS * 4,
+    THREADS = GROUPS * 128 + 32,
+    SLOTS_MAX = 8,
+    RANKS_MAX = 8,
+    SUM_ROW = 36, /* a row of 32 sums and a gap: neither who writes nor who reads meets a bank twice */
+    SUM_BYTES = 8 * SUM_ROW * 4,
+    SHARED_MAX = 220 * 1024,
+    SEGMENTS_MANY = 10,
+    SQUARES = 2, /* most of a block: n_rank is at least ROWS / 8 */
+    LOADS = 6    /* of a lane at once */
+};
+
+typedef struct split_args {
+    cu_job j;
+    int32_t n_rank, n_each, n_slot;
+    int32_t n_square; /* of a block, but for ranks that have none */
+    uint32_t per_row; /* 2^16 / n_row and a little: to divide by n_row */
+    bool wide;        /* x_f32 and norm_w can be read four numbers at once */
+} split_args;
+
+/* Places in shared memory, in bytes. */
+typedef struct split_map {
+    int32_t x, sums, by_row, by_band, end;
+} split_map;
+template <cu_format F, int ROWS> static __host__ __device__ __forceinline__ split_map map_of(const split_args *a) {
+    split_map m;
+    m.x = a->n_slot * a8_tile_bytes(F);
+    m.sums = m.x + a->n_each * ROWS * CU_SEGMENT;
+    m.by_row = m.sums + a->n_rank * a->n_each * a->n_square * SUM_BYTES;
+    m.by_band = m.by_row + a->j.w.n_seg * ROWS * 4;
+    m.end = m.by_band + (F == CU_F8A8 ? a->j.w.n_seg * A8_TILE_BANDS * 4 : 0);
+    return m;
+}
+
+/* ---- rows -------------------------------------------------------------------------------------------------------- */
+
+static __device__ __forceinline__ float4 norm_load(const split_args *a, int32_t row, int32_t i) {
+    const float *x = a->j.x_f32 + (int64_t)row * a->j.w.n_in;
+    if (a->wide) return cu_load4(x, i, a->j.w.n_in);
+    float v[4];
+#pragma unroll
+    for (int k = 0; k < 4; k++) v[k] = i + k < a->j.w.n_in ? x[i + k] : 0.0f;
+    return make_float4(v[0], v[1], v[2], v[3]);
+}
+static __device__ __forceinline__ uint2 weight_load(const split_args *a, int32_t i) {
+    const cu_bf16 *w = a->j.norm_w;
+    const int32_t n = a->j.w.n_in;
+    if (a->wide) return *(const uint2 *)(w + (i < n ? i : 0));
+    uint32_t v[4];
+#pragma unroll
+    for (int k = 0; k < 4; k++) v[k] = i + k < n ? w[i + k] : 0;
+    return make_uint2(v[0] | v[1] << 16, v[2] | v[3] << 16);
+}
+
+/* cu_sum_squares with more of a row on its way at once. wide: x is a multiple of 16 bytes, n of 4. */
+static __device__ __forceinline__ float sum_squares(const float *x, int32_t n, bool wide) {
+    enum { ONCE = 20 };
+    const int lane = threadIdx.x & 31;
+    if (!wide) return cu_sum_squares(x, n);
+    const uint32_t zero = cu_hidden_zero(n);
+    float sum = 0.0f;
+    for (int32_t from = 0; from < n; from += ONCE * 128) {
+        float4 v[ONCE];
+#pragma unroll
+        for (int k = 0; k < ONCE; k++) v[k] = cu_load4(x, from + k * 128 + lane * 4, n);
+        sum = cu_after(sum, v, ONCE, zero);
+#pragma unroll
+        for (int k = 0; k < ONCE; k++) sum = cu_add_squares(v[k], sum);
+    }
+    return cu_warp_sum(sum);
+}
+
+/* Rows to be quantized: a warpgroup's items are its segments of all rows, rows of a segment first; its warps take
+ * turns. Item i, first of the block's segments, then row. */
+static __device__ __forceinline__ int32_t item_own(const split_args *a, int32_t i, int group) {
+    return group + (int32_t)((uint32_t)i * a->per_row >> 16) * GROUPS;
+}
+static __device__ __forceinline__ int32_t item_row(const split_args *a, int32_t i) {
+    return i - (int32_t)((uint32_t)i * a->per_row >> 16) * a->j.n_row;
+}
+/* The norm's weights for LOADS items of the warp. */
+static __device__ __forceinline__ void weights_load(uint2 w[LOADS], const split_args *a, int32_t seg0, int32_t from,
+                                                    int32_t n_item, int group, int lane) {
+#pragma unroll
+    for (int k = 0; k < LOADS; k++)
+        if (from + 4 * k < n_item)
+            w[k] = weight_load(a, (seg0 + item_own(a, from + 4 * k, group)) * CU_SEGMENT + lane * 4);
+}
+
+/* The warpgroup's segments of up to 8 rows to shared memory, quantized. row_scale: 1 / sqrt(mean of squares) of rows,
+ * of a norm; heard: a barrier to wait for before it is read; w: weights_load of the warp's first items. */
+template <cu_codes C>
+static __device__ __forceinline__ void quantize_rows(uint2 w[LOADS], const split_args *a, unsigned char *memory,
+                                                     const split_map *m, const float *row_scale, uint32_t heard,
+                                                     int32_t seg0, int32_t n_item, int group, int warp, int lane) {
+    const int32_t n_in = a->j.w.n_in;
+    const bool norm = a->j.x_f32 != NULL;
+    const uint32_t by_row = (uint32_t)__cvta_generic_to_shared(memory + m->by_row);
+    for (int32_t from = warp; from < n_item; from += 4 * LOADS) {
+        float4 v[LOADS];
+#pragma unroll
+        for (int k = 0; k < LOADS; k++) {
+            const int32_t item = from + 4 * k, i = (seg0 + item_own(a, item, group)) * CU_SEGMENT + lane * 4;
+            if (item >= n_item) break;
+            if (norm) {
+                v[k] = norm_load(a, item_row(a, item), i);
+            } else {
+                const uint2 x = __ldcg((const uint2 *)(a->j.x + item_row(a, item) * a->j.ldx + i));
+                v[k] = make_float4(cu_f32((cu_bf16)(x.x & 0xffff)), cu_f32((cu_bf16)(x.x >> 16)),
+                                   cu_f32((cu_bf16)(x.y & 0xffff)), cu_f32((cu_bf16)(x.y >> 16)));
+            }
+        }
+        if (norm && from > warp) weights_load(w, a, seg0, from, n_item, group, lane);
+        if (norm) hear(heard);
+#pragma unroll
+        for (int k = 0; k < LOADS; k++) {
+            const int32_t item = from + 4 * k, row = item_row(a, item), own = item_own(a, item, group),
+                          seg = seg0 + own;
+            if (item >= n_item) break;
+            float f[4] = {v[k].x, v[k].y, v[k].z, v[k].w}, scale;
+            if (norm) {
+                const uint32_t weight[4] = {w[k].x & 0xffff, w[k].x >> 16, w[k].y & 0xffff, w[k].y >> 16};
+#pragma unroll
+                for (int e = 0; e < 4; e++)
+                    f[e] = seg * CU_SEGMENT + lane * 4 + e < n_in
+                               ? cu_f32(cu_round(cu_normed(f[e], row_scale[row], (cu_bf16)weight[e])))
+                               : 0.0f;
+            }
+            const uint32_t code = a8_quantize<C>(&scale, f);
+            *(uint32_t *)(memory + m->x + own * (8 * CU_SEGMENT) + a8_piece_at(row, lane / 4) + lane % 4 * 4) = code;
+            if (lane < min(a->n_rank, 2)) send(at_rank(by_row + (seg * 8 + row) * 4, lane), scale);
+        }
+    }
+}
+
+/* The warpgroup's segments of rows that are codes already. */
+template <int ROWS>
+static __device__ __forceinline__ void bring_rows(const split_args *a, uint32_t x, int32_t rank, int32_t n_own,
+                                                  int group, int thread) {
+    const int piece = thread % 8, row0 = thread / 8; /* rows row0, row0 + 16 */
+    for (int32_t own = group; own < n_own; own += GROUPS)
+#pragma unroll
+        for (int row = row0; row < ROWS; row += 16)
+            if (row < a->j.n_row)
+                asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(x + own * (ROWS * CU_SEGMENT) +
+                                                                               a8_piece_at(row, piece)),
+                             "l"(a->j.x8.code + row * a->j.x8.ldx + (rank * a->n_each + own) * CU_SEGMENT + piece * 16)
+                             : "memory");
+}
+
+/* ---- the kernel -------------------------------------------------------------------------------------------------- */
+
+static __device__ __forceinline__ void barrier_of(int id, int n_thread) {
+    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(n_thread) : "memory");
+}
+
+template <cu_format F, int ROWS>
+__global__ void __launch_bounds__(THREADS, 2) a8_split(const __grid_constant__ split_args a) {
+    extern __shared__ __align__(1024) unsigned char memory[];
+    __shared__ __align__(8) uint64_t bars[2 * SLOTS_MAX + 1];
+    __shared__ float row_scale[8];
+    const int BAND_BYTES = a8_band_bytes(F), TILE_BYTES = a8_tile_bytes(F);
+    const cu_job *j = &a.j;
+    const split_map m = map_of<F, ROWS>(&a);
+    const int lane = threadIdx.x % 32, warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), thread = threadIdx.x;
+    const int32_t rank = (int32_t)cu_cluster_rank(), n_seg = j->w.n_seg, n_row = j->n_row;
+    const int32_t band0 = (int32_t)(blockIdx.x / a.n_rank) * A8_TILE_BANDS, seg0 = rank * a.n_each;
+    const int32_t n_own = max(min(n_seg - seg0, a.n_each), 0);
+    const uint32_t memory_at = (uint32_t)__cvta_generic_to_shared(memory);
+    const uint32_t full = (uint32_t)__cvta_generic_to_shared(bars), empty = full + SLOTS_MAX * 8;
+    const uint32_t normed = empty + SLOTS_MAX * 8; /* row_scale is there */
+
+    cu_launch_next();
+    if (thread == 0) {
+        for (int i = 0; i < a.n_slot; i++) {
+            bar_init(full + i * 8, 1);
+            bar_init(empty + i * 8, 4); /* the warps of one warpgroup */
+        }
+        bar_init(normed, n_row);
+        bar_init_end();
+    }
+    __syncthreads();
+    cluster_arrive(); /* the others may write to our memory from here on */
+
+    if (warp == WARPS) { /* asks for codes; before it waits for a slot it meets the others, who wait for that first */
+        const unsigned char *from = (const unsigned char *)j->w.pack + a8_at(band0, seg0, n_seg) * BAND_BYTES;
+        for (int32_t k = 0; k < n_own; k++) {
+            const int slot = k % a.n_slot;
+            if (k == a.n_slot) cluster_meet();
+            if (k >= a.n_slot) bar_wait(empty + slot * 8, (k / a.n_slot - 1) & 1);
+            if (lane == 0) {
+                bar_arrive_expect(full + slot * 8, TILE_BYTES);
+                copy_bulk(memory_at + slot * TILE_BYTES, from + (int64_t)k * (CU_A8_BANDS * BAND_BYTES), TILE_BYTES,
+                          full + slot * 8);
+            }
+            __syncwarp();
+        }
+        if (n_own <= a.n_slot) cluster_meet();
+        cluster_arrive();
+        cluster_meet();
+        return;
+    }
+
+    const int group = warp / 4;
+    float *const by_band = (float *)(memory + m.by_band);
+    const int32_t n_item = (n_own - group + GROUPS - 1) / GROUPS * n_row; /* to be quantized */
+    uint2 norm_w[LOADS];
+    if (ROWS == 8 && j->x_f32) weights_load(norm_w, &a, seg0, warp % 4, n_item, group, lane);
+    for (int32_t i = thread; F == CU_F8A8 && i < n_seg * A8_TILE_BANDS; i += WARPS * 32)
+        by_band[i] = __ldg(j->w.scale + a8_at(band0, i / A8_TILE_BANDS, n_seg) + i % A8_TILE_BANDS);
+    cluster_meet();
+    cu_wait_previous();
+
+    if (ROWS > 8) {
+        bring_rows<ROWS>(&a, memory_at + m.x, rank, n_own, group, thread % 128);
+        const uint32_t by_row_at = memory_at + m.by_row;
+        for (int32_t i = thread; i < n_seg * ROWS; i += WARPS * 32)
+            if (i % ROWS < n_row) copy4(by_row_at + i * 4, j->x8.scale + i / ROWS * j->x8.ld_scale + i % ROWS);
+        asm volatile("cp.async.wait_all;" ::: "memory");
+    } else if (j->x_f32) {
+        /* The cluster's blocks share the rows; where there are less, each block takes all. The last warps have the
+         * least to quantize. */
+        const int32_t n = j->w.n_in, n_share = n_row < a.n_rank ? 1 : a.n_rank;
+        for (int32_t r = (WARPS - 1 - warp) * n_share + (n_share == 1 ? 0 : rank); r < n_row; r += WARPS * n_share) {
+            const float *x = j->x_f32 + (int64_t)r * n;
+            const float scale = cu_norm_scale(sum_squares(x, n, a.wide), n, j->eps);
+            if (lane < n_share) {
+                const int32_t to = n_share == 1 ? rank : lane;
+                send(at_rank((uint32_t)__cvta_generic_to_shared(row_scale + r), to), scale);
+                tell(at_rank(normed, to));
+            }
+        }
+        quantize_rows<a8_codes_of(F)>(norm_w, &a, memory, &m, row_scale, normed, seg0, n_item, group, warp % 4, lane);
+    } else {
+        quantize_rows<a8_codes_of(F)>(norm_w, &a, memory, &m, NULL, 0, seg0, n_item, group, warp % 4, lane);
+    }
+    a8_show();
+    barrier_of(group + 1, 128);
+
+    /* A thread finishes of each square of this block output `out` of row `row`: of pairs gate and up. */
+    const int32_t across = j->w.pairs ? 16 : 32, row_in = thread / across, out_in = thread % across;
+    float old[SQUARES] = {}, total[SQUARES][2] = {}, by_out[SQUARES][2];
+    int32_t out[SQUARES], row[SQUARES];
+#pragma unroll
+    for (int q = 0; q < SQUARES; q++) {
+        const int32_t square = rank + q * a.n_rank, band = band0 + square % 2 * 2;
+        row[q] = square / 2 * 8 + row_in;
+        out[q] = (j->w.pairs ? band / 2 : band) * CU_BAND + out_in;
+        if (q >= a.n_square || square >= ROWS / 4 || row_in >= 8 || row[q] >= n_row || out[q] >= j->w.n_out)
+            out[q] = -1;
+        by_out[q][0] = by_out[q][1] = 1.0f;
+        if (out[q] < 0) continue;
+        if (j->epilogue == CU_ADD) old[q] = __ldcg(j->y + row[q] * j->ldy + out[q]);
+        if (F == CU_F8A8) continue;
+        by_out[q][0] = __ldg(j->w.scale + band * CU_BAND + out_in);
+        if (j->w.pairs) by_out[q][1] = __ldg(j->w.scale + (band + 1) * CU_BAND + out_in);
+    }
+    /* Where the warp's sums of rows 8 i .. 8 i + 7 go: of outputs g and g + 8 of its band, row 2 c. */
+    uint32_t to[ROWS / 8];
+#pragma unroll
+    for (int i = 0; i < ROWS / 8; i++) {
+        const int32_t square = 2 * i + warp % 4 / 2;
+        to[i] = at_rank(memory_at + m.sums + square / a.n_rank * SUM_BYTES +
+                            (2 * (lane & 3) * SUM_ROW + warp % 2 * CU_BAND + lane / 4) * 4,
+                        square % a.n_rank);
+    }
+    const int32_t each = a.n_square * SUM_BYTES;
+    for (int32_t k = group; k < n_own; k += GROUPS) {
+        const int slot = k % a.n_slot;
+        a8_sum<F> acc[ROWS / 2] = {};
+        uint32_t code[4][4];
+        bar_wait(full + slot * 8, (k / a.n_slot) & 1);
+        a8_codes<F>(code, memory + slot * TILE_BYTES + warp % 4 * BAND_BYTES, lane);
+        a8_segment<ROWS>(acc, code, memory_at + m.x + k * (ROWS * CU_SEGMENT));
+        wide_wait<0>();
+        a8_hold<ROWS / 2>(acc);
+        if (lane == 0) bar_arrive(empty + slot * 8);
+        const int32_t at = (seg0 + k) * each;
+#pragma unroll
+        for (int i = 0; i < ROWS / 8; i++) {
+            send(to[i] + at, a8_number(acc[4 * i]));
+            send(to[i] + at + SUM_ROW * 4, a8_number(acc[4 * i + 1]));
+            send(to[i] + at + 32, a8_number(acc[4 * i + 2]));
+            send(to[i] + at + (SUM_ROW + 8) * 4, a8_number(acc[4 * i + 3]));
+        }
+    }
+    cluster_arrive();
+    cluster_meet();
+#pragma unroll
+    for (int q = 0; q < SQUARES; q++) {
+        if (out[q] < 0) continue;
+        const float *from = (const float *)(memory + m.sums + q * SUM_BYTES) + row_in * SUM_ROW + out_in;
+        const float *by_row = (const float *)(memory + m.by_row) + row[q];
+        const float *band = by_band + (rank + q * a.n_rank) % 2 * 2 + (j->w.pairs ? 0 : out_in / CU_BAND);
+#pragma unroll 4
+        for (int32_t i = 0; i < n_seg; i++, from += each / 4, band += A8_TILE_BANDS) {
+            const float s = by_row[i * ROWS];
+            total[q][0] = __fmaf_rn(F == CU_F8A8 ? __fmul_rn(s, band[0]) : s, from[0], total[q][0]);
+            if (j->w.pairs)
+                total[q][1] = __fmaf_rn(F == CU_F8A8 ? __fmul_rn(s, band[1]) : s, from[CU_BAND], total[q][1]);
+        }
+        if (F != CU_F8A8) {
+            total[q][0] = __fmul_rn(total[q][0], by_out[q][0]);
+            total[q][1] = __fmul_rn(total[q][1], by_out[q][1]);
+        }
+        if (j->epilogue == CU_SWIGLU)
+            j->h[row[q] * j->ldh + out[q]] = cu_round(cu_swiglu(total[q][0], total[q][1]));
+        else
+            j->y[row[q] * j->ldy + out[q]] = j->epilogue == CU_ADD ? __fadd_rn(old[q], total[q][0]) : total[q][0];
+    }
+}
+
+/* ---- host -------------------------------------------------------------------------------------------------------- */
+
+static int32_t ceil_div(int32_t a, int32_t b) { return (a + b - 1) / b; }
+static int32_t least(int32_t a, int32_t b) { return a < b ? a : b; }
+static bool aligned(const void *p) { return ((uintptr_t)p & 15) == 0; }
+
+/* n_rank blocks a tile; false: no room. */
+template <cu_format F, int ROWS> static bool plan(split_args *a, int32_t n_rank) {
+    a->n_rank = n_rank;
+    a->n_square = ceil_div(ROWS / 4, n_rank);
+    a->n_each = ceil_div(a->j.w.n_seg, n_rank);
+    a->n_slot = least(a->n_each, SLOTS_MAX);
+    return map_of<F, ROWS>(a).end <= SHARED_MAX;
+}
+
+/* As many blocks a tile as give every multiprocessor something, and no block very many segments. */
+template <cu_format F, int ROWS> static cudaError_t run(cudaStream_t s, const cu_job *j) {
+    static uint64_t ready;
+    split_args a = {};
+    int32_t n_core, n_rank = ROWS / 8;
+    cudaError_t e = cu_core_count(&n_core);
+    if (e == cudaSuccess) e = cu_shared_bytes(&ready, (const void *)a8_split<F, ROWS>, SHARED_MAX);
+    if (e != cudaSuccess) return e;
+    a.j = *j;
+    a.per_row = 65536u / (uint32_t)j->n_row + 1;
+    a.wide = j->w.n_in % 4 == 0 && aligned(j->x_f32) && aligned(j->norm_w);
+    const int32_t n_tile = ceil_div(j->w.n_band, A8_TILE_BANDS);
+    while (n_rank < RANKS_MAX && n_rank * 4 <= j->w.n_seg &&
+           (n_tile * n_rank * 5 < n_core * 6 || n_rank * SEGMENTS_MANY < j->w.n_seg))
+        n_rank *= 2;
+    while (!plan<F, ROWS>(&a, n_rank)) /* more blocks have more room for x */
+        if ((n_rank *= 2) > RANKS_MAX) return cudaErrorInvalidValue;
+    void *args[] = {&a};
+    return cu_launch(s, (const void *)a8_split<F, ROWS>, dim3((unsigned)(n_tile * n_rank)), THREADS,
+                     (size_t)map_of<F, ROWS>(&a).end, !j->alone, (unsigned)n_rank, args);
+}
+template <int ROWS> static cudaError_t run_any(cudaStream_t s, const cu_job *j) {
+    return j->w.format == CU_F8A8   ? run<CU_F8A8, ROWS>(s, j)
+           : j->w.format == CU_I8A8 ? run<CU_I8A8, ROWS>(s, j)
+           : j->w.format == CU_I4A8 ? run<CU_I4A8, ROWS>(s, j)
+                                    : cudaErrorInvalidValue;
+}
+
+cudaError_t cu_a8_skinny_run(cudaStream_t s, const cu_job *j) {
+    if (j->n_row <= 0) return cudaSuccess;
+    if (j->n_row > CU_SKINNY_MAX || j->w.pairs != (j->epilogue == CU_SWIGLU) || j->w.n_in > CU_A8_INPUTS ||
+        (!j->x_f32 && (!aligned(j->x) || j->ldx % 8 != 0)))
+        return cudaErrorInvalidValue;
+    return run_any<8>(s, j);
+}
+
+cudaError_t cu_a8_split_run(cudaStream_t s, const cu_job *j, bool *took) {
+    const int32_t n_tile = ceil_div(j->w.n_band, A8_TILE_BANDS);
+    int32_t n_core;
+    const cudaError_t e = cu_core_count(&n_core);
+    *took = e == cudaSuccess && j->w.n_in <= CU_A8_INPUTS && j->n_row > 0 && j->n_row <= 16 && n_tile * 2 <= n_core &&
+            j->w.n_seg >= 8;
+    return *took ? run_any<16>(s, j) : e;
+}
