@@ -153,7 +153,7 @@ template <int CODES> static __device__ __forceinline__ uint32_t attn_code(float 
 }
 /* Codes in bits 0..7 and 16..23 as bf16. */
 template <int CODES> static __device__ __forceinline__ uint32_t attn_pair(uint32_t w) {
-    return CODES == ATTN_F8 ? cu_a8_pair(w) : cu_i8_pair_fast(w);
+    return CODES == ATTN_F8 ? cu_f8_pair(w) : cu_i8_pair_fast(w);
 }
 /* Codes and scale of a vector of which each lane of a warp has `per` numbers: quant_act_int8 or quant_act_fp8 with one
  * group. */

@@ -68,8 +68,8 @@ template <int C, int CODES> static __device__ __forceinline__ void widen(unsigne
         uint32_t even[4], odd[4], lo[4], hi[4];
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            even[i] = CODES == ATTN_F8 ? cu_a8_pair(in[i]) : cu_i8_pair(in[i]);
-            odd[i] = CODES == ATTN_F8 ? cu_a8_pair(in[i] >> 8) : cu_i8_pair(in[i] >> 8);
+            even[i] = CODES == ATTN_F8 ? cu_f8_pair(in[i]) : cu_i8_pair(in[i]);
+            odd[i] = CODES == ATTN_F8 ? cu_f8_pair(in[i] >> 8) : cu_i8_pair(in[i] >> 8);
         }
 #pragma unroll
         for (int i = 0; i < 4; i++) {

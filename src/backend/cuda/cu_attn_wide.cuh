@@ -211,8 +211,8 @@ static __device__ __forceinline__ void wide_widen(const unsigned char *codes, un
         uint32_t out[8];
 #pragma unroll
         for (int k = 0; k < 4; k++) {
-            const uint32_t even = CODES == ATTN_F8 ? cu_a8_pair(in[k]) : cu_i8_pair(in[k]);
-            const uint32_t odd = CODES == ATTN_F8 ? cu_a8_pair(in[k] >> 8) : cu_i8_pair(in[k] >> 8);
+            const uint32_t even = CODES == ATTN_F8 ? cu_f8_pair(in[k]) : cu_i8_pair(in[k]);
+            const uint32_t odd = CODES == ATTN_F8 ? cu_f8_pair(in[k] >> 8) : cu_i8_pair(in[k] >> 8);
             out[VALUES ? 2 * k : k] = VALUES ? __byte_perm(even, odd, 0x5410) : even;
             out[VALUES ? 2 * k + 1 : k + 4] = VALUES ? __byte_perm(even, odd, 0x7632) : odd;
         }

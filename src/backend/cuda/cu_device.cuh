@@ -59,7 +59,7 @@ static __device__ __forceinline__ uint32_t cu_i4_pair(uint32_t w) {
 }
 /* Bits 0..7 and 16..23: e4m3 -> bf16. Its four exponent and three mantissa bits go under bf16's, whose bias is 120
  * more: times 2^120, which makes a subnormal right as well. */
-static __device__ __forceinline__ uint32_t cu_a8_pair(uint32_t w) {
+static __device__ __forceinline__ uint32_t cu_f8_pair(uint32_t w) {
     uint32_t out;
     const uint32_t bits = cu_and_or(w << 8, 0x80008000u, (w << 4) & 0x07f007f0u), up = 0x7b807b80u, zero = 0x80008000u;
     asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(out) : "r"(bits), "r"(up), "r"(zero));

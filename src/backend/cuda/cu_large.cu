@@ -1,5 +1,6 @@
 /* Linears of many rows (prefill): every number of cu_skinny.cu, bit for bit, with tiles of 128 outputs and 128 rows
- * that make the tensor cores the limit. Codes and x come a group (64 inputs) at a time through a ring in shared memory.
+ * that make the tensor cores the limit. x comes a group (64 inputs) at a time, codes a segment (two groups), each
+ * through a ring of its own in shared memory.
  * Per segment (two groups) the products start from zero and are added to the totals at its end, which is what makes the
  * sums the same for every kernel (cu_kernels.h). */
 #include <type_traits>

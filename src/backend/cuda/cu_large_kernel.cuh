@@ -105,7 +105,7 @@ static __device__ __forceinline__ void large_codes(uint32_t a[2][4], const unsig
 #pragma unroll
         for (int i = 0; i < 8; i++) {
             const uint32_t w = word[i / 2] >> (i % 2 * 8);
-            a[i / 4][i % 4] = F == CU_I8 ? cu_i8_pair_fast(w) : cu_a8_pair(w);
+            a[i / 4][i % 4] = F == CU_I8 ? cu_i8_pair_fast(w) : cu_f8_pair(w);
         }
     }
 }

@@ -41,7 +41,7 @@ static __device__ __forceinline__ void skinny_codes(uint32_t a[4][4], const unsi
 #pragma unroll
             for (int k = 0; k < 8; k++) {
                 const uint32_t w = word[k / 2] >> (8 * (k % 2));
-                a[2 * t + k / 4][k % 4] = F == CU_I8 ? cu_i8_pair(w) : cu_a8_pair(w);
+                a[2 * t + k / 4][k % 4] = F == CU_I8 ? cu_i8_pair(w) : cu_f8_pair(w);
             }
         }
     }
@@ -61,7 +61,7 @@ template <cu_format F> static __device__ __forceinline__ void skinny_unpack_half
 #pragma unroll
         for (int k = 0; k < 8; k++) {
             const uint32_t w = word[k / 2] >> (8 * (k % 2));
-            a[k / 4][k % 4] = F == CU_I8 ? cu_i8_pair(w) : cu_a8_pair(w);
+            a[k / 4][k % 4] = F == CU_I8 ? cu_i8_pair(w) : cu_f8_pair(w);
         }
     }
 }

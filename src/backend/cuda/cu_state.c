@@ -125,8 +125,14 @@ static cu_cache cache_of(const ern_config *c, const ern_backend_options *o, int3
     return k;
 }
 
+/* What a linear of this type would have its rows be. */
+static cu_codes codes_for(ern_dtype t) {
+    return t == ERN_DTYPE_F8E4M3 ? CU_CODES_F8 : t == ERN_DTYPE_I8 || t == ERN_DTYPE_I4 ? CU_CODES_I8 : CU_CODES_NONE;
+}
+
 cu_format cu_format_of(const cu_backend *b, const ern_linear *w) {
-    const bool a8 = b->codes != CU_CODES_NONE && w != &b->model->head; /* which the sampler reads: as exact as it was */
+    /* Not the head, which the sampler reads. */
+    const bool a8 = b->codes != CU_CODES_NONE && codes_for(w->dtype) == b->codes && w != &b->model->head;
     switch (w->dtype) {
     case ERN_DTYPE_I8: return a8 ? CU_I8A8 : CU_I8;
     case ERN_DTYPE_I4: return a8 ? CU_I4A8 : CU_I4;
@@ -196,11 +202,6 @@ static int64_t widest(const ern_config *c, bool mtp) {
     return most;
 }
 
-/* What a linear of this type would have its rows be. */
-static cu_codes codes_for(ern_dtype t) {
-    return t == ERN_DTYPE_F8E4M3 ? CU_CODES_F8 : t == ERN_DTYPE_I8 || t == ERN_DTYPE_I4 ? CU_CODES_I8 : CU_CODES_NONE;
-}
-
 /* The one kind of codes that all quantized linears of the layers want, of a model with experts; NONE: they want none,
  * or not the same, or one has too many inputs. Dense models have the kernel of all layers, which takes bf16. */
 static cu_codes codes_of(const ern_model *m, bool mtp) {
@@ -210,8 +211,13 @@ static cu_codes codes_of(const ern_model *m, bool mtp) {
     for (int32_t i = 0; i < c->n_layer; i++) {
         const ern_layer *w = &m->layer[i];
         const ern_ffn *ffn = w->is_moe ? &w->shared : &w->ffn;
-        const ern_dtype t[] = {w->q.dtype, w->o.dtype, ffn->gate.data ? ffn->gate.dtype : w->q.dtype,
-                               w->is_moe ? w->expert[0].gate.dtype : w->q.dtype};
+        const bool dense = ffn->gate.data != NULL;
+        const ern_dtype t[] = {w->q.dtype,
+                               w->o.dtype,
+                               dense ? ffn->gate.dtype : w->q.dtype,
+                               dense ? ffn->down.dtype : w->q.dtype,
+                               w->is_moe ? w->expert[0].gate.dtype : w->q.dtype,
+                               w->is_moe ? w->expert[0].down.dtype : w->q.dtype};
         for (size_t k = 0; k < sizeof t / sizeof *t; k++) {
             const cu_codes one = codes_for(t[k]);
             if (one == CU_CODES_NONE) continue;
@@ -323,7 +329,7 @@ static void routes_layout(cu_backend *b, cu_cut *c) {
     b->few_count = cu_cut_take(c, CU_FEW_COUNTS, id);
 }
 
-/* Room for n rows of at most `width` inputs in fp8. */
+/* Room for n rows of at most `width` inputs as codes of 8 bits. */
 static cu_rows8 rows8_layout(cu_cut *c, size_t n, size_t width) {
     const size_t n_seg = CU_PAD(width) / CU_SEGMENT;
     cu_rows8 r;
@@ -334,7 +340,7 @@ static cu_rows8 rows8_layout(cu_cut *c, size_t n, size_t width) {
 
 static size_t larger_size(size_t a, size_t b) { return a > b ? a : b; }
 
-static void act8_layout(cu_backend *b, cu_cut *c) {
+static void codes_layout(cu_backend *b, cu_cut *c) {
     const ern_config *m = &b->model->config;
     const size_t T = (size_t)b->o.n_row_max, R = (size_t)b->n_ffn_row, D = (size_t)m->n_hidden;
     const size_t F = (size_t)m->n_expert_ffn, shared_f = (size_t)m->n_shared_expert * F;
@@ -360,7 +366,7 @@ static void scratch_layout(cu_backend *b) {
     b->attn = cu_cut_take(c, b->attn_bytes, 1);
     b->hid = cu_cut_take(c, R * CU_PAD((size_t)m->n_ffn), sizeof(cu_bf16));
     if (m->n_expert > 0) routes_layout(b, c);
-    if (b->codes != CU_CODES_NONE) act8_layout(b, c);
+    if (b->codes != CU_CODES_NONE) codes_layout(b, c);
     b->chain.memory = cu_cut_take(c, b->chain.n_row_max > 0 ? (size_t)cu_chain_bytes(&b->chain) : 0, 1);
     b->logits = cu_cut_take(c, I * (size_t)m->n_vocab, f);
     b->sampler = cu_cut_take(c, (size_t)cu_sample_scratch_bytes(b->n_logit_row, m->n_vocab), 1);
