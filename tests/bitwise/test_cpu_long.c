@@ -41,6 +41,16 @@ static void watch(void *ud, const char *stage, int32_t layer, int32_t row, const
         memcpy(s->logits + (size_t)(s->pos - PROMPT + 1) * (size_t)n_col, data, (size_t)n_col * sizeof *data);
 }
 
+static ern_backend *opened(const ern_model *m, const ern_backend_options *o, size_t *page_bytes) {
+    ern_err err;
+    ern_backend *b;
+    ern_backend_plan plan;
+    made_check(cpu_backend_ops.plan(&plan, m, o, &err), &err, "plan");
+    made_check(cpu_backend_ops.open(&b, m, o, &err), &err, "open");
+    *page_bytes = plan.page_bytes;
+    return b;
+}
+
 /* Serve the sequence; n_split tells how many rows' attention was cut in all. */
 static void serve(const ern_model *m, int32_t level, int32_t n_thread, bool int8, int32_t chunk, bool beside,
                   float *logits, int32_t *n_split) {
@@ -56,13 +66,10 @@ static void serve(const ern_model *m, int32_t level, int32_t n_thread, bool int8
                                    .n_thread = n_thread,
                                    .level = level,
                                    .mtp = m->has_mtp};
-    ern_err err;
-    ern_backend *b;
-    ern_backend_plan plan;
-    made_check(cpu_backend_ops.plan(&plan, m, &o, &err), &err, "plan");
-    made_check(cpu_backend_ops.open(&b, m, &o, &err), &err, "open");
-    unsigned char *bad = malloc(plan.page_bytes);
-    memset(bad, 0xff, plan.page_bytes);
+    size_t page_bytes;
+    ern_backend *b = opened(m, &o, &page_bytes);
+    unsigned char *bad = malloc(page_bytes);
+    memset(bad, 0xff, page_bytes);
     for (int32_t i = 0; i < o.n_page; i++) cpu_backend_ops.kv_write(b, &i, 1, bad);
     free(bad);
     for (int q = 0; q < 2; q++) {
@@ -153,12 +160,9 @@ static void serve_lasts(const ern_model *m, int32_t level, int32_t n_thread, boo
                                    .n_thread = n_thread,
                                    .level = level,
                                    .mtp = m->has_mtp};
-    ern_err err;
-    ern_backend *b;
-    ern_backend_plan plan;
-    made_check(cpu_backend_ops.plan(&plan, m, &o, &err), &err, "plan");
-    made_check(cpu_backend_ops.open(&b, m, &o, &err), &err, "open");
-    fill(b, o.n_page, plan.page_bytes);
+    size_t page_bytes;
+    ern_backend *b = opened(m, &o, &page_bytes);
+    fill(b, o.n_page, page_bytes);
     for (int i = 0; i <= LONG; i++) text[i] = (int32_t)(ern_counter64(4, (uint64_t)i) % (uint64_t)m->config.n_vocab);
     for (int i = 0; i < STEP_PAGES; i++) page[0][i] = 2 * i, page[1][i] = 2 * i + 1;
     lasts w = {.logits = logits};

@@ -48,6 +48,32 @@ double check_swiglu(double gate, double e_gate, double up, double e_up, double *
 float check_random(void);
 uint64_t check_random64(void);
 
+/* ---- what checks of several kernels share (check_share.c) ---- */
+
+enum { CHECK_EXPERTS = 5, CHECK_USED = 3 };
+/* Routes of n_row rows to these experts: expert 1 has no entry, expert 3 one of every row, the others what is left;
+ * tiles in backward order. first [CHECK_EXPERTS + 1] and place_entry [n_row * CHECK_USED] are filled on the host as
+ * well. */
+void check_routes_new(cu_routes *r, int32_t n_row, int32_t tile_rows, int32_t *first, int32_t *place_entry);
+void check_routes_free(cu_routes *r);
+
+/* Weights that meet rows of 8 bits, drawn as packed bytes. w: its pointers are of the device. */
+typedef struct check_weights {
+    cu_linear w;
+    unsigned char *pack;
+    float *scale;
+    void *d_pack, *d_scale;
+} check_weights;
+check_weights check_weights_new(cu_linear w);
+void check_weights_free(check_weights *o);
+/* Any codes, of e4m3 any but NaN, 64 bits of them. */
+uint64_t check_a8_random(cu_format f);
+/* By cu_kernels.h, word for word: segments of bands, or scales of them, before this one; the byte that holds the code
+ * of input i of output r (0..15) of a band; that code as it goes into the products (int4: times 16). */
+int64_t check_a8_segment(const cu_linear *w, int32_t band, int32_t seg);
+int64_t check_a8_place(const cu_linear *w, int32_t band, int32_t r, int32_t i);
+double check_a8_code(const cu_linear *w, const unsigned char *pack, int32_t band, int32_t r, int32_t i);
+
 void check_linears(void);   /* pack, skinny, grouped skinny (check_linear.c) */
 void check_a8_mid(void);    /* rows of 8 bits: skinny, mid, grouped mid (check_a8_mid.c) */
 void check_large(void);     /* large, grouped large; the same bits as skinny (check_large.c) */

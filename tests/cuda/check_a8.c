@@ -114,20 +114,6 @@ typedef struct shape {
     bool pairs;
 } shape;
 
-typedef struct weights {
-    cu_linear w; /* pointers of the device */
-    unsigned char *pack;
-    float *scale;
-} weights;
-
-/* Any codes, of e4m3 any but NaN, 64 bits of them. */
-static uint64_t random_codes(cu_format f) {
-    uint64_t r = check_random64();
-    for (int i = 0; i < 64 && f == CU_F8A8; i += 8)
-        if ((r >> i & 0x7f) == 0x7f) r ^= 1ull << (i + 2);
-    return r;
-}
-
 static cu_linear linear_of(shape s) {
     return (cu_linear){.format = s.format,
                        .n_out = s.n_out,
@@ -137,57 +123,13 @@ static cu_linear linear_of(shape s) {
                        .pairs = s.pairs};
 }
 
-static weights weights_new(shape s) {
-    weights o = {.w = linear_of(s)};
-    const int64_t bytes = cu_pack_bytes(&o.w), n_scale = cu_scale_count(&o.w);
-    o.pack = take((size_t)bytes);
-    o.scale = take((size_t)n_scale * sizeof(float));
-    for (int64_t i = 0; i < bytes; i += 8) {
-        const uint64_t r = random_codes(s.format);
-        memcpy(o.pack + i, &r, 8);
-    }
-    for (int64_t i = 0; i < n_scale; i++) o.scale[i] = 0x1p-10f * (1.0f + 0.5f * check_random());
-    o.w.pack = check_new(o.pack, (size_t)bytes);
-    o.w.scale = check_new(o.scale, (size_t)n_scale * sizeof(float));
-    return o;
-}
-
-static void weights_free(weights *o) {
-    union {
-        const void *in;
-        void *out;
-    } pack = {o->w.pack}, scale = {o->w.scale};
-    check_free(pack.out);
-    check_free(scale.out);
-    free(o->pack);
-    free(o->scale);
-}
-
-/* Segments of bands, or scales of them, before this one. */
-static int64_t segment_at(const cu_linear *w, int32_t band, int32_t seg) {
-    return ((int64_t)(band / CU_A8_BANDS) * w->n_seg + seg) * CU_A8_BANDS + band % CU_A8_BANDS;
-}
-
-/* Code of input i of output r (0..15) of a band: cu_kernels.h, word for word. int4: times 16. */
-static double code_at(const weights *o, int32_t band, int32_t r, int32_t i) {
-    const int k = i % 64, lane = 4 * (r % 8) + k % 16 / 4, reg = k % 32 / 16 * 2 + r / 8;
-    const unsigned char *group =
-        o->pack + (segment_at(&o->w, band, i / CU_SEGMENT) * 2 + i / 64 % 2) * cu_group_bytes(o->w.format);
-    if (o->w.format == CU_I4A8) {
-        const int both = group[lane * 16 + reg * 4 + k % 4], high = k < 32 ? both & 0xf0 : both << 4 & 0xf0;
-        return high < 128 ? high : high - 256;
-    }
-    const unsigned char code = group[k / 32 * 512 + lane * 16 + reg * 4 + k % 4];
-    return o->w.format == CU_F8A8 ? (double)ern_e4m3_to_f32(code) : code < 128 ? code : code - 256;
-}
-
 /* Of integers: the sum over the inputs, bit for bit. */
-static double sum_of_integers(const weights *o, const cu_x8 *x, int32_t row, int32_t band, int32_t r) {
+static double sum_of_integers(const check_weights *o, const cu_x8 *x, int32_t row, int32_t band, int32_t r) {
     float total = 0.0f;
     for (int32_t s = 0; s < o->w.n_seg; s++) {
         double segment = 0.0; /* exact */
         for (int32_t in = s * CU_SEGMENT; in < (s + 1) * CU_SEGMENT; in++)
-            segment += code_at(o, band, r, in) * (double)(int8_t)x->code[row * x->ldx + in];
+            segment += check_a8_code(&o->w, o->pack, band, r, in) * (double)(int8_t)x->code[row * x->ldx + in];
         total = fmaf(x->scale[s * x->ld_scale + row], (float)segment, total);
     }
     return (double)(total * o->scale[band * CU_BAND + r]);
@@ -198,18 +140,19 @@ static double sum_of_integers(const weights *o, const cu_x8 *x, int32_t row, int
  * less than twice the 1 that its exponents say, so that this is at most the largest magnitude) and cuts each 13 bits
  * below it, then the new sum once more: 34 * 2^-13 of the largest magnitude that goes in. Four of these make a segment.
  * Then factors, their product and an fma round, n_seg + 2 times at most. */
-static double dot(const weights *o, const cu_x8 *x, int32_t row, int32_t band, int32_t r, double *bound) {
+static double dot(const check_weights *o, const cu_x8 *x, int32_t row, int32_t band, int32_t r, double *bound) {
     *bound = 0.0;
     if (o->w.format != CU_F8A8) return sum_of_integers(o, x, row, band, r);
     double sum = 0.0, all = 0.0, cut = 0.0;
     for (int32_t s = 0; s < o->w.n_seg; s++) {
-        const double by = (double)x->scale[s * x->ld_scale + row] * (double)o->scale[segment_at(&o->w, band, s)];
+        const double by = (double)x->scale[s * x->ld_scale + row] * (double)o->scale[check_a8_segment(&o->w, band, s)];
         double segment = 0.0, magnitude = 0.0, off = 0.0;
         for (int32_t k = 0; k < CU_SEGMENT; k += 32) {
             double largest = fabs(segment) + off;
             for (int32_t i = k; i < k + 32; i++) {
                 const int32_t in = s * CU_SEGMENT + i;
-                const double p = code_at(o, band, r, in) * (double)ern_e4m3_to_f32(x->code[row * x->ldx + in]);
+                const double p =
+                    check_a8_code(&o->w, o->pack, band, r, in) * (double)ern_e4m3_to_f32(x->code[row * x->ldx + in]);
                 segment += p;
                 magnitude += fabs(p);
                 largest = fmax(largest, fabs(p));
@@ -250,7 +193,7 @@ static void worst_add(worst *w, double error, double bound, const char *what, in
 }
 
 /* One number of the result against double. before: what y held. */
-static void compare_one(worst *to, const weights *o, const cu_x8 *x, cu_epilogue ep, double got, double before,
+static void compare_one(worst *to, const check_weights *o, const cu_x8 *x, cu_epilogue ep, double got, double before,
                         int32_t row, int32_t out, int32_t n_row) {
     double e0, e1;
     const int32_t band = out / CU_BAND, r = out % CU_BAND;
@@ -291,7 +234,7 @@ static void check_plain(const kernels *k, shape s) {
                  s.n_in, s.n_out, s.pairs ? " pairs" : "");
     if (!check_begin(name[0]) && !check_begin(name[1])) return;
 
-    weights o = weights_new(s);
+    check_weights o = check_weights_new(linear_of(s));
     const int32_t ldx = CU_PAD(s.n_in), ld = s.pairs ? CU_PAD(s.n_out) : s.n_out + 3;
     const size_t size = s.pairs ? sizeof(cu_bf16) : sizeof(float), bytes = (size_t)MAX * (size_t)ld * size;
     cu_bf16 *x = rows_new(MAX, s.n_in, ldx);
@@ -350,7 +293,7 @@ static void check_plain(const kernels *k, shape s) {
     check_that(name[1], same && kept, kept ? "differs from rows alone" : "wrote beside the outputs");
     check_free(dy);
     rows8_free(&x8);
-    weights_free(&o);
+    check_weights_free(&o);
     free(x);
     free(before);
     free(got);
@@ -360,44 +303,7 @@ static void check_plain(const kernels *k, shape s) {
 /* ---- experts ------------------------------------------------------------------------------------------------------
  */
 
-enum { E = 5, K = 3 };
-
-/* Expert 1 has no entry, expert 3 one of every row, the others what is left. Tiles in backward order. */
-static void make_routes(cu_routes *r, int32_t n_row, int32_t tile_rows, int32_t *first, int32_t *place_entry) {
-    const int32_t n = n_row * K;
-    const size_t bytes = (size_t)(n + E) * sizeof(int32_t);
-    int32_t *chosen = take(bytes), *entry_place = take(bytes), *tile_expert = take(bytes), *tile_place = take(bytes);
-    int32_t place = 0, n_tile = 0;
-    for (int32_t e = 0; e < n; e++)
-        chosen[e] = e % K == 1 ? 3 : e % K == 0 ? (check_random() < 0.9f ? 0 : 2) : (check_random() < 0.5f ? 4 : 2);
-    for (int32_t i = 0; i < E; i++) {
-        first[i] = place;
-        for (int32_t e = 0; e < n; e++)
-            if (chosen[e] == i) entry_place[e] = place, place_entry[place++] = e;
-    }
-    first[E] = place;
-    for (int32_t i = E - 1; i >= 0; i--)
-        for (int32_t p = first[i]; p < first[i + 1]; p += tile_rows) {
-            tile_expert[n_tile] = i;
-            tile_place[n_tile++] = p;
-        }
-    *r = (cu_routes){.n_expert = E, .n_used = K, .tile_rows = tile_rows};
-    r->first = check_new(first, (E + 1) * sizeof *first);
-    r->place_entry = check_new(place_entry, (size_t)n * sizeof *place_entry);
-    r->entry_place = check_new(entry_place, (size_t)n * sizeof *entry_place);
-    r->tile_expert = check_new(tile_expert, (size_t)n_tile * sizeof *tile_expert);
-    r->tile_place = check_new(tile_place, (size_t)n_tile * sizeof *tile_place);
-    r->n_tile = check_new(&n_tile, sizeof n_tile);
-    free(chosen);
-    free(entry_place);
-    free(tile_expert);
-    free(tile_place);
-}
-
-static void routes_free(cu_routes *r) {
-    int32_t *const lists[] = {r->first, r->place_entry, r->entry_place, r->tile_expert, r->tile_place, r->n_tile};
-    for (size_t i = 0; i < sizeof lists / sizeof *lists; i++) check_free(lists[i]);
-}
+enum { E = CHECK_EXPERTS, K = CHECK_USED };
 
 /* All experts at once against the plain kernel, expert by expert. */
 static void check_grouped(const kernels *k, shape s, int32_t n_row) {
@@ -408,9 +314,9 @@ static void check_grouped(const kernels *k, shape s, int32_t n_row) {
     snprintf(name, sizeof name, "%s grouped %s %d -> %d%s", k->name, format_name[s.format], s.n_in, s.n_out,
              s.pairs ? " pairs" : "");
     if (!check_begin(name)) return;
-    weights o[E];
+    check_weights o[E];
     cu_linear experts[E];
-    for (int i = 0; i < E; i++) o[i] = weights_new(s), experts[i] = o[i].w;
+    for (int i = 0; i < E; i++) o[i] = check_weights_new(linear_of(s)), experts[i] = o[i].w;
     cu_linear *dexperts = check_new(experts, sizeof experts), described = experts[0];
     described.pack = NULL, described.scale = NULL;
     const int32_t n_x = s.pairs ? n_row : n; /* up gathers rows, down has one a place */
@@ -422,7 +328,7 @@ static void check_grouped(const kernels *k, shape s, int32_t n_row) {
     bool same = true;
     for (int32_t rows = k->tile_first; rows <= k->tile_last; rows *= 2) {
         cu_routes r;
-        make_routes(&r, n_row, rows, first, place_entry);
+        check_routes_new(&r, n_row, rows, first, place_entry);
         cu_grouped_job j = {.shape = described,
                             .experts = dexperts,
                             .routes = &r,
@@ -457,14 +363,14 @@ static void check_grouped(const kernels *k, shape s, int32_t n_row) {
         }
         check_get(want, dy, bytes);
         same &= memcmp(got, want, bytes) == 0;
-        routes_free(&r);
+        check_routes_free(&r);
     }
     check_that(name, same, "differs from the plain kernel, expert by expert");
     check_free(room);
     check_free(dy);
     check_free(dexperts);
     rows8_free(&x8);
-    for (int i = 0; i < E; i++) weights_free(&o[i]);
+    for (int i = 0; i < E; i++) check_weights_free(&o[i]);
     free(x);
     free(by_place);
     free(place_entry);
@@ -484,7 +390,7 @@ static char *filled(void) {
     static char *all;
     if (all) return all;
     CHECK_CUDA(cudaMalloc((void **)&all, FILLED));
-    for (size_t i = 0; i < PIECE / 8; i++) piece[i] = random_codes(CU_F8A8);
+    for (size_t i = 0; i < PIECE / 8; i++) piece[i] = check_a8_random(CU_F8A8);
     for (size_t at = 0; at < FILLED; at += PIECE)
         CHECK_CUDA(cudaMemcpy(all + at, piece, PIECE, cudaMemcpyHostToDevice));
     return all;
@@ -627,7 +533,7 @@ static void speed_grouped(const kernels *k, shape s, int32_t n_row) {
     CHECK_CUDA(cudaFree(scale));
     CHECK_CUDA(cudaFree(j.x8.scale));
     check_free(dexperts);
-    routes_free(&r);
+    check_routes_free(&r);
     free(lists);
 }
 

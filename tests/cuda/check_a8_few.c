@@ -211,51 +211,13 @@ static void check_route(int32_t n_expert, int32_t n_used, int32_t n_hidden, bool
 /* ---- linears ------------------------------------------------------------------------------------------------------
  */
 
-/* Code of input i of output r (0..15) of a band, as it goes into the products: cu_kernels.h, word for word. */
-static double code_at(const cu_linear *w, const unsigned char *pack, int32_t band, int32_t r, int32_t i) {
-    const int32_t k = i % 64, lane = 4 * (r % 8) + k % 16 / 4, at = lane * 16 + (k % 32 / 16 * 2 + r / 8) * 4 + k % 4;
-    const int64_t segment =
-        ((int64_t)(band / CU_A8_BANDS) * w->n_seg + i / CU_SEGMENT) * CU_A8_BANDS + band % CU_A8_BANDS;
-    const unsigned char *group = pack + (segment * 2 + i % CU_SEGMENT / 64) * cu_group_bytes(w->format);
-    if (w->format == CU_I4A8) return (double)(int8_t)(k < 32 ? group[at] & 0xf0 : group[at] << 4);
-    const unsigned char code = group[k / 32 * 512 + at];
-    return w->format == CU_I8A8 ? (double)(int8_t)code : (double)ern_e4m3_to_f32(code);
-}
-
-typedef struct weights {
-    cu_linear w;
-    unsigned char *pack;
-    float *scale;
-} weights;
-
-static weights weights_new(cu_format f, int32_t n_out, int32_t n_in, bool pairs) {
-    weights o = {.w = {.format = f,
-                       .n_out = n_out,
-                       .n_in = n_in,
-                       .n_band = CU_BANDS(n_out) * (pairs ? 2 : 1),
-                       .n_seg = CU_PAD(n_in) / CU_SEGMENT,
-                       .pairs = pairs}};
-    const int64_t bytes = cu_pack_bytes(&o.w), n_scale = cu_scale_count(&o.w);
-    o.pack = take((size_t)bytes);
-    o.scale = take((size_t)n_scale * sizeof(float));
-    for (int64_t i = 0; i < bytes; i += 8) {
-        uint64_t r = check_random64();
-        for (int k = 0; f == CU_F8A8 && k < 64; k += 8)
-            if ((r >> k & 0x7f) == 0x7f) r ^= 4ull << k; /* no NaN */
-        memcpy(o.pack + i, &r, 8);
-    }
-    for (int64_t i = 0; i < n_scale; i++) o.scale[i] = 0x1p-10f * (1.0f + 0.5f * check_random());
-    o.w.pack = check_new(o.pack, (size_t)bytes);
-    o.w.scale = check_new(o.scale, (size_t)n_scale * sizeof(float));
-    return o;
-}
-static void weights_free(weights *o) {
-    union {
-        const void *in;
-        void *out;
-    } pack = {o->w.pack}, scale = {o->w.scale};
-    check_free(pack.out), check_free(scale.out);
-    free(o->pack), free(o->scale);
+static check_weights weights_new(cu_format f, int32_t n_out, int32_t n_in, bool pairs) {
+    return check_weights_new((cu_linear){.format = f,
+                                         .n_out = n_out,
+                                         .n_in = n_in,
+                                         .n_band = CU_BANDS(n_out) * (pairs ? 2 : 1),
+                                         .n_seg = CU_PAD(n_in) / CU_SEGMENT,
+                                         .pairs = pairs});
 }
 
 /* Rows of bf16, and what quant_act makes of them: codes as numbers [row][CU_PAD(n)], scales [row][segment]. */
@@ -291,7 +253,7 @@ static void inputs_free(inputs *in) { check_free(in->x), free(in->code), free(in
 
 /* Output r of a band as the contract has it, in f32; of fp8 with the segments in double. bound: what fp8 products may
  * be off (check_a8.c tells why): 34 * 2^-13 of the largest magnitude that goes into a product, four a segment. */
-static float output_of(const weights *o, const inputs *in, int32_t row, int32_t band, int32_t r, double *bound) {
+static float output_of(const check_weights *o, const inputs *in, int32_t row, int32_t band, int32_t r, double *bound) {
     const int32_t pad = o->w.n_seg * CU_SEGMENT, n_seg = o->w.n_seg;
     const bool fp8 = o->w.format == CU_F8A8;
     float total = 0.0f;
@@ -302,7 +264,7 @@ static float output_of(const weights *o, const inputs *in, int32_t row, int32_t 
         for (int32_t k = 0; k < CU_SEGMENT; k += 32) {
             double largest = fabs(sum) + off;
             for (int32_t i = s * CU_SEGMENT + k; i < s * CU_SEGMENT + k + 32; i++) {
-                const double p = code_at(&o->w, o->pack, band, r, i) * (double)in->code[row * pad + i];
+                const double p = check_a8_code(&o->w, o->pack, band, r, i) * (double)in->code[row * pad + i];
                 sum += p;
                 largest = fmax(largest, fabs(p));
             }
@@ -330,7 +292,7 @@ static void check_linear(cu_format f, cu_epilogue e, int32_t n_out, int32_t n_in
                            : "store",
              n_out, n_in);
     if (!check_begin(name)) return;
-    weights o = weights_new(f, n_out, n_in, pairs);
+    check_weights o = weights_new(f, n_out, n_in, pairs);
     inputs in = inputs_new(MAX, n_in, cu_codes_of(f));
     const int32_t ld = n_out + 4 + n_out % 2;
     const size_t size = pairs ? sizeof(cu_bf16) : sizeof(float), bytes = (size_t)(MAX * ld) * size;
@@ -392,7 +354,7 @@ static void check_linear(cu_format f, cu_epilogue e, int32_t n_out, int32_t n_in
     check_end(name, worst, what);
     check_free(dy);
     inputs_free(&in);
-    weights_free(&o);
+    check_weights_free(&o);
     free(before), free(got);
 }
 

@@ -17,35 +17,10 @@ static float between(float lo, float hi) { return lo + (hi - lo) * 0.5f * (check
 
 /* ---- weights and rows -------------------------------------------------------------------------------------------- */
 
-typedef struct weights {
-    cu_linear w;
-    uint8_t *pack;
-    float *scale;
-    void *d_pack, *d_scale;
-} weights;
-
 static const char *const kind_name[] = {[CU_F8A8] = "f8", [CU_I8A8] = "i8", [CU_I4A8] = "i4"};
 
-/* The segment of a band, counted from the first. */
-static int64_t segment_at(const cu_linear *w, int32_t band, int32_t seg) {
-    return ((int64_t)(band / CU_A8_BANDS) * w->n_seg + seg) * CU_A8_BANDS + band % CU_A8_BANDS;
-}
-/* Where the code of input i of output r (0..15) of a band lies; I4: which byte. */
-static int64_t code_at(const cu_linear *w, int32_t band, int32_t r, int32_t i) {
-    const int32_t t = i % 64 / 32, k = i % 32, lane = 4 * (r % 8) + k % 16 / 4;
-    const int64_t group = segment_at(w, band, i / CU_SEGMENT) * 2 + i % CU_SEGMENT / 64;
-    return group * cu_group_bytes(w->format) + (w->format == CU_I4A8 ? 0 : t * 512) + lane * 16 + k / 16 * 8 +
-           r / 8 * 4 + k % 4;
-}
-/* I4: times 16. */
-static double code(const weights *s, int32_t band, int32_t r, int32_t i) {
-    const uint8_t byte = s->pack[code_at(&s->w, band, r, i)];
-    if (s->w.format == CU_F8A8) return (double)ern_e4m3_to_f32(byte);
-    if (s->w.format == CU_I8A8) return (double)(int8_t)byte;
-    return (double)(int8_t)(i % 64 < 32 ? byte & 0xf0 : byte << 4);
-}
-static void code_set(weights *s, int32_t band, int32_t r, int32_t i) {
-    uint8_t *byte = s->pack + code_at(&s->w, band, r, i);
+static void code_set(check_weights *s, int32_t band, int32_t r, int32_t i) {
+    uint8_t *byte = s->pack + check_a8_place(&s->w, band, r, i);
     const uint64_t any = check_random64();
     if (s->w.format == CU_F8A8) /* few are large */
         *byte = ern_e4m3_from_f32(check_random() * (any % 16 ? 4.0f : 448.0f));
@@ -56,8 +31,8 @@ static void code_set(weights *s, int32_t band, int32_t r, int32_t i) {
 }
 
 /* What lies beyond the last band is poison. */
-static weights weights_new(cu_format f, int32_t n_out, int32_t n_in, bool pairs) {
-    weights s = {.w = {.format = f, .n_out = n_out, .n_in = n_in, .pairs = pairs}};
+static check_weights weights_new(cu_format f, int32_t n_out, int32_t n_in, bool pairs) {
+    check_weights s = {.w = {.format = f, .n_out = n_out, .n_in = n_in, .pairs = pairs}};
     s.w.n_band = CU_BANDS(n_out) * (pairs ? 2 : 1);
     s.w.n_seg = CU_PAD(n_in) / CU_SEGMENT;
     const size_t bytes = (size_t)cu_pack_bytes(&s.w), n_scale = (size_t)cu_scale_count(&s.w);
@@ -67,23 +42,18 @@ static weights weights_new(cu_format f, int32_t n_out, int32_t n_in, bool pairs)
     memset(s.pack, 0xff, bytes);
     memset(s.scale, 0xff, n_scale * sizeof(float));
     for (int32_t b = 0; b < s.w.n_band; b++) {
-        for (int32_t g = 0; g < s.w.n_seg; g++) memset(s.pack + (size_t)segment_at(&s.w, b, g) * segment, 0, segment);
+        for (int32_t g = 0; g < s.w.n_seg; g++)
+            memset(s.pack + (size_t)check_a8_segment(&s.w, b, g) * segment, 0, segment);
         for (int32_t r = 0; r < CU_BAND && (pairs ? b / 2 : b) * CU_BAND + r < n_out; r++)
             for (int32_t i = 0; i < n_in; i++) code_set(&s, b, r, i);
         if (f == CU_F8A8)
-            for (int32_t g = 0; g < s.w.n_seg; g++) s.scale[segment_at(&s.w, b, g)] = between(0x1p-9f, 0x1p-7f);
+            for (int32_t g = 0; g < s.w.n_seg; g++) s.scale[check_a8_segment(&s.w, b, g)] = between(0x1p-9f, 0x1p-7f);
         else
             for (int32_t r = 0; r < CU_BAND; r++) s.scale[b * CU_BAND + r] = between(0x1p-13f, 0x1p-11f);
     }
     s.w.pack = s.d_pack = check_new(s.pack, bytes);
     s.w.scale = s.d_scale = check_new(s.scale, n_scale * sizeof(float));
     return s;
-}
-static void weights_free(weights *s) {
-    free(s->pack);
-    free(s->scale);
-    check_free(s->d_pack);
-    check_free(s->d_scale);
 }
 
 /* Rows as bf16 and as codes; poison beyond them. */
@@ -173,7 +143,7 @@ static double number(const results *r, const unsigned char *at, int32_t row, int
 }
 
 /* Rows `row` .. row + n_row - 1 of both. */
-static cu_job job_of(const weights *s, cu_epilogue e, const rows *x, int32_t row, int32_t n_row, const results *r,
+static cu_job job_of(const check_weights *s, cu_epilogue e, const rows *x, int32_t row, int32_t n_row, const results *r,
                      int32_t to) {
     unsigned char *p = (unsigned char *)r->device + (size_t)(to * r->ld) * r->each;
     cu_job j = {.w = s->w, .epilogue = e, .x = x->x + row * x->ld, .ldx = x->ld, .n_row = n_row};
@@ -197,14 +167,14 @@ static void say_where(char what[NAME], const results *r, const unsigned char *wa
  * has 32 products of codes and the sum so far: all are aligned to the largest and cut below 2^-13 of its power of two
  * (measured: 2^16 - 2^16 + 2^3 is 8, with 2^2 it is 0), 33 cuts, and the same again for the sum's own. Then f32: the
  * product of the scales rounds by 2^-24 of itself, each fma by 2^-24 of the total. */
-static double dot(const weights *s, const rows *x, int32_t row, int32_t band, int32_t r, double *bound) {
+static double dot(const check_weights *s, const rows *x, int32_t row, int32_t band, int32_t r, double *bound) {
     double total = 0.0, off = 0.0;
     if (s->w.format != CU_F8A8) {
         float exact = 0.0f;
         for (int32_t g = 0; g < s->w.n_seg; g++) {
             double sum = 0.0;
             for (int32_t i = g * CU_SEGMENT; i < (g + 1) * CU_SEGMENT; i++)
-                sum += code(s, band, r, i) * (double)(int8_t)x->code[row * x->ld + i];
+                sum += check_a8_code(&s->w, s->pack, band, r, i) * (double)(int8_t)x->code[row * x->ld + i];
             exact = fmaf(x->scale[g * x->ld_scale + row], (float)sum, exact);
         }
         *bound = 0.0;
@@ -215,13 +185,14 @@ static double dot(const weights *s, const rows *x, int32_t row, int32_t band, in
         for (int32_t step = 0; step < 4; step++) {
             double largest = fabs(sum) + cut;
             for (int32_t i = g * 128 + step * 32; i < g * 128 + step * 32 + 32; i++) {
-                const double p = code(s, band, r, i) * (double)ern_e4m3_to_f32(x->code[row * x->ld + i]);
+                const double p =
+                    check_a8_code(&s->w, s->pack, band, r, i) * (double)ern_e4m3_to_f32(x->code[row * x->ld + i]);
                 sum += p;
                 largest = fmax(largest, fabs(p));
             }
             cut += 34.0 * 0x1p-13 * fmax(largest, fabs(sum));
         }
-        const double by = (double)s->scale[segment_at(&s->w, band, g)] * (double)x->scale[g * x->ld_scale + row];
+        const double by = (double)s->scale[check_a8_segment(&s->w, band, g)] * (double)x->scale[g * x->ld_scale + row];
         total += by * sum;
         off += by * cut + 0x1p-24 * (by * (fabs(sum) + cut) + fabs(total) + off);
     }
@@ -229,7 +200,7 @@ static double dot(const weights *s, const rows *x, int32_t row, int32_t band, in
     return total;
 }
 
-static double expected(const weights *s, cu_epilogue e, const rows *x, int32_t row, int32_t o, double before,
+static double expected(const check_weights *s, cu_epilogue e, const rows *x, int32_t row, int32_t o, double before,
                        double *bound) {
     double b0, b1;
     const int32_t band = o / CU_BAND, r = o % CU_BAND;
@@ -249,7 +220,7 @@ static void check_plain(cu_format f, cu_epilogue e, int32_t n_out, int32_t n_in,
     char name[NAME], what[NAME] = "";
     snprintf(name, sizeof name, "a8 %s skinny %s %d x %d", kind_name[f], epilogue_name[e], n_out, n_in);
     if (!check_begin(name)) return;
-    weights s = weights_new(f, n_out, n_in, e == CU_SWIGLU);
+    check_weights s = weights_new(f, n_out, n_in, e == CU_SWIGLU);
     rows x = rows_new(f, n_most, n_in);
     results r = results_new(e, n_most, n_out);
     for (int32_t row = 0; row < n_most; row++) { /* each alone */
@@ -290,7 +261,7 @@ static void check_plain(cu_format f, cu_epilogue e, int32_t n_out, int32_t n_in,
     free(alone);
     results_free(&r);
     rows_free(&x);
-    weights_free(&s);
+    check_weights_free(&s);
 }
 
 /* ---- the norm in front ------------------------------------------------------------------------------------------- */
@@ -301,7 +272,7 @@ static void check_norm_front(cu_format format, cu_epilogue e, int32_t n_out, int
     snprintf(name, sizeof name, "a8 %s skinny %s, norm in front, %d x %d%s", kind_name[format], epilogue_name[e], n_out,
              n_in, shift ? ", odd address" : "");
     if (!check_begin(name)) return;
-    weights s = weights_new(format, n_out, n_in, e == CU_SWIGLU);
+    check_weights s = weights_new(format, n_out, n_in, e == CU_SWIGLU);
     rows x = rows_new(format, 8, n_in); /* to be normed into */
     results r = results_new(e, 8, n_out);
     const int32_t n = 8 * n_in;
@@ -339,7 +310,7 @@ static void check_norm_front(cu_format format, cu_epilogue e, int32_t n_out, int
     check_free(even_w);
     results_free(&r);
     rows_free(&x);
-    weights_free(&s);
+    check_weights_free(&s);
 }
 
 /* ---- experts ----------------------------------------------------------------------------------------------------- */
@@ -387,7 +358,7 @@ static void check_experts(cu_format f, bool up, int32_t n_out, int32_t n_in, int
     if (!check_begin(name)) return;
     const cu_epilogue e = up ? CU_SWIGLU : CU_STORE;
     const int32_t n_place = n_row * K;
-    weights s[E];
+    check_weights s[E];
     cu_linear w[E];
     for (int32_t i = 0; i < E; i++) s[i] = weights_new(f, n_out, n_in, up), w[i] = s[i].w;
     static lists l;
@@ -440,7 +411,7 @@ static void check_experts(cu_format f, bool up, int32_t n_out, int32_t n_in, int
     check_free(dl);
     results_free(&r);
     rows_free(&x);
-    for (int32_t i = 0; i < E; i++) weights_free(&s[i]);
+    for (int32_t i = 0; i < E; i++) check_weights_free(&s[i]);
 }
 
 /* ---- one after the other ----------------------------------------------------------------------------------------- */
@@ -452,7 +423,7 @@ static void check_chain(cu_format f, int32_t n_hidden, int32_t n_ffn, int32_t n_
     char name[NAME], what[NAME] = "";
     snprintf(name, sizeof name, "a8 %s a chain of %d x %d, %d rows", kind_name[f], n_hidden, n_ffn, n_row);
     if (!check_begin(name)) return;
-    weights p = weights_new(f, n_ffn, n_hidden, true), q = weights_new(f, n_hidden, n_ffn, false);
+    check_weights p = weights_new(f, n_ffn, n_hidden, true), q = weights_new(f, n_hidden, n_ffn, false);
     const int64_t ldx = CU_PAD(n_hidden), ldh = CU_PAD(n_ffn), ld_scale = (n_row + 3) / 4 * 4;
     const size_t n = (size_t)(n_row * n_hidden), x_bytes = (size_t)(n_row * ldx) * 2,
                  h_bytes = (size_t)(n_row * ldh) * 2;
@@ -510,8 +481,8 @@ static void check_chain(cu_format f, int32_t n_hidden, int32_t n_ffn, int32_t n_
     free(w);
     check_free(x), check_free(dw), check_free(xn), check_free(h);
     check_free(x8.code), check_free(x8.scale), check_free(h8.code), check_free(h8.scale);
-    weights_free(&p);
-    weights_free(&q);
+    check_weights_free(&p);
+    check_weights_free(&q);
 }
 
 /* ---- speed --------------------------------------------------------------------------------------------------------

@@ -243,40 +243,7 @@ static void check_plain(const kernels *k, cu_format f, shape s) {
 
 /* ---- grouped ----------------------------------------------------------------------------------------------------- */
 
-enum { E = 5, K = 3 };
-
-/* Expert 1 has no entry, expert 3 one of every row, the others what is left. Tiles in backward order. */
-static void make_routes(cu_routes *r, int32_t n_row, int32_t tile_rows, int32_t *first, int32_t *place_entry) {
-    const int32_t n = n_row * K;
-    int32_t *chosen = malloc((size_t)n * sizeof *chosen), place = 0, n_tile = 0;
-    int32_t *tile_expert = malloc((size_t)(n + E) * sizeof *chosen), *entry_place = malloc((size_t)n * sizeof *chosen),
-            *tile_place = malloc((size_t)(n + E) * sizeof *chosen);
-    if (!chosen || !tile_expert || !tile_place || !entry_place) abort();
-    for (int32_t e = 0; e < n; e++)
-        chosen[e] = e % K == 1 ? 3 : e % K == 0 ? (check_random() < 0.9f ? 0 : 2) : (check_random() < 0.5f ? 4 : 2);
-    for (int32_t i = 0; i < E; i++) {
-        first[i] = place;
-        for (int32_t e = 0; e < n; e++)
-            if (chosen[e] == i) entry_place[e] = place, place_entry[place++] = e;
-    }
-    first[E] = place;
-    for (int32_t i = E - 1; i >= 0; i--)
-        for (int32_t p = first[i]; p < first[i + 1]; p += tile_rows) {
-            tile_expert[n_tile] = i;
-            tile_place[n_tile++] = p;
-        }
-    *r = (cu_routes){.n_expert = E, .n_used = K, .tile_rows = tile_rows};
-    r->first = check_new(first, (E + 1) * sizeof *first);
-    r->place_entry = check_new(place_entry, (size_t)n * sizeof *place_entry);
-    r->entry_place = check_new(entry_place, (size_t)n * sizeof *entry_place);
-    r->tile_expert = check_new(tile_expert, (size_t)n_tile * sizeof *tile_expert);
-    r->tile_place = check_new(tile_place, (size_t)n_tile * sizeof *tile_place);
-    r->n_tile = check_new(&n_tile, sizeof n_tile);
-    free(chosen);
-    free(entry_place);
-    free(tile_expert);
-    free(tile_place);
-}
+enum { E = CHECK_EXPERTS, K = CHECK_USED };
 
 static void check_grouped(const kernels *k, cu_format f, shape s, int32_t n_row) {
     const cu_epilogue ep = s.pairs ? CU_SWIGLU : CU_STORE;
@@ -302,7 +269,7 @@ static void check_grouped(const kernels *k, cu_format f, shape s, int32_t n_row)
     bool same = true;
     for (int32_t rows = k->tile_first; rows <= k->tile_last; rows *= 2) {
         cu_routes r;
-        make_routes(&r, n_row, rows, first, place_entry);
+        check_routes_new(&r, n_row, rows, first, place_entry);
         cu_grouped_job j = {.shape = described, .experts = dexperts, .routes = &r, .n_row = n_row, .gather = s.pairs};
         j.epilogue = ep;
         j.x = dx, j.ldx = ldx;
@@ -332,12 +299,7 @@ static void check_grouped(const kernels *k, cu_format f, shape s, int32_t n_row)
         check_get(want, dy, bytes);
         same &= memcmp(got, want, bytes) == 0;
         check_free(dplace);
-        check_free(r.first);
-        check_free(r.place_entry);
-        check_free(r.entry_place);
-        check_free(r.tile_expert);
-        check_free(r.tile_place);
-        check_free(r.n_tile);
+        check_routes_free(&r);
     }
     check_that(name, same, "differs from the plain kernel, expert by expert");
     check_free(dx);

@@ -1,0 +1,93 @@
+/* What checks of several kernels share: who goes to which expert, weights that meet rows of 8 bits and what their bytes
+ * say by cu_kernels.h's drawing. */
+#include "check.h"
+
+static void *take(size_t bytes) {
+    void *p = calloc(bytes + 1, 1);
+    if (!p) abort();
+    return p;
+}
+
+void check_routes_new(cu_routes *r, int32_t n_row, int32_t tile_rows, int32_t *first, int32_t *place_entry) {
+    enum { E = CHECK_EXPERTS, K = CHECK_USED };
+    const int32_t n = n_row * K;
+    const size_t bytes = (size_t)(n + E) * sizeof(int32_t);
+    int32_t *chosen = take(bytes), *entry_place = take(bytes), *tile_expert = take(bytes), *tile_place = take(bytes);
+    int32_t place = 0, n_tile = 0;
+    for (int32_t e = 0; e < n; e++)
+        chosen[e] = e % K == 1 ? 3 : e % K == 0 ? (check_random() < 0.9f ? 0 : 2) : (check_random() < 0.5f ? 4 : 2);
+    for (int32_t i = 0; i < E; i++) {
+        first[i] = place;
+        for (int32_t e = 0; e < n; e++)
+            if (chosen[e] == i) entry_place[e] = place, place_entry[place++] = e;
+    }
+    first[E] = place;
+    for (int32_t i = E - 1; i >= 0; i--)
+        for (int32_t p = first[i]; p < first[i + 1]; p += tile_rows) {
+            tile_expert[n_tile] = i;
+            tile_place[n_tile++] = p;
+        }
+    *r = (cu_routes){.n_expert = E, .n_used = K, .tile_rows = tile_rows};
+    r->first = check_new(first, (E + 1) * sizeof *first);
+    r->place_entry = check_new(place_entry, (size_t)n * sizeof *place_entry);
+    r->entry_place = check_new(entry_place, (size_t)n * sizeof *entry_place);
+    r->tile_expert = check_new(tile_expert, (size_t)n_tile * sizeof *tile_expert);
+    r->tile_place = check_new(tile_place, (size_t)n_tile * sizeof *tile_place);
+    r->n_tile = check_new(&n_tile, sizeof n_tile);
+    free(chosen);
+    free(entry_place);
+    free(tile_expert);
+    free(tile_place);
+}
+
+void check_routes_free(cu_routes *r) {
+    int32_t *const lists[] = {r->first, r->place_entry, r->entry_place, r->tile_expert, r->tile_place, r->n_tile};
+    for (size_t i = 0; i < sizeof lists / sizeof *lists; i++) check_free(lists[i]);
+}
+
+uint64_t check_a8_random(cu_format f) {
+    uint64_t r = check_random64();
+    for (int i = 0; i < 64 && f == CU_F8A8; i += 8)
+        if ((r >> i & 0x7f) == 0x7f) r ^= 1ull << (i + 2);
+    return r;
+}
+
+int64_t check_a8_segment(const cu_linear *w, int32_t band, int32_t seg) {
+    return ((int64_t)(band / CU_A8_BANDS) * w->n_seg + seg) * CU_A8_BANDS + band % CU_A8_BANDS;
+}
+
+int64_t check_a8_place(const cu_linear *w, int32_t band, int32_t r, int32_t i) {
+    const int32_t t = i % 64 / 32, k = i % 32, lane = 4 * (r % 8) + k % 16 / 4;
+    const int64_t group = check_a8_segment(w, band, i / CU_SEGMENT) * 2 + i % CU_SEGMENT / 64;
+    return group * cu_group_bytes(w->format) + (w->format == CU_I4A8 ? 0 : t * 512) + lane * 16 + k / 16 * 8 +
+           r / 8 * 4 + k % 4;
+}
+
+double check_a8_code(const cu_linear *w, const unsigned char *pack, int32_t band, int32_t r, int32_t i) {
+    const uint8_t byte = pack[check_a8_place(w, band, r, i)];
+    if (w->format == CU_F8A8) return (double)ern_e4m3_to_f32(byte);
+    if (w->format == CU_I8A8) return (double)(int8_t)byte;
+    return (double)(int8_t)(i % 64 < 32 ? byte & 0xf0 : byte << 4);
+}
+
+check_weights check_weights_new(cu_linear w) {
+    check_weights o = {.w = w};
+    const int64_t bytes = cu_pack_bytes(&w), n_scale = cu_scale_count(&w);
+    o.pack = take((size_t)bytes);
+    o.scale = take((size_t)n_scale * sizeof(float));
+    for (int64_t i = 0; i < bytes; i += 8) {
+        const uint64_t r = check_a8_random(w.format);
+        memcpy(o.pack + i, &r, 8);
+    }
+    for (int64_t i = 0; i < n_scale; i++) o.scale[i] = 0x1p-10f * (1.0f + 0.5f * check_random());
+    o.w.pack = o.d_pack = check_new(o.pack, (size_t)bytes);
+    o.w.scale = o.d_scale = check_new(o.scale, (size_t)n_scale * sizeof(float));
+    return o;
+}
+
+void check_weights_free(check_weights *o) {
+    check_free(o->d_pack);
+    check_free(o->d_scale);
+    free(o->pack);
+    free(o->scale);
+}
