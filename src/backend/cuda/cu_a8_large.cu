@@ -217,7 +217,8 @@ static __global__ void __launch_bounds__(WIDE_THREADS, 1)
         multiply<F>(&a, n_tile, ring_at, ring, scales, sums, &bars, group, thread);
     }
     /* The other block writes to this one's memory and barriers to its own end. */
-    asm volatile("barrier.cluster.arrive.release; barrier.cluster.wait.acquire;" ::: "memory");
+    cluster_arrive();
+    cluster_meet();
 }
 
 /* ---- host -------------------------------------------------------------------------------------------------------- */

@@ -130,7 +130,7 @@ static __device__ __forceinline__ void quantize_rows(uint2 w[LOADS], const split
             }
         }
         if (norm && from > warp) weights_load(w, a, seg0, from, n_item, group, lane);
-        if (norm) hear(heard);
+        if (norm) hear(heard, 0);
 #pragma unroll
         for (int k = 0; k < LOADS; k++) {
             const int32_t item = from + 4 * k, row = item_row(a, item), own = item_own(a, item, group),

@@ -30,14 +30,14 @@ static __device__ __forceinline__ void send_counted(uint32_t to, float v, uint32
 static __device__ __forceinline__ void tell(uint32_t bar) {
     asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(bar) : "memory");
 }
-/* Until the first phase of a barrier is over that other blocks arrive at or send to. */
-static __device__ __forceinline__ void hear(uint32_t bar) {
+/* bar_wait for a barrier that other blocks arrive at or send to. */
+static __device__ __forceinline__ void hear(uint32_t bar, uint32_t parity) {
     uint32_t done = 0;
     while (!done)
-        asm volatile("{.reg .pred p; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], 0; "
+        asm volatile("{.reg .pred p; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2; "
                      "selp.u32 %0, 1, 0, p;}"
                      : "=r"(done)
-                     : "r"(bar)
+                     : "r"(bar), "r"(parity)
                      : "memory");
 }
 

@@ -243,7 +243,8 @@ __global__ void __launch_bounds__(WIDE_THREADS, 1)
         wide_multiply<F>(&a, n_tile, ring_at, ring, sums, &bars, group, thread);
     }
     /* The other block writes to this one's memory and barriers to its own end. */
-    asm volatile("barrier.cluster.arrive.release; barrier.cluster.wait.acquire;" ::: "memory");
+    cluster_arrive();
+    cluster_meet();
 }
 
 /* ---- host -------------------------------------------------------------------------------------------------------- */

@@ -19,6 +19,7 @@
 #ifndef ERN_BACKEND_CUDA_CU_MID_KERNEL_CUH
 #define ERN_BACKEND_CUDA_CU_MID_KERNEL_CUH
 
+#include "backend/cuda/cu_cluster.cuh"
 #include "backend/cuda/cu_large_kernel.cuh"
 #include "backend/cuda/cu_launch.cuh"
 
@@ -42,29 +43,10 @@ static __host__ __device__ constexpr int mid_fillers(int rows) { return rows == 
 static __host__ __device__ constexpr int mid_warps_max(int rows) { return rows == 16 ? 8 : 8 - mid_fillers(rows); }
 static __host__ __device__ constexpr int mid_x_bytes(int rows) { return rows * CU_SEGMENT * 2; }
 
-/* The same place in the shared memory of another block of the cluster. */
-static __device__ __forceinline__ uint32_t mid_at_rank(uint32_t at, uint32_t rank) {
-    uint32_t out;
-    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(out) : "r"(at), "r"(rank));
-    return out;
-}
 static __device__ __forceinline__ void mid_send(uint32_t to, const float v[4]) {
     asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(to), "f"(v[0]), "f"(v[1]), "f"(v[2]),
                  "f"(v[3])
                  : "memory");
-}
-static __device__ __forceinline__ void mid_tell(uint32_t bar) {
-    asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(bar) : "memory");
-}
-/* bar_wait where other blocks arrive. */
-static __device__ __forceinline__ void mid_hear(uint32_t bar, uint32_t parity) {
-    uint32_t done = 0;
-    while (!done)
-        asm volatile("{.reg .pred p; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2; "
-                     "selp.u32 %0, 1, 0, p;}"
-                     : "=r"(done)
-                     : "r"(bar), "r"(parity)
-                     : "memory");
 }
 
 /* What all warps of a block know. */
@@ -224,10 +206,10 @@ __global__ void __launch_bounds__((mid_warps_max(ROWS) + mid_fillers(ROWS)) * 32
     b.n_own = (a.n_pass - 1) * a.n_each + n_last;
     __syncthreads();
     /* The others may write to our memory from here on. */
-    if (SPLIT) asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+    if (SPLIT) cluster_arrive();
     if (warp >= n_warp) {
         mid_fill<F, ROWS>(&a, &b, row_of, warp - n_warp, lane);
-        if (SPLIT) asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+        if (SPLIT) cluster_meet();
         return;
     }
     cu_wait_previous();
@@ -281,11 +263,11 @@ __global__ void __launch_bounds__((mid_warps_max(ROWS) + mid_fillers(ROWS)) * 32
         const int32_t n_square = n_warp * TILES / a.n_rank; /* of this block */
         const uint32_t sums = a.n_slot * b.slot_bytes + lane * 16;
         uint32_t to[TILES];
-        asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+        cluster_meet();
 #pragma unroll
         for (int i = 0; i < TILES; i++) {
             const int32_t square = warp * TILES + i;
-            to[i] = mid_at_rank(b.ring + sums + square / a.n_rank * 1024, square % a.n_rank);
+            to[i] = at_rank(b.ring + sums + square / a.n_rank * 1024, square % a.n_rank);
         }
         float total[OWN][2][4] = {}, old[OWN][2][4];
 #pragma unroll
@@ -299,7 +281,7 @@ __global__ void __launch_bounds__((mid_warps_max(ROWS) + mid_fillers(ROWS)) * 32
         }
         for (int32_t pass = 0; pass <= a.n_pass; pass++) {
             if (pass < a.n_pass) {
-                if (pass >= 2) mid_hear(read + (pass & 1) * 8, ((pass >> 1) & 1) ^ 1);
+                if (pass >= 2) hear(read + (pass & 1) * 8, ((pass >> 1) & 1) ^ 1);
                 const int32_t n = pass < a.n_pass - 1 ? a.n_each : n_last;
                 uint32_t at = ((pass & 1) * a.n_rank + b.rank) * a.n_each * n_square * 1024;
                 for (int32_t k = 0; k < n; k++, at += n_square * 1024) {
@@ -315,12 +297,12 @@ __global__ void __launch_bounds__((mid_warps_max(ROWS) + mid_fillers(ROWS)) * 32
                     }
                 }
                 __syncwarp();
-                if (lane < a.n_rank) mid_tell(mid_at_rank(came + (pass & 1) * 8, lane));
+                if (lane < a.n_rank) tell(at_rank(came + (pass & 1) * 8, lane));
             }
             if (pass == 0) continue;
             const int32_t done = pass - 1, seg0 = done * a.n_rank * a.n_each,
                           n = min(n_seg - seg0, a.n_rank * a.n_each);
-            mid_hear(came + (done & 1) * 8, (done >> 1) & 1);
+            hear(came + (done & 1) * 8, (done >> 1) & 1);
 #pragma unroll
             for (int i = 0; i < OWN; i++) {
                 const int32_t own = warp + i * n_warp, square = own * a.n_rank + b.rank;
@@ -344,7 +326,7 @@ __global__ void __launch_bounds__((mid_warps_max(ROWS) + mid_fillers(ROWS)) * 32
             }
             if (done + 2 < a.n_pass) {
                 __syncwarp();
-                if (lane < a.n_rank) mid_tell(mid_at_rank(read + (done & 1) * 8, lane));
+                if (lane < a.n_rank) tell(at_rank(read + (done & 1) * 8, lane));
             }
         }
 #pragma unroll

@@ -277,7 +277,7 @@ static __global__ void __maxnreg__(MANY ? 160 : 104) route_few(const __grid_cons
         }
         if (rank < n_row && rank % n_servant == servant) {
             const float scale = scale_of(x + rank * D, D, j->eps, lane);
-            hear(came);
+            hear(came, 0);
             const bool last = choose<Q>(&s, &a, scale, bias, row0 + rank, lane);
             if (lane == 0) s.last = last;
         }

@@ -23,6 +23,7 @@
 #ifndef ERN_BACKEND_CUDA_CU_SKINNY_KERNEL_CUH
 #define ERN_BACKEND_CUDA_CU_SKINNY_KERNEL_CUH
 
+#include "backend/cuda/cu_cluster.cuh"
 #include "backend/cuda/cu_launch.cuh"
 #include "backend/cuda/cu_skinny_unit.cuh"
 
@@ -100,16 +101,12 @@ static __device__ __forceinline__ float *skinny_first_rank(float *p) {
     asm volatile("mapa.u64 %0, %1, 0;" : "=l"(out) : "l"(p));
     return (float *)out;
 }
-static __device__ __forceinline__ void skinny_arrive(void) {
-    asm volatile("barrier.cluster.arrive.release;" ::: "memory");
-}
-static __device__ __forceinline__ void skinny_meet(void) { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
 static __device__ __forceinline__ void skinny_barrier(int32_t n_rank) {
     if (n_rank == 1) {
         __syncthreads();
     } else {
-        skinny_arrive();
-        skinny_meet();
+        cluster_arrive();
+        cluster_meet();
     }
 }
 
@@ -352,7 +349,7 @@ __global__ void __launch_bounds__(SKINNY_WARPS_MAX * 32, 3) skinny_kernel(const 
     skinny_walk walk = {pack + lane * 16, scale, a.n_seg, a.n_job, step, pairs, n_unit, cw, n_cw, first_job, 0};
 #pragma unroll
     for (int d = 0; d < shape::DEPTH; d++) skinny_ask<F>(&walk, ring_at + d * shape::SLOT, lane);
-    if (a.n_rank > 1) skinny_arrive(); /* the others may write to our memory from here on */
+    if (a.n_rank > 1) cluster_arrive(); /* the others may write to our memory from here on */
 
     if (a.grouped) {
         if (thread < n_row)
@@ -363,7 +360,7 @@ __global__ void __launch_bounds__(SKINNY_WARPS_MAX * 32, 3) skinny_kernel(const 
     uint4 *xs = (uint4 *)((unsigned char *)skinny_memory + n_warp * (shape::DEPTH * shape::SLOT));
     const int32_t x_warp = 4 * xl, x_round = n_warp * x_warp;
     float *part = (float *)(xs + a.n_round * x_round);
-    if (a.n_rank > 1) skinny_meet();
+    if (a.n_rank > 1) cluster_meet();
     if (!a.grouped) cu_wait_previous();
     if (a.x_f32) {
         if (a.norm_wide)

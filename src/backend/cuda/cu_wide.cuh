@@ -4,6 +4,7 @@
 #ifndef ERN_BACKEND_CUDA_CU_WIDE_CUH
 #define ERN_BACKEND_CUDA_CU_WIDE_CUH
 
+#include "backend/cuda/cu_cluster.cuh"
 #include "backend/cuda/cu_large_kernel.cuh"
 #include "backend/cuda/cu_launch.cuh"
 #include "backend/cuda/cu_map.cuh"
