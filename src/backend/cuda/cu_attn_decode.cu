@@ -243,7 +243,7 @@ static __device__ __forceinline__ void take_up(const attn_args *a, const stretch
         if (r >= p->n_row || warp * sh::warp_units >= sh::units) continue;
         uint2 ml, x[sh::warp_units][2];
         for (int polls = 0; least == 0; polls++) {
-            ml = cu_look2(at + 2 * r * slices);
+            ml = cu_look2(at + 2 * (r * slices + c % slices)); /* the same in every slice; below each is cleared */
             least = min(ml.x, ml.y);
 #pragma unroll
             for (int u = 0; u < sh::warp_units; u++) {
@@ -708,17 +708,26 @@ static int groups_of(int C, int codes, int64_t n_unit) {
     return may_group(C, codes) && n_unit > UNITS_FEW && n_unit < UNITS_MANY ? groups_each(C, codes) : 1;
 }
 
+/* Give a kernel all the shared memory of a multiprocessor, and see that so many of its blocks are there at once: they
+ * wait for one another. */
+static cudaError_t all_fit(const void *kernel, int groups, int bytes, int blocks) {
+    int n = 0;
+    cudaError_t e =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+    if (e == cudaSuccess)
+        e = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&n, kernel, THREADS * groups, (size_t)bytes);
+    return e != cudaSuccess || n >= blocks ? e : cudaErrorLaunchOutOfResources;
+}
+
 template <int C, int CODES, bool BULK, int GROUPS>
 static cudaError_t run_groups(cudaStream_t s, const attn_args *a, const CUtensorMap *map, int32_t run) {
     typedef decode_shape<C, CODES> sh;
     const void *kernel = (const void *)decode_kernel<C, CODES, BULK, GROUPS>;
     static uint64_t ready;
-    const bool set = ready;
+    const uint64_t before = ready;
     cudaError_t e = cu_shared_bytes(&ready, kernel, sh::bytes(GROUPS));
-    /* room for all blocks that registers allow */
-    if (e == cudaSuccess && !set)
-        e = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
-                                 cudaSharedmemCarveoutMaxShared);
+    if (e == cudaSuccess && ready != before)
+        e = all_fit(kernel, GROUPS, sh::bytes(GROUPS), groups_each(C, CODES) / GROUPS);
     if (e != cudaSuccess) return e;
     attn_args args = *a;
     void *list[] = {&args, (void *)map, &run};
