@@ -1,6 +1,7 @@
 #!/bin/sh
-# make gpu-test: the programs that check the cuda backend, from a built tree on a machine with a GPU, with neither a
-# compiler nor a test library there. Prints what failed and each one's last line. Argument: the build folder.
+# make gpu-test: the programs that check the cuda backend, from a built tree on a machine with a GPU, without a compiler
+# there: kernels, the whole backend, and the engine on it (preempted, swapped to host memory and disk, in crowds). Prints
+# what failed and each one's last line. Argument: the build folder.
 # Nothing is left out: no device, or a program that is not there, is a failure.
 set -u
 build=$1
@@ -9,8 +10,8 @@ failed=0
 "$build/ernest" collect-env | grep -q '^gpu: *none' && exit 1
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
-for program in gpu_check gpu_model; do
-    "$build/$program" >"$log" 2>&1
+for program in gpu_check gpu_model 'test_engine_same cuda' 'test_cache_same cuda'; do
+    "$build/"$program >"$log" 2>&1
     code=$?
     if [ $code -ne 0 ]; then
         failed=1

@@ -1,6 +1,7 @@
 /* Same request, same answer (house.md 3): each of a few requests is answered alone, one row a step after another, and
  * then in a crowd of 63, chunked at every size, preempted, with and without overlap. Tokens, logprobs and the top 20
- * must be the same bits, on ref and on cpu (its best level and the portable one), dense and MoE. */
+ * must be the same bits, on ref and on cpu (its best level and the portable one), dense and MoE; with the argument
+ * `cuda` on that backend, whose graphs, streams and copies are then in play. */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stdatomic.h>
@@ -225,7 +226,15 @@ static void test_cpu_portable(void **state) {
     all_runs("cpu", 0, "tiny-moe", false);
 }
 
-int main(void) {
+/* Called by hand and by make gpu-test: no other machine has it. */
+static void test_cuda(void **state) {
+    (void)state;
+    all_runs("cuda", -1, "tiny-dense", false);
+    all_runs("cuda", -1, "tiny-moe", true);
+    all_runs("cuda", -1, "tiny-moe", false);
+}
+
+int main(int argc, char **argv) {
     if (few) printf("built with a sanitizer: left out: the sizes between, ref with experts, portable without\n");
     printf("seed %llu\n", (unsigned long long)seed);
     const struct CMUnitTest tests[] = {
@@ -233,5 +242,7 @@ int main(void) {
         cmocka_unit_test(test_cpu),
         cmocka_unit_test(test_cpu_portable),
     };
-    return cmocka_run_group_tests(tests, NULL, NULL);
+    const struct CMUnitTest on_cuda[] = {cmocka_unit_test(test_cuda)};
+    const bool cuda = argc > 1 && strcmp(argv[1], "cuda") == 0;
+    return cuda ? cmocka_run_group_tests(on_cuda, NULL, NULL) : cmocka_run_group_tests(tests, NULL, NULL);
 }
