@@ -244,7 +244,7 @@ typedef struct table_row {
 } table_row;
 
 /* Source: the issue "The CPU backend at the hardware's limit", section 4. kv: the bytes and the time that this context
- * adds to the one of the first row. busy: against the first row's rate, with one processor taken. peers: tokens/s of
+ * adds to BASE_LEN. busy: against the rate with all processors free, with one taken. peers: tokens/s of
  * ik_llama.cpp (ik) and llama.cpp (ml) on the issue's machine, 2 cores of a Xeon with AMX, medians of several runs. */
 static const table_row table[] = {
     {"int8", .batch = 1, .context = 128, .must = 80, .aim = 92, .peers = "ik Q8_0 35-37, ml Q8_0 49-50"},
@@ -261,7 +261,10 @@ static const table_row table[] = {
      .peers = "ml keeps 36%, ik 28%, of 0.3b"},
     {"*", .moe = true, .prefill = true, .context = 512, .must = 25, .aim = 45, .peers = "ik Q4_0 48-54, ml Q4_0 19-20"},
 };
-enum { TABLE_ROWS = sizeof table / sizeof *table };
+enum {
+    BASE_LEN = 128, /* context of what rows are held against */
+    TABLE_ROWS = sizeof table / sizeof *table
+};
 
 /* Rows of this model; a batch 1 row of another format is another model's. Long rows fall out of short models and of
  * quick runs. */
@@ -277,21 +280,14 @@ typedef struct table_cell {
     int n;
 } table_cell;
 
-static ern_status run_row(stepping *s, const table_row *t, const bench_result *first, bench_result *r, double *share,
-                          ern_err *err) {
-    bench_spinners busy;
-    if (t->prefill) {
-        ERN_TRY(bench_prefill(s->steps, t->context, r, err));
+static ern_status run_row(stepping *s, const table_row *t, bench_result *r, double *share, ern_err *err) {
+    if (t->kv || t->busy) {
+        ERN_TRY(bench_decode_against(s->steps, t->context, BASE_LEN, t->busy ? 1 : 0, r, share, err));
     } else {
-        ERN_TRY(bench_spin(&busy, t->busy ? 1 : 0, err));
-        const ern_status status = bench_decode(s->steps, t->batch, t->context, r, err);
-        bench_spin_end(&busy);
-        if (status != ERN_OK) return status;
+        ERN_TRY(t->prefill ? bench_prefill(s->steps, t->context, r, err)
+                           : bench_decode(s->steps, t->batch, t->context, r, err));
+        *share = r->fraction;
     }
-    *share = r->fraction;
-    if (t->busy && first->tokens_per_s > 0) *share = r->tokens_per_s / first->tokens_per_s;
-    if (t->kv && r->seconds > first->seconds)
-        *share = (r->kv_bytes - first->kv_bytes) / (r->seconds - first->seconds) / r->read;
     tell(s, r, t->busy ? ", one core busy" : "");
     return ERN_OK;
 }
@@ -321,7 +317,6 @@ static void print_table(const stepping *s, const table_cell *cell, int runs) {
     }
 }
 
-/* The first decode row of a run is the base of the kv and busy rows; a format without one of its own gets one. */
 static ern_status run_table(stepping *s, ern_err *err) {
     const int runs = options_flag(s->o, "quick") ? 1 : (int)options_int(s->o, "runs");
     table_cell cell[TABLE_ROWS] = {{0}};
@@ -335,22 +330,12 @@ static ern_status run_table(stepping *s, ern_err *err) {
     ERN_TRY(open_steps(s, n_seq, n_len, n_prompt, err));
     print_heading(s);
     for (int run = 0; run < runs; run++) {
-        bench_result first;
-        ERN_TRY(bench_decode(s->steps, 1, 128, &first, err));
-        bool told = false;
         for (int i = 0; i < TABLE_ROWS; i++) {
             const table_row *t = &table[i];
             bench_result r;
             double share = 0;
             if (!is_ours(s, t)) continue;
-            if (!t->prefill && t->batch == 1 && t->context == 128 && !t->busy && !told) {
-                told = true; /* it was run already */
-                r = first;
-                share = r.fraction;
-                tell(s, &r, "");
-            } else {
-                ERN_TRY(run_row(s, t, &first, &r, &share, err));
-            }
+            ERN_TRY(run_row(s, t, &r, &share, err));
             if (cell[i].n++ == 0 || share < cell[i].worst) {
                 cell[i].worst = share;
                 cell[i].worst_rate = r.tokens_per_s;

@@ -216,17 +216,19 @@ static int32_t steps_of(const bench_steps *b, double seconds) {
     return n < STEPS_LEAST ? STEPS_LEAST : n > STEPS_MAX ? STEPS_MAX : (int32_t)n;
 }
 
-ern_status bench_decode(bench_steps *b, int32_t batch, int32_t context, bench_result *out, ern_err *err) {
+/* Warm, and what a step counts; n: steps of a round. */
+static ern_status decode_begin(bench_steps *b, int32_t batch, int32_t context, bench_result *out, int32_t *n,
+                               bool *has_rate, ern_err *err) {
     *out = (bench_result){.batch = batch, .context = context};
-    const bool has_rate = ern_rate_for(bench_dtype(b->o.model), b->o.level, &out->rate);
+    *has_rate = ern_rate_for(bench_dtype(b->o.model), b->o.level, &out->rate);
     double seconds;
     ERN_TRY(decode_steps(b, batch, context, STEPS_LEAST, &seconds, err));
-    const int32_t n = steps_of(b, seconds);
+    *n = steps_of(b, seconds);
     probe(b, true);
-    if (b->o.model->config.n_expert > 0) ERN_TRY(decode_steps(b, batch, context, n, &seconds, err));
-    const double experts = b->experts / (n + 1); /* the step before the clock starts is seen as well */
+    if (b->o.model->config.n_expert > 0) ERN_TRY(decode_steps(b, batch, context, *n, &seconds, err));
+    const double experts = b->experts / (*n + 1); /* the step before the clock starts is seen as well */
     probe(b, false);
-    const double visible = context + 2 + (n - 1) / 2.0; /* in the mean step, its own position counted */
+    const double visible = context + 2 + (*n - 1) / 2.0; /* in the mean step, its own position counted */
     count(b,
           &(bench_work){.n_row = batch,
                         .n_want = batch,
@@ -236,6 +238,13 @@ ern_status bench_decode(bench_steps *b, int32_t batch, int32_t context, bench_re
                         .kv_bytes = b->kv_bytes,
                         .pairs = batch * visible},
           out);
+    return ERN_OK;
+}
+
+ern_status bench_decode(bench_steps *b, int32_t batch, int32_t context, bench_result *out, ern_err *err) {
+    int32_t n;
+    bool has_rate;
+    ERN_TRY(decode_begin(b, batch, context, out, &n, &has_rate, err));
     round r[ROUNDS_MAX] = {{0}};
     const int64_t begin_us = ern_now_us();
     int rounds = 0;
@@ -245,6 +254,48 @@ ern_status bench_decode(bench_steps *b, int32_t batch, int32_t context, bench_re
         look(b, out, has_rate, &r[rounds]);
     } while (++rounds < b->o.n_round && ern_now_us() - begin_us < ENOUGH_US);
     conclude(out, r, rounds, batch);
+    return ERN_OK;
+}
+
+/* A round of a row, and of the row that it is held against, a moment before. */
+typedef struct pair {
+    round row, base;
+    double share;
+} pair;
+static int by_share(const void *a, const void *b) {
+    const double x = ((const pair *)a)->share, y = ((const pair *)b)->share;
+    return (x > y) - (x < y);
+}
+
+ern_status bench_decode_against(bench_steps *b, int32_t context, int32_t base_context, int n_busy, bench_result *out,
+                                double *share, ern_err *err) {
+    int32_t n, n_base;
+    bool has_rate;
+    bench_result base;
+    ERN_TRY(decode_begin(b, 1, base_context, &base, &n_base, &has_rate, err));
+    ERN_TRY(decode_begin(b, 1, context, out, &n, &has_rate, err));
+    pair r[ROUNDS_MAX];
+    memset(r, 0, sizeof r);
+    const int64_t begin_us = ern_now_us();
+    int rounds = 0;
+    do {
+        pair *p = &r[rounds];
+        bench_spinners busy;
+        look(b, out, has_rate, &p->row);
+        ERN_TRY(decode_steps(b, 1, base_context, n_base, &p->base.seconds, err));
+        ERN_TRY(bench_spin(&busy, n_busy, err));
+        const ern_status status = decode_steps(b, 1, context, n, &p->row.seconds, err);
+        bench_spin_end(&busy);
+        if (status != ERN_OK) return status;
+        look(b, out, has_rate, &p->row);
+        const double more_s = p->row.seconds - p->base.seconds;
+        p->share = n_busy                          ? p->base.seconds / p->row.seconds
+                   : more_s > 0 && p->row.read > 0 ? (out->kv_bytes - base.kv_bytes) / more_s / p->row.read
+                                                   : 0;
+    } while (++rounds < b->o.n_round && ern_now_us() - begin_us < ENOUGH_US);
+    qsort(r, (size_t)rounds, sizeof *r, by_share);
+    *share = r[rounds / 2].share;
+    conclude(out, &r[rounds / 2].row, 1, 1);
     return ERN_OK;
 }
 
