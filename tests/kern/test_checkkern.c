@@ -589,6 +589,24 @@ static void test_silu_mul(void **state) {
     }
 }
 
+static void test_rope(void **state) {
+    const cpu_kernels *k = *state;
+    for (int round = 0; round < 100; round++) {
+        const int32_t C = 2 * draw_int(1, CPU_HEAD_DIM_MAX / 2), H = draw_int(1, 5), n = H * C;
+        float *x = floats(n, 10.0f), *was = guard((size_t)n * sizeof *was);
+        const float *table = floats(C, 1.0f);
+        memcpy(was, x, (size_t)n * sizeof *was);
+        k->rope(x, table, H, C);
+        for (int32_t i = 0; i < n; i += 2) {
+            const float c = table[i % C / 2], s = table[C / 2 + i % C / 2];
+            const float even = was[i] * c - was[i + 1] * s, odd = was[i + 1] * c + was[i] * s;
+            assert_memory_equal(&x[i], &even, sizeof even);
+            assert_memory_equal(&x[i + 1], &odd, sizeof odd);
+        }
+        guard_free();
+    }
+}
+
 static void test_softmax(void **state) {
     const cpu_kernels *k = *state;
     for (int round = 0; round < 100; round++) {
@@ -880,15 +898,15 @@ int main(int argc, char **argv) {
         void *k = (void *)(uintptr_t)table[i];
         printf("level %s, seed %" PRIu64 "\n", table[i]->name, seed);
         const struct CMUnitTest tests[] = {
-            cmocka_unit_test_prestate(test_linear, k),       cmocka_unit_test_prestate(test_linear_rows, k),
-            cmocka_unit_test_prestate(test_panels, k),       cmocka_unit_test_prestate(test_tile_law, k),
-            cmocka_unit_test_prestate(test_linear_exact, k), cmocka_unit_test_prestate(test_quant, k),
-            cmocka_unit_test_prestate(test_quant_rows, k),   cmocka_unit_test_prestate(test_act, k),
-            cmocka_unit_test_prestate(test_act_bad, k),      cmocka_unit_test_prestate(test_linear_f32, k),
-            cmocka_unit_test_prestate(test_norm, k),         cmocka_unit_test_prestate(test_silu_mul, k),
-            cmocka_unit_test_prestate(test_softmax, k),      cmocka_unit_test_prestate(test_attn, k),
-            cmocka_unit_test_prestate(test_attn_rows, k),    cmocka_unit_test_prestate(test_attn_infinite, k),
-            cmocka_unit_test_prestate(test_table, k),
+            cmocka_unit_test_prestate(test_linear, k),        cmocka_unit_test_prestate(test_linear_rows, k),
+            cmocka_unit_test_prestate(test_panels, k),        cmocka_unit_test_prestate(test_tile_law, k),
+            cmocka_unit_test_prestate(test_linear_exact, k),  cmocka_unit_test_prestate(test_quant, k),
+            cmocka_unit_test_prestate(test_quant_rows, k),    cmocka_unit_test_prestate(test_act, k),
+            cmocka_unit_test_prestate(test_act_bad, k),       cmocka_unit_test_prestate(test_linear_f32, k),
+            cmocka_unit_test_prestate(test_norm, k),          cmocka_unit_test_prestate(test_silu_mul, k),
+            cmocka_unit_test_prestate(test_rope, k),          cmocka_unit_test_prestate(test_softmax, k),
+            cmocka_unit_test_prestate(test_attn, k),          cmocka_unit_test_prestate(test_attn_rows, k),
+            cmocka_unit_test_prestate(test_attn_infinite, k), cmocka_unit_test_prestate(test_table, k),
         };
         failed += cmocka_run_group_tests(tests, NULL, NULL);
     }

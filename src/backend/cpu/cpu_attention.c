@@ -3,8 +3,7 @@
 #include "backend/cpu/cpu_state.h"
 
 #include <math.h>
-
-#include "model/quant.h"
+#include <string.h>
 
 /* Cosines and sines of one row. The angle is an f32 product of the position and inv_freq, as docs/model.md 3.3 has it.
  */
@@ -13,18 +12,6 @@ void cpu_rope_table(float *table, const float *inv_freq, int32_t pos, int32_t C)
         double angle = (double)((float)pos * inv_freq[j]);
         table[j] = (float)cos(angle);
         table[C / 2 + j] = (float)sin(angle);
-    }
-}
-
-/* Rotate the pairs (2i, 2i+1) of n_head heads in place. */
-static void rope_row(float *x, const float *table, int32_t n_head, int32_t C) {
-    const float *cosine = table, *sine = table + C / 2;
-    for (int32_t h = 0; h < n_head; h++, x += C) {
-        for (int32_t i = 0; i < C / 2; i++) {
-            float even = x[2 * i], odd = x[2 * i + 1];
-            x[2 * i] = even * cosine[i] - odd * sine[i];
-            x[2 * i + 1] = odd * cosine[i] + even * sine[i];
-        }
     }
 }
 
@@ -40,13 +27,21 @@ static void store_head(const cpu_backend *b, unsigned char *plane, const float *
                        int32_t cell) {
     const int32_t C = b->model->config.n_head_dim;
     if (b->o.kv_dtype == ERN_KV_BF16) {
-        ern_bf16 *to = (ern_bf16 *)(void *)plane + i;
-        for (int32_t c = 0; c < C; c++) to[c * step] = ern_bf16_from_f32(x[c]);
+        ern_bf16 row[CPU_HEAD_DIM_MAX], *to = (ern_bf16 *)(void *)plane + i;
+        if (b->kernels->round_bf16)
+            b->kernels->round_bf16(row, x, C);
+        else
+            for (int32_t c = 0; c < C; c++) row[c] = ern_bf16_from_f32(x[c]);
+        if (step == 1)
+            memcpy(to, row, (size_t)C * sizeof *row);
+        else
+            for (int32_t c = 0; c < C; c++) to[c * step] = row[c];
         return;
     }
     int8_t code[ERN_KV_CODE_HEAD_MAX], *to = (int8_t *)plane + i;
     float *scale = (float *)(void *)(plane + cpu_kv_cells(b->o.n_page_cell) * C);
-    quant_act_int8(code, scale + cell, x, C);
+    int32_t sum;
+    b->kernels->quant_int8(code, scale + cell, &sum, x, C);
     for (int32_t c = 0; c < C; c++) to[c * step] = code[c];
 }
 
@@ -57,8 +52,8 @@ void cpu_store_rows(const cpu_run *c, int32_t layer) {
     int32_t from, to;
     cpu_share(c, c->s->n_row, 1, &from, &to);
     for (int64_t t = from; t < to; t++) {
-        rope_row(b->q + t * H * C, b->rope + t * C, H, C);
-        rope_row(b->k + t * G * C, b->rope + t * C, G, C);
+        b->kernels->rope(b->q + t * H * C, b->rope + t * C, H, C);
+        b->kernels->rope(b->k + t * G * C, b->rope + t * C, G, C);
         const int32_t page = c->s->cell[t] / P, cell = c->s->cell[t] % P, lane = cell % CPU_KV_GROUP;
         for (int32_t g = 0; g < G; g++) {
             unsigned char *k = kv_at(b, layer, g) + page * b->page_stride, *v = k + G * b->plane_bytes;

@@ -134,6 +134,9 @@ typedef struct cpu_kernels {
     void (*norm)(float *y, const float *x, const ern_bf16 *w, int32_t n, float eps);
     /* gate[n] = silu(gate) * up. */
     void (*silu_mul)(float *gate, const float *up, int32_t n);
+    /* Rotate the pairs (2i, 2i+1) of n_head heads x [n_head, C] in place; table [2, C/2]: cosines, sines. C is even.
+     * Two products and a sum each, so all levels have the same bits. */
+    void (*rope)(float *x, const float *table, int32_t n_head, int32_t head_dim);
     /* x[n] = exp(x - max(x)) / sum. n >= 1. */
     void (*softmax)(float *x, int32_t n);
     /* One row, n_head <= CPU_HEAD_TILE query heads of one KV head, the first n positions of a block, by dtype (bf16,

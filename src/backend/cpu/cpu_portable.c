@@ -114,6 +114,17 @@ static void silu_mul(float *gate, const float *up, int32_t n) {
     for (int32_t i = 0; i < n; i++) gate[i] = gate[i] / (1.0f + exp1(-gate[i])) * up[i];
 }
 
+static void rope(float *x, const float *table, int32_t n_head, int32_t C) {
+    const float *cosine = table, *sine = table + C / 2;
+    for (int32_t h = 0; h < n_head; h++, x += C) {
+        for (int32_t i = 0; i < C / 2; i++) {
+            const float even = x[2 * i], odd = x[2 * i + 1];
+            x[2 * i] = even * cosine[i] - odd * sine[i];
+            x[2 * i + 1] = odd * cosine[i] + even * sine[i];
+        }
+    }
+}
+
 static void softmax(float *x, int32_t n) {
     float max = x[0], sum = 0.0f;
     for (int32_t i = 1; i < n; i++) max = x[i] > max ? x[i] : max;
@@ -219,6 +230,7 @@ const cpu_kernels cpu_kernels_portable = {
     .linear_f32 = linear_f32,
     .norm = norm,
     .silu_mul = silu_mul,
+    .rope = rope,
     .softmax = softmax,
     .attn_block = {attn_bf16, attn_int8},
     .attn_join = attn_join,

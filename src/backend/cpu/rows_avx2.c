@@ -26,6 +26,21 @@ static void silu_mul(float *gate, const float *up, int32_t n) {
     }
 }
 
+static void rope(float *x, const float *table, int32_t n_head, int32_t C) {
+    const __m256i twice = _mm256_set_epi32(3, 3, 2, 2, 1, 1, 0, 0);
+    const __m256 even = _mm256_castsi256_ps(_mm256_set1_epi64x(0x80000000));
+    for (int32_t i = 0; i < C; i += 8) {
+        const __m256 c = _mm256_permutevar8x32_ps(cpu_load8_cut(table + i / 2, (C - i) / 2), twice);
+        const __m256 s = _mm256_permutevar8x32_ps(cpu_load8_cut(table + C / 2 + i / 2, (C - i) / 2), twice);
+        const __m256 turn = _mm256_xor_ps(s, even);
+        for (int32_t h = 0; h < n_head; h++) {
+            float *at = x + (int64_t)h * C + i;
+            const __m256 v = cpu_load8_cut(at, C - i), other = _mm256_permute_ps(v, 0xb1);
+            cpu_store8_cut(at, C - i, _mm256_add_ps(_mm256_mul_ps(v, c), _mm256_mul_ps(other, turn)));
+        }
+    }
+}
+
 static void softmax(float *x, int32_t n) {
     const __m256 none = _mm256_set1_ps(-INFINITY);
     __m256 top = none, sum[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()};
@@ -60,6 +75,7 @@ const cpu_kernels cpu_kernels_avx2 = {
     .linear_f32 = cpu_linear_f32_avx2,
     .norm = norm,
     .silu_mul = silu_mul,
+    .rope = rope,
     .softmax = softmax,
     .attn_block = {cpu_attn_bf16_avx2, cpu_attn_int8_avx2},
     .attn_join = cpu_attn_join_avx2,

@@ -32,6 +32,22 @@ static void silu_mul(float *gate, const float *up, int32_t n) {
     }
 }
 
+static void rope(float *x, const float *table, int32_t n_head, int32_t C) {
+    const __m512i twice = _mm512_set_epi32(7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0);
+    const __m512 even = _mm512_castsi512_ps(_mm512_set1_epi64(0x80000000));
+    for (int32_t i = 0; i < C; i += 16) {
+        const __mmask16 m = cpu_mask(C - i), half = cpu_mask((C - i) / 2) & 0xff;
+        const __m512 c = _mm512_permutexvar_ps(twice, _mm512_maskz_loadu_ps(half, table + i / 2));
+        const __m512 s = _mm512_permutexvar_ps(twice, _mm512_maskz_loadu_ps(half, table + C / 2 + i / 2));
+        const __m512 turn = _mm512_xor_ps(s, even);
+        for (int32_t h = 0; h < n_head; h++) {
+            float *at = x + (int64_t)h * C + i;
+            const __m512 v = _mm512_maskz_loadu_ps(m, at), other = _mm512_permute_ps(v, 0xb1);
+            _mm512_mask_storeu_ps(at, m, _mm512_add_ps(_mm512_mul_ps(v, c), _mm512_mul_ps(other, turn)));
+        }
+    }
+}
+
 static void softmax(float *x, int32_t n) {
     const __m512 none = _mm512_set1_ps(-INFINITY);
     __m512 top = none, sum = _mm512_setzero_ps();
@@ -55,7 +71,7 @@ static void softmax(float *x, int32_t n) {
     .exact_bf16 = {[ERN_ORDER_OUT_IN] = cpu_linear_out_in_avx512, [ERN_ORDER_IN_OUT] = cpu_linear_in_out_avx512}, \
     .linear_f8 = cpu_linear_f8_avx512, .exact_i8 = cpu_exact_i8_avx512, .exact_i4 = cpu_exact_i4_avx512,          \
     .exact_f8 = cpu_exact_f8_avx512, .quant_int8 = cpu_quant_int8_avx512, .quant_fp8 = cpu_quant_fp8_avx512,      \
-    .linear_f32 = cpu_linear_f32_avx512, .norm = norm, .silu_mul = silu_mul, .softmax = softmax,                  \
+    .linear_f32 = cpu_linear_f32_avx512, .norm = norm, .silu_mul = silu_mul, .rope = rope, .softmax = softmax,    \
     .attn_join = cpu_attn_join_avx512
 #define LINEAR_F32                                                                                                 \
     .linear_bf16 = {[ERN_ORDER_OUT_IN] = cpu_linear_out_in_avx512, [ERN_ORDER_IN_OUT] = cpu_linear_in_out_avx512}, \
