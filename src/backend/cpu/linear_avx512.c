@@ -26,6 +26,7 @@ enum {
     K_BLOCK_IN_OUT = 512,
     ROWS_OUT_IN = 6, /* 6 x 4 sums + 4 weights + 1 x: 29 of 32 registers */
     OUTS_OUT_IN = CPU_PANEL_LINES,
+    F32_OUTS = 8,
     AHEAD_OUT_IN =
         16 << 10,    /* bytes fetched ahead into L2, in the order of memory: weight rows are short for the hardware */
     ROWS_IN_OUT = 8, /* 8 x 3 sums + 3 weights + 1 x: 28 registers */
@@ -368,18 +369,26 @@ void cpu_linear_in_out_avx512(const cpu_linear_job *j) {
     }
 }
 
-void cpu_linear_f32_avx512(float *y, const float *x, const float *w, int32_t n_out, int32_t n_in) {
+/* no outputs from o on, side by side: a sum alone waits for itself. */
+CPU_INLINE void f32_outputs(float *y, const float *x, const float *w, int32_t n_in, const int no) {
     const __mmask16 m = cpu_mask(n_in % 16);
-    for (int32_t o = 0; o < n_out; o += 4) {
-        const int32_t no = least(4, n_out - o);
-        __m512 acc[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
-        for (int32_t i = 0; i < no; i++) {
-            const float *row = w + (int64_t)(o + i) * n_in;
-            int32_t k = 0;
-            for (; k + 16 <= n_in; k += 16)
-                acc[i] = _mm512_fmadd_ps(_mm512_loadu_ps(x + k), _mm512_loadu_ps(row + k), acc[i]);
-            acc[i] = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(m, x + k), _mm512_maskz_loadu_ps(m, row + k), acc[i]);
-        }
-        _mm_mask_storeu_ps(y + o, (__mmask8)((1u << no) - 1u), cpu_sum4(acc[0], acc[1], acc[2], acc[3]));
+    __m512 acc[F32_OUTS];
+    int32_t k = 0;
+    CPU_UNROLL for (int i = 0; i < F32_OUTS; i++) acc[i] = _mm512_setzero_ps();
+    for (; k + 16 <= n_in; k += 16) {
+        const __m512 v = _mm512_loadu_ps(x + k);
+        CPU_UNROLL for (int i = 0; i < no; i++) acc[i] =
+            _mm512_fmadd_ps(v, _mm512_loadu_ps(w + (int64_t)i * n_in + k), acc[i]);
     }
+    const __m512 v = _mm512_maskz_loadu_ps(m, x + k);
+    CPU_UNROLL for (int i = 0; i < no; i++) acc[i] =
+        _mm512_fmadd_ps(v, _mm512_maskz_loadu_ps(m, w + (int64_t)i * n_in + k), acc[i]);
+    CPU_UNROLL for (int i = 0; i < no; i += 4)
+        _mm_mask_storeu_ps(y + i, cpu_mask(no - i) & 15, cpu_sum4(acc[i], acc[i + 1], acc[i + 2], acc[i + 3]));
+}
+
+void cpu_linear_f32_avx512(float *y, const float *x, const float *w, int32_t n_out, int32_t n_in) {
+    int32_t o = 0;
+    for (; o + F32_OUTS <= n_out; o += F32_OUTS) f32_outputs(y + o, x, w + (int64_t)o * n_in, n_in, F32_OUTS);
+    for (; o < n_out; o++) f32_outputs(y + o, x, w + (int64_t)o * n_in, n_in, 1);
 }
