@@ -7,6 +7,8 @@
  * whole group of down's inputs, and nobody meets in between. */
 #include "backend/cpu/cpu_state.h"
 
+#include <string.h>
+
 enum { NEAR_ROWS = 16 }; /* so many rows are worth a scratch of their own */
 
 static int32_t least(int32_t a, int32_t b) { return a < b ? a : b; }
@@ -26,7 +28,7 @@ static void gate_up_part(const cpu_run *c, const ern_ffn *w, const cpu_linear_jo
         u.w = &w->up;
         u.y = b->up + y0 * F;
         if (near) {
-            const int64_t plane = CPU_FFN_ROWS * ERN_ACT_GROUP;
+            const int64_t plane = (int64_t)cpu_ffn_rows(b) * ERN_ACT_GROUP;
             g.y_stride = u.y_stride = ERN_ACT_GROUP;
             g.y = b->near + c->worker * 2 * plane - at; /* column `at` is its first */
             u.y = g.y + plane;
@@ -152,6 +154,21 @@ static void choose(const cpu_run *c, const ern_layer *w, int32_t layer, int64_t 
     cpu_meet(c);
 }
 
+/* The rows of a job side by side: where many outputs read them, in tiles. */
+static void gather(const cpu_run *c, cpu_linear_job *j) {
+    const cpu_backend *b = c->b;
+    const size_t groups = (size_t)cpu_groups(j->w->n_in);
+    const int64_t first = (int64_t)c->worker * cpu_ffn_rows(b);
+    for (int32_t r = 0; r < j->n_row; r++) {
+        const cpu_act from = cpu_act_at(b, b->act, j->w, j->x_row[r]), to = cpu_act_at(b, b->own, j->w, first + r);
+        memcpy(to.q, from.q, (size_t)cpu_act_width(j->w->n_in));
+        memcpy(to.scale, from.scale, groups * sizeof *to.scale);
+        memcpy(to.sum, from.sum, groups * sizeof *to.sum);
+    }
+    j->act = cpu_act_at(b, b->own, j->w, first);
+    j->x_row = NULL;
+}
+
 /* gate and up of all entries, piece by piece of (expert, columns). */
 static void experts_up(cpu_run *c, const ern_layer *w) {
     cpu_backend *b = c->b;
@@ -165,6 +182,7 @@ static void experts_up(cpu_run *c, const ern_layer *w) {
             const int32_t e = b->active[at / each], col = at % each, last = least(end - at, each - col) + col;
             cpu_linear_job gate = gate_job(b, &w->expert[e], first[e], first[e + 1] - first[e]);
             gate.x_row = b->entry_row + first[e];
+            if (gate.n_row >= NEAR_ROWS && cpu_act_for(b, gate.w) == CPU_ACT_INT8) gather(c, &gate);
             from = col * ERN_ACT_GROUP, to = least(last * ERN_ACT_GROUP, F);
             if (fixed) cpu_share(c, F, ERN_ACT_GROUP, &from, &to);
             gate_up_part(c, &w->expert[e], &gate, first[e], from, to);

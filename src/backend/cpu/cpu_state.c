@@ -143,7 +143,7 @@ static void slot_layout(cpu_backend *b, cpu_slot *s, cutter *c) {
 size_t cpu_layout(cpu_backend *b, unsigned char *base) {
     const ern_config *m = &b->model->config;
     const size_t T = (size_t)b->o.n_row_max, W = (size_t)b->o.n_want_max, D = (size_t)m->n_hidden;
-    const size_t R = T < CPU_FFN_ROWS ? T : CPU_FFN_ROWS, I = W < CPU_LOGIT_ROWS ? W : CPU_LOGIT_ROWS;
+    const size_t R = (size_t)cpu_ffn_rows(b), I = W < CPU_LOGIT_ROWS ? W : CPU_LOGIT_ROWS;
     const size_t C = (size_t)m->n_head_dim, E = (size_t)m->n_expert, K = E ? (size_t)m->n_expert_used : 0;
     const size_t expert_f = E ? (size_t)m->n_expert_ffn : 0, n = (size_t)b->n_worker;
     const size_t wide = larger((size_t)m->n_ffn, larger(K, (size_t)m->n_shared_expert) * expert_f);
@@ -158,7 +158,7 @@ size_t cpu_layout(cpu_backend *b, unsigned char *base) {
     b->rope = cut(&c, T * C, sizeof(float));
     b->gate = cut(&c, R * wide, sizeof(float));
     b->up = cut(&c, R * wide, sizeof(float));
-    b->near = cut(&c, n * 2 * CPU_FFN_ROWS * ERN_ACT_GROUP, sizeof(float));
+    b->near = cut(&c, n * 2 * R * ERN_ACT_GROUP, sizeof(float));
     b->prob = cut(&c, R * E, sizeof(float));
     b->chosen = cut(&c, R * K, sizeof(int32_t));
     b->share = cut(&c, R * K, sizeof(float));
@@ -177,6 +177,7 @@ size_t cpu_layout(cpu_backend *b, unsigned char *base) {
     b->room = cut(&c, b->kernels->attn_rows ? n * cpu_attn_room() : 0, 1);
     b->part = cut(&c, (size_t)b->n_slot * (size_t)cpu_head_tiles(m) * (size_t)b->part_floats, sizeof(float));
     b->act = cut_act(b, &c, T, widest_x);
+    b->own = cut_act(b, &c, E ? n * R : 0, D);
     b->mid =
         cut_act(b, &c, R * larger(K, 1), larger((size_t)m->n_ffn, larger(1, (size_t)m->n_shared_expert) * expert_f));
     b->sampler = cut(&c, n * b->sampler_bytes, 1);

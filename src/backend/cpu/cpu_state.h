@@ -15,9 +15,8 @@
 #include "base/pool.h"
 
 enum {
-    CPU_SLOTS = 3, /* two in flight, and the one whose result the engine still reads */
-    CPU_FFN_ROWS =
-        256, /* rows of one pass through a feed-forward: bounds its scratch, leaves the weights reused enough */
+    CPU_SLOTS = 3,        /* two in flight, and the one whose result the engine still reads */
+    CPU_FFN_ROWS = 512,   /* rows of one pass through a feed-forward: bounds its scratch; each reads all weights */
     CPU_LOGIT_ROWS = 32,  /* wanted rows whose logits exist at one time */
     CPU_PAIRS_MAX = 1024, /* page copies queued before a step */
 };
@@ -77,7 +76,7 @@ typedef struct cpu_backend {
     float *inv_freq;      /* [C/2] 1 / theta^(2j/C), rounded as docs/model.md 3.3 has it; filled at open */
     float *rope;          /* [T, 2, C/2] cosines, sines */
     float *gate, *up;     /* [R, F] or [R*K, F of an expert] */
-    float *near;          /* [n_worker, 2, CPU_FFN_ROWS, ERN_ACT_GROUP] gate and up of a piece of many rows */
+    float *near;          /* [n_worker, 2, R, ERN_ACT_GROUP] gate and up of a piece of many rows */
     float *prob;          /* [R, E] router */
     int32_t *chosen;      /* [R, K] expert ids, ascending */
     float *share;         /* [R, K] their weights */
@@ -103,6 +102,7 @@ typedef struct cpu_backend {
     size_t sampler_bytes;
     atomic_int next_task;
     cpu_act act;     /* [T] rows of xn, of q, of mtp_in or of head_in, as the next linear takes them */
+    cpu_act own;     /* [n_worker * R] with experts: the rows of act that chose one */
     cpu_act mid;     /* [R] or [R*K] rows of gate, as down takes them */
     size_t act_each; /* bytes of a number of act.q and mid.q: 0 where no linear wants them, 1 for int8, 2 for bf16, 4
                         for fp8 */
@@ -138,6 +138,11 @@ bool cpu_weights_open(cpu_weights *k, const ern_model *model, int32_t panel_out)
 /* Copy into `to` [k->bytes], by all workers of the pool; only if bytes > 0. */
 void cpu_weights_fill(cpu_weights *k, const ern_model *model, unsigned char *to, ern_pool *pool);
 void cpu_weights_close(cpu_weights *k);
+
+/* Most rows of one pass through a feed-forward. */
+static inline int32_t cpu_ffn_rows(const cpu_backend *b) {
+    return b->o.n_row_max < CPU_FFN_ROWS ? b->o.n_row_max : CPU_FFN_ROWS;
+}
 
 /* A worker's view of the running step. */
 typedef struct cpu_run {
