@@ -589,6 +589,25 @@ static void test_silu_mul(void **state) {
     }
 }
 
+static void test_silu_int8(void **state) {
+    const cpu_kernels *k = *state;
+    for (int round = 0; k->silu_int8 && round < 100; round++) {
+        const int32_t n = ERN_ACT_GROUP;
+        float *gate = floats(n, round % 4 ? 10.0f : 200.0f), scale[2];
+        const float *up = floats(n, round % 5 ? 3.0f : 0.0f);
+        int8_t *q = guard((size_t)n), *want = guard((size_t)n);
+        int32_t sum[2];
+        if (round % 10 == 3) gate[draw_int(0, n - 1)] = NAN;
+        k->silu_int8(q, &scale[0], &sum[0], gate, up);
+        k->silu_mul(gate, up, n);
+        k->quant_int8(want, &scale[1], &sum[1], gate, n);
+        assert_memory_equal(q, want, (size_t)n);
+        assert_memory_equal(&scale[0], &scale[1], sizeof scale[0]);
+        assert_int_equal(sum[0], sum[1]);
+        guard_free();
+    }
+}
+
 static void test_rope(void **state) {
     const cpu_kernels *k = *state;
     for (int round = 0; round < 100; round++) {
@@ -898,15 +917,16 @@ int main(int argc, char **argv) {
         void *k = (void *)(uintptr_t)table[i];
         printf("level %s, seed %" PRIu64 "\n", table[i]->name, seed);
         const struct CMUnitTest tests[] = {
-            cmocka_unit_test_prestate(test_linear, k),        cmocka_unit_test_prestate(test_linear_rows, k),
-            cmocka_unit_test_prestate(test_panels, k),        cmocka_unit_test_prestate(test_tile_law, k),
-            cmocka_unit_test_prestate(test_linear_exact, k),  cmocka_unit_test_prestate(test_quant, k),
-            cmocka_unit_test_prestate(test_quant_rows, k),    cmocka_unit_test_prestate(test_act, k),
-            cmocka_unit_test_prestate(test_act_bad, k),       cmocka_unit_test_prestate(test_linear_f32, k),
-            cmocka_unit_test_prestate(test_norm, k),          cmocka_unit_test_prestate(test_silu_mul, k),
-            cmocka_unit_test_prestate(test_rope, k),          cmocka_unit_test_prestate(test_softmax, k),
-            cmocka_unit_test_prestate(test_attn, k),          cmocka_unit_test_prestate(test_attn_rows, k),
-            cmocka_unit_test_prestate(test_attn_infinite, k), cmocka_unit_test_prestate(test_table, k),
+            cmocka_unit_test_prestate(test_linear, k),       cmocka_unit_test_prestate(test_linear_rows, k),
+            cmocka_unit_test_prestate(test_panels, k),       cmocka_unit_test_prestate(test_tile_law, k),
+            cmocka_unit_test_prestate(test_linear_exact, k), cmocka_unit_test_prestate(test_quant, k),
+            cmocka_unit_test_prestate(test_quant_rows, k),   cmocka_unit_test_prestate(test_act, k),
+            cmocka_unit_test_prestate(test_act_bad, k),      cmocka_unit_test_prestate(test_linear_f32, k),
+            cmocka_unit_test_prestate(test_norm, k),         cmocka_unit_test_prestate(test_silu_mul, k),
+            cmocka_unit_test_prestate(test_silu_int8, k),    cmocka_unit_test_prestate(test_rope, k),
+            cmocka_unit_test_prestate(test_softmax, k),      cmocka_unit_test_prestate(test_attn, k),
+            cmocka_unit_test_prestate(test_attn_rows, k),    cmocka_unit_test_prestate(test_attn_infinite, k),
+            cmocka_unit_test_prestate(test_table, k),
         };
         failed += cmocka_run_group_tests(tests, NULL, NULL);
     }

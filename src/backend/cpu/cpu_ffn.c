@@ -14,6 +14,24 @@ enum { NEAR_ROWS = 16 }; /* so many rows are worth a scratch of their own */
 static int32_t least(int32_t a, int32_t b) { return a < b ? a : b; }
 static int32_t pieces(int32_t n, int32_t each) { return (n + each - 1) / each; }
 
+/* Rows y0..y0+n-1 of mid, inputs from..to-1, of gate and up, whose column `from` is their first; rows are `stride`
+ * apart. Overwrites gate. */
+static void swiglu(const cpu_backend *b, const ern_linear *down, int64_t y0, int32_t n, float *gate, const float *up,
+                   int64_t stride, int32_t from, int32_t to) {
+    const bool codes = b->kernels->silu_int8 && cpu_act_for(b, down) == CPU_ACT_INT8 && to - from == ERN_ACT_GROUP;
+    const cpu_act at = cpu_act_at(b, b->mid, down, y0);
+    const int64_t groups = cpu_groups(down->n_in), g = from / ERN_ACT_GROUP;
+    for (int64_t r = 0; r < n; r++, gate += stride, up += stride) {
+        if (codes) {
+            int8_t *q = (int8_t *)at.q + r * cpu_act_stride(down->n_in) + from;
+            b->kernels->silu_int8(q, at.scale + r * groups + g, at.sum + r * groups + g, gate, up);
+        } else {
+            b->kernels->silu_mul(gate, up, to - from);
+            cpu_act_put(b, b->mid, down, y0 + r, from, gate, to - from);
+        }
+    }
+}
+
 /* Columns from..to-1 of gate <- silu(gate x) * (up x), and of mid; rows y0.. of the scratch. gate: the job of w->gate.
  * Of many rows a group of down's inputs at a time is made, in a scratch that stays in L2, unless down reads gate itself
  * or the weights are read in long runs. */
@@ -35,11 +53,7 @@ static void gate_up_part(const cpu_run *c, const ern_ffn *w, const cpu_linear_jo
         }
         cpu_linear_part(b, &g, at, end);
         cpu_linear_part(b, &u, at, end);
-        for (int64_t r = 0; r < n; r++) {
-            float *y = g.y + r * g.y_stride + at;
-            b->kernels->silu_mul(y, u.y + r * u.y_stride + at, end - at);
-            cpu_act_put(b, b->mid, &w->down, y0 + r, at, y, end - at);
-        }
+        swiglu(b, &w->down, y0, n, g.y + at, u.y + at, g.y_stride, at, end);
     }
 }
 

@@ -134,6 +134,8 @@ typedef struct cpu_kernels {
     void (*norm)(float *y, const float *x, const ern_bf16 *w, int32_t n, float eps);
     /* gate[n] = silu(gate) * up. */
     void (*silu_mul)(float *gate, const float *up, int32_t n);
+    /* A whole group of silu(gate) * up as quant_int8 has it; NULL: by these two. */
+    void (*silu_int8)(int8_t *q, float *scale, int32_t *sum, const float *gate, const float *up);
     /* Rotate the pairs (2i, 2i+1) of n_head heads x [n_head, C] in place; table [2, C/2]: cosines, sines. C is even.
      * Two products and a sum each, so all levels have the same bits. */
     void (*rope)(float *x, const float *table, int32_t n_head, int32_t head_dim);

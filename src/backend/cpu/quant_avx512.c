@@ -15,53 +15,81 @@ static int32_t least(int32_t a, int32_t b) { return a < b ? a : b; }
 
 /* ---- activations ------------------------------------------------------------------------------------------------- */
 
-/* The largest magnitude among n <= 128 numbers, by bits: infinity and NaN win. whole: n is 128. */
-CPU_INLINE float group_top(const float *x, int32_t n, const bool whole) {
-    const __m512i mag = _mm512_set1_epi32(0x7fffffff);
-    __m512i top = _mm512_setzero_si512();
-    for (int32_t i = 0; i < (whole ? ERN_ACT_GROUP : n); i += 16) {
-        const __mmask16 m = whole ? 0xffff : cpu_mask(n - i);
-        top = _mm512_max_epu32(top, _mm512_and_si512(_mm512_castps_si512(_mm512_maskz_loadu_ps(m, x + i)), mag));
-    }
+/* The larger magnitudes, by bits: infinity and NaN win. */
+CPU_INLINE __m512i larger(__m512i top, __m512 x) {
+    return _mm512_max_epu32(top, _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7fffffff)));
+}
+CPU_INLINE float largest(__m512i top) {
     const uint32_t bits = _mm512_reduce_max_epu32(top);
     float a;
     memcpy(&a, &bits, sizeof a);
     return a;
 }
 
-/* One group of m <= 128 inputs, zeros beyond them to n; whole: 128 of both, whose masks cost more than the work. */
-CPU_INLINE void quant_group(int8_t *q, float *scale, int32_t *sum, const float *x, int32_t m, int32_t n,
-                            const bool whole) {
-    if (whole) m = n = ERN_ACT_GROUP;
-    const float a = group_top(x, m, whole);
+/* The largest magnitude among n <= 128 numbers. */
+CPU_INLINE float group_top(const float *x, int32_t n) {
+    __m512i top = _mm512_setzero_si512();
+    for (int32_t i = 0; i < n; i += 16) top = larger(top, _mm512_maskz_loadu_ps(cpu_mask(n - i), x + i));
+    return largest(top);
+}
+
+/* The scale of a group whose largest magnitude is a. Returns its reciprocal, 0 where all codes are 0. */
+CPU_INLINE float int8_scale(float *scale, float a) {
     float f = a > 0.0f ? 127.0f / a : 0.0f, s = a / 127.0f;
     if (!(a <= 0x1.fffffep127f)) f = 0.0f, s = NAN;
     if (s < 0x1p-100f) f = s = 0.0f;
     *scale = s;
-    if (!(f > 0.0f)) m = 0; /* no NaN may be converted */
+    return f > 0.0f ? f : 0.0f;
+}
+
+/* Sixteen codes. */
+CPU_INLINE __m512i put_codes(int8_t *q, __m512 x, __m512 f) {
+    const __m512i v = _mm512_cvtps_epi32(_mm512_mul_ps(x, f));
+    _mm_storeu_si128((__m128i *)(void *)q, _mm512_cvtepi32_epi8(v));
+    return v;
+}
+
+/* A whole group in registers. */
+enum { GROUP_16 = ERN_ACT_GROUP / 16 };
+CPU_INLINE void quant_whole(int8_t *q, float *scale, int32_t *sum, const __m512 *x) {
+    __m512i top = _mm512_setzero_si512(), all = _mm512_setzero_si512();
+    CPU_UNROLL for (int i = 0; i < GROUP_16; i++) top = larger(top, x[i]);
+    const float f = int8_scale(scale, largest(top));
+    const __m512 fv = _mm512_set1_ps(f);
+    if (f > 0.0f) {
+        CPU_UNROLL for (int i = 0; i < GROUP_16; i++) all = _mm512_add_epi32(all, put_codes(q + 16 * i, x[i], fv));
+    } else {
+        memset(q, 0, ERN_ACT_GROUP); /* no NaN may be converted */
+    }
+    *sum = _mm512_reduce_add_epi32(all);
+}
+
+/* The last m < 128 inputs, zeros beyond them to n. */
+CPU_INLINE void quant_rest(int8_t *q, float *scale, int32_t *sum, const float *x, int32_t m, int32_t n) {
+    const float f = int8_scale(scale, group_top(x, m));
     __m512i all = _mm512_setzero_si512();
     const __m512 fv = _mm512_set1_ps(f);
-    if (whole && m > 0) {
-        CPU_UNROLL for (int i = 0; i < ERN_ACT_GROUP; i += 16) {
-            const __m512i v = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + i), fv));
-            all = _mm512_add_epi32(all, v);
-            _mm_storeu_si128((__m128i *)(void *)(q + i), _mm512_cvtepi32_epi8(v));
-        }
-    } else {
-        for (int32_t i = 0; i < n; i += 16) {
-            const __m512i v = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_maskz_loadu_ps(cpu_mask(m - i), x + i), fv));
-            all = _mm512_add_epi32(all, v);
-            _mm_storeu_si128((__m128i *)(void *)(q + i), _mm512_cvtepi32_epi8(v));
-        }
-    }
+    if (!(f > 0.0f)) m = 0;
+    for (int32_t i = 0; i < n; i += 16)
+        all = _mm512_add_epi32(all, put_codes(q + i, _mm512_maskz_loadu_ps(cpu_mask(m - i), x + i), fv));
     *sum = _mm512_reduce_add_epi32(all);
 }
 
 void cpu_quant_int8_avx512(int8_t *q, float *scale, int32_t *sum, const float *x, int32_t n) {
     int32_t g = 0, at = 0;
-    for (; at + ERN_ACT_GROUP <= n; g++, at += ERN_ACT_GROUP)
-        quant_group(q + at, scale + g, sum + g, x + at, ERN_ACT_GROUP, ERN_ACT_GROUP, true);
-    if (at < n) quant_group(q + at, scale + g, sum + g, x + at, n - at, cpu_act_width(n) - at, false);
+    for (; at + ERN_ACT_GROUP <= n; g++, at += ERN_ACT_GROUP) {
+        __m512 v[GROUP_16];
+        CPU_UNROLL for (int i = 0; i < GROUP_16; i++) v[i] = _mm512_loadu_ps(x + at + 16 * i);
+        quant_whole(q + at, scale + g, sum + g, v);
+    }
+    if (at < n) quant_rest(q + at, scale + g, sum + g, x + at, n - at, cpu_act_width(n) - at);
+}
+
+void cpu_silu_int8_avx512(int8_t *q, float *scale, int32_t *sum, const float *gate, const float *up) {
+    __m512 v[GROUP_16];
+    CPU_UNROLL for (int i = 0; i < GROUP_16; i++) v[i] =
+        cpu_silu16(_mm512_loadu_ps(gate + 16 * i), _mm512_loadu_ps(up + 16 * i));
+    quant_whole(q, scale, sum, v);
 }
 
 /* v to the nearest e4m3 number, |v| <= 448 and a bit: ern_e4m3_from_f32 and back. */
@@ -83,7 +111,7 @@ void cpu_quant_fp8_avx512(float *q, float *scale, const float *x, int32_t n) {
     const int32_t padded = cpu_act_width(n);
     for (int32_t g = 0, at = 0; at < n; g++, at += ERN_ACT_GROUP) {
         const int32_t m = least(ERN_ACT_GROUP, n - at);
-        float a = group_top(x + at, m, false), f;
+        float a = group_top(x + at, m), f;
         if (!(a <= 0x1.fffffep127f)) {
             f = 0.0f, scale[g] = NAN;
         } else {

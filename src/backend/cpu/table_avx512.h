@@ -6,6 +6,7 @@
 
 void cpu_linear_out_in_avx512(const cpu_linear_job *j);
 void cpu_linear_in_out_avx512(const cpu_linear_job *j);
+void cpu_silu_int8_avx512(int8_t *q, float *scale, int32_t *sum, const float *gate, const float *up);
 void cpu_linear_f32_avx512(float *y, const float *x, const float *w, int32_t n_out, int32_t n_in);
 void cpu_linear_f8_avx512(const cpu_linear_job *j);
 void cpu_exact_i8_avx512(const cpu_linear_job *j);

@@ -69,6 +69,16 @@ CPU_INLINE __m512 cpu_exp16(__m512 x) {
     return _mm512_mask_mov_ps(_mm512_scalef_ps(p, n), low, _mm512_setzero_ps());
 }
 
+/* silu(gate) * up. */
+CPU_INLINE __m512 cpu_silu16(__m512 gate, __m512 up) {
+    const __m512 one = _mm512_set1_ps(1.0f);
+    /* a step of Newton's behind 14 bits of the reciprocal: within 1.1 u, in half the time of a division */
+    const __m512 d = _mm512_add_ps(one, cpu_exp16(_mm512_sub_ps(_mm512_setzero_ps(), gate)));
+    const __m512 r = _mm512_rcp14_ps(d);
+    const __m512 s = _mm512_mul_ps(gate, _mm512_fmadd_ps(r, _mm512_fnmadd_ps(d, r, one), r));
+    return _mm512_mul_ps(s, up);
+}
+
 /* 2^x for x <= 0: x = n + r with |r| <= 1/2, then the Taylor series of e^(r ln 2) to the 7th power (next term below
  * 6e-9 of the result), then the exponent n. Below -126 the result is 0 (it would be subnormal). NaN stays. */
 CPU_INLINE __m512 cpu_exp2_16(__m512 x) {
