@@ -18,7 +18,7 @@
 
 enum {
     ROWS = 16,
-    ROWS_LEAST = 8,      /* fewer go by vpdpbusd: signed weights would be made for little */
+    ROWS_LEAST = 16,     /* fewer go by vpdpbusd: signed weights would be made for little */
     PASS = 4,            /* tiles of rows */
     KEPT = 24,           /* groups whose signed weights are kept for the rows that follow */
     NEAR_BYTES = 1 << 20 /* of activations that stay in L2 while all outputs pass */
@@ -187,10 +187,10 @@ CPU_INLINE void gather(room *k, const cpu_linear_job *j, int32_t r, int32_t g, i
     stored();
 }
 
-/* Where the sums of 16 rows are soon to go. */
-CPU_INLINE void fetch_outputs(const cpu_linear_job *j, int32_t r, int32_t o, const int nb) {
-    for (int i = 0; i < least(ROWS, j->n_row - r); i++) {
-        const float *y = cpu_job_y(j, r + i) + o;
+/* Where the sums of rows r..r+n-1 will go. */
+CPU_INLINE void fetch_outputs(const cpu_linear_job *j, int32_t r, int32_t n, int32_t o, const int nb) {
+    for (int32_t to = least(r + n, j->n_row); r < to; r++) {
+        const float *y = cpu_job_y(j, r) + o;
         CPU_UNROLL for (int b = 0; b < nb; b++) _mm_prefetch((const char *)(y + b * ERN_TILE_OUT), _MM_HINT_T1);
     }
 }
@@ -204,6 +204,8 @@ CPU_INLINE void block(room *k, waiting *last, stream *next, const cpu_linear_job
     if (fill) take_weights(k, w, band, 0, once, nb, four);
     for (int32_t g = 0; g < n_group; g++) {
         const bool both = 2 * g + 1 < n_tile;
+        const int32_t first = g * ROWS / n_group,
+                      rows = (g + 1) * ROWS / n_group - first; /* of a tile, to be fetched */
         tile_s8(*b)[2] = place(k, g, once);
         _tile_loadd(4, b[0][0], 64);
         if (both) _tile_loadd(5, b[0][1], 64);
@@ -230,7 +232,7 @@ CPU_INLINE void block(room *k, waiting *last, stream *next, const cpu_linear_job
                               .turn = turn,
                               .r = r,
                               .o = g == n_group - 1 ? band * ERN_TILE_OUT : -1};
-            if (g == (n_group > 1 ? n_group - 2 : 0)) fetch_outputs(j, r, band * ERN_TILE_OUT, nb);
+            fetch_outputs(j, r + first, rows, band * ERN_TILE_OUT, nb);
             if (t == 0 && fill && g + 1 < n_group) take_weights(k, w, band, g + 1, once, nb, four);
         }
     }
