@@ -9,7 +9,8 @@
  * brought into that order once for all rows of the tile.
  *
  * A product of tiles occupies its own unit for 16 cycles, and the softmax of a query costs about as much as its
- * products do: so the products of the 32 queries before and after run between the steps of a softmax.
+ * products do: so the products of the 32 queries before and after run between the parts of a softmax, which goes four
+ * queries abreast.
  *
  * Queries share instructions, but nothing else: what a row computes is a function of its own queries, of the positions
  * that it sees, counted from the block's first, and of zeros. */
@@ -26,6 +27,7 @@ enum {
     DIMS = CPU_HEAD_DIM_MAX + 16,
     TILE = TILE_BYTES / 2, /* bf16 numbers */
     STRIDE = 64,           /* positions whose values few queries meet at a time */
+    ABREAST = 4,           /* queries whose softmax goes side by side, and whose results */
 };
 
 typedef struct room {
@@ -35,6 +37,8 @@ typedef struct room {
     _Alignas(64) float score[2][QUERIES][SCORES];
     _Alignas(64) ern_bf16 weight[2][QUERIES][WEIGHTS];
     _Alignas(64) float out[QUERIES][DIMS];
+    _Alignas(64) float adding[ABREAST][2][16]; /* the sums of a softmax at hand */
+    float less[ABREAST];                       /* and what its scores are less by: -max */
     float max[2][QUERIES], sum[2][QUERIES];
 } room;
 
@@ -212,32 +216,92 @@ CPU_INLINE __m512 weight16(__m512 x) {
         _mm512_and_si512(_mm512_add_epi32(e, _mm512_set1_epi32(0x8000)), _mm512_set1_epi32((int32_t)0xffff0000u)));
 }
 
-/* Query i of the group, which sees n positions: its scores to weights, zeros after them to those of the group. */
-CPU_INLINE void soften(room *w, const group *g, int32_t i, int32_t n, float scale) {
+/* Four queries of a group at their softmax, which goes in parts: their largest scores first, then 32 positions a part.
+ */
+typedef struct soft {
+    int32_t i, part, n_part;   /* the first of the four; the next part */
+    int32_t n[ABREAST], least; /* positions that each sees, and the least of these */
+} soft;
+
+/* Queries i.. of the group; those past the last one see what that sees. */
+CPU_INLINE void soften_at(soft *s, const cpu_attn_job *j, const group *g, int32_t i) {
+    const int32_t last = j->n_row * j->n_head - 1;
+    s->i = i;
+    s->part = 0;
+    s->n_part = 1 + tiles_of(g->n, 32);
+    for (int32_t k = 0; k < ABREAST; k++) s->n[k] = j->n[least(g->m + i + k, last) / j->n_head];
+    s->least = s->n[0]; /* rows' positions ascend */
+}
+
+/* Lanes i of the results: the largest of vector i. */
+CPU_INLINE __m128 largest4(const __m512 *v) {
+    __m128 x[ABREAST];
+    CPU_UNROLL for (int k = 0; k < ABREAST; k++) {
+        const __m256 y = _mm256_max_ps(_mm512_castps512_ps256(v[k]), _mm512_extractf32x8_ps(v[k], 1));
+        x[k] = _mm_max_ps(_mm256_castps256_ps128(y), _mm256_extractf128_ps(y, 1));
+    }
+    const __m128 a = _mm_max_ps(_mm_unpacklo_ps(x[0], x[1]), _mm_unpackhi_ps(x[0], x[1]));
+    const __m128 b = _mm_max_ps(_mm_unpacklo_ps(x[2], x[3]), _mm_unpackhi_ps(x[2], x[3]));
+    return _mm_max_ps(_mm_movelh_ps(a, b), _mm_movehl_ps(b, a));
+}
+
+CPU_INLINE void soften_begin(room *w, const group *g, const soft *s, float scale) {
     const __m512 none = _mm512_set1_ps(-INFINITY);
-    const float *score = w->score[g->buffer][i];
-    ern_bf16 *weight = w->weight[g->buffer][i];
-    __m512 top = none, other = none, sum = _mm512_setzero_ps(), sum2 = sum;
+    const float *score = w->score[g->buffer][s->i];
+    __m512 top[ABREAST];
     int32_t t = 0;
-    for (; t + 32 <= n; t += 32) {
-        top = _mm512_max_ps(top, _mm512_load_ps(score + t));
-        other = _mm512_max_ps(other, _mm512_load_ps(score + t + 16));
+    CPU_UNROLL for (int k = 0; k < ABREAST; k++) {
+        top[k] = none;
+        _mm512_store_ps(w->adding[k][0], _mm512_setzero_ps());
+        _mm512_store_ps(w->adding[k][1], _mm512_setzero_ps());
     }
-    top = _mm512_max_ps(top, _mm512_mask_load_ps(none, cpu_mask(n - t), score + t));
-    other = _mm512_max_ps(other, _mm512_mask_load_ps(none, cpu_mask(n - t - 16), score + t + 16));
-    const float max = scale * _mm512_reduce_max_ps(_mm512_max_ps(top, other));
-    const __m512 by = _mm512_set1_ps(scale), less = _mm512_set1_ps(-max);
-    for (t = 0; t < g->n; t += 32) {
-        const __m512 a =
-            _mm512_maskz_mov_ps(cpu_mask(n - t), weight16(_mm512_fmadd_ps(_mm512_load_ps(score + t), by, less)));
-        const __m512 b = _mm512_maskz_mov_ps(cpu_mask(n - t - 16),
-                                             weight16(_mm512_fmadd_ps(_mm512_load_ps(score + t + 16), by, less)));
-        sum = _mm512_add_ps(sum, a);
-        sum2 = _mm512_add_ps(sum2, b);
-        _mm512_store_si512(weight + t, cpu_uppers(a, b));
+    for (; t + 16 <= s->least; t += 16)
+        CPU_UNROLL for (int k = 0; k < ABREAST; k++) top[k] =
+            _mm512_max_ps(top[k], _mm512_load_ps(score + k * SCORES + t));
+    for (; t < g->n; t += 16)
+        CPU_UNROLL for (int k = 0; k < ABREAST; k++) top[k] =
+            _mm512_max_ps(top[k], _mm512_mask_load_ps(none, cpu_mask(s->n[k] - t), score + k * SCORES + t));
+    const __m128 max = _mm_mul_ps(_mm_set1_ps(scale), largest4(top));
+    _mm_storeu_ps(w->max[g->buffer] + s->i, max);
+    _mm_storeu_ps(w->less, _mm_sub_ps(_mm_set1_ps(-0.0f), max));
+}
+
+/* Scores of 32 positions from t to weights, zeros where a query does not see. */
+CPU_INLINE void soften_some(room *w, const group *g, const soft *s, float scale, int32_t t, const bool whole) {
+    const __m512 by = _mm512_set1_ps(scale);
+    CPU_UNROLL for (int k = 0; k < ABREAST; k++) {
+        const float *score = w->score[g->buffer][s->i + k] + t;
+        const __m512 less = _mm512_set1_ps(w->less[k]);
+        __m512 a = weight16(_mm512_fmadd_ps(_mm512_load_ps(score), by, less));
+        __m512 b = weight16(_mm512_fmadd_ps(_mm512_load_ps(score + 16), by, less));
+        if (!whole) {
+            a = _mm512_maskz_mov_ps(cpu_mask(s->n[k] - t), a);
+            b = _mm512_maskz_mov_ps(cpu_mask(s->n[k] - t - 16), b);
+        }
+        float(*sum)[16] = w->adding[k];
+        _mm512_store_ps(sum[0], _mm512_add_ps(_mm512_load_ps(sum[0]), a));
+        _mm512_store_ps(sum[1], _mm512_add_ps(_mm512_load_ps(sum[1]), b));
+        _mm512_store_si512(w->weight[g->buffer][s->i + k] + t, cpu_uppers(a, b));
     }
-    w->max[g->buffer][i] = max;
-    w->sum[g->buffer][i] = cpu_sum1(_mm512_add_ps(sum, sum2));
+}
+
+CPU_INLINE void soften_end(room *w, const group *g, const soft *s) {
+    __m512 sum[ABREAST];
+    CPU_UNROLL for (int k = 0; k < ABREAST; k++) sum[k] =
+        _mm512_add_ps(_mm512_load_ps(w->adding[k][0]), _mm512_load_ps(w->adding[k][1]));
+    _mm_storeu_ps(w->sum[g->buffer] + s->i, cpu_sum4(sum[0], sum[1], sum[2], sum[3]));
+}
+
+/* The next part. */
+CPU_INLINE void soften(room *w, const group *g, soft *s, float scale) {
+    const int32_t t = (s->part - 1) * 32;
+    if (s->part == 0)
+        soften_begin(w, g, s, scale);
+    else if (t + 32 <= s->least)
+        soften_some(w, g, s, scale, t, true);
+    else
+        soften_some(w, g, s, scale, t, false);
+    if (++s->part == s->n_part) soften_end(w, g, s);
 }
 
 /* ---- results ----------------------------------------------------------------------------------------------------- */
@@ -251,35 +315,54 @@ CPU_INLINE void load_out(__m512 *out, const room *w, int32_t i, int32_t c) {
     out[1] = _mm512_permutex2var_ps(x, second, y);
 }
 
-/* The result of query i of the group to its row's part, as attn_join of attn_avx512.c does it. */
-CPU_INLINE void finish(const room *w, const cpu_attn_job *j, const group *g, int32_t i) {
-    const int32_t C = j->head_dim, row = (g->m + i) / j->n_head, h = (g->m + i) % j->n_head;
-    float *part = j->part[row], *to = part + 2 * CPU_HEAD_TILE + h * C;
-    const float max = w->max[g->buffer][i], sum = w->sum[g->buffer][i];
+/* 16 dims at `at` from out: new ones, or on top of those before. */
+CPU_INLINE void put_out(float *at, __m512 out, __mmask16 m, const bool join, __m512 ea, __m512 ep) {
+    if (join) out = _mm512_fmadd_ps(out, ep, _mm512_mul_ps(_mm512_maskz_loadu_ps(m, at), ea));
+    _mm512_mask_storeu_ps(at, m, out);
+}
+
+/* The outputs of query i of the group. */
+CPU_INLINE void finish_query(const room *w, float *to, int32_t i, const int32_t C, const bool join, __m512 ea,
+                             __m512 ep) {
     __m512 out[2];
+    int32_t c = 0;
+    for (; c + 32 <= C; c += 32) {
+        load_out(out, w, i, c);
+        CPU_UNROLL for (int v = 0; v < 2; v++) put_out(to + c + 16 * v, out[v], 0xffff, join, ea, ep);
+    }
+    if (c == C) return;
+    load_out(out, w, i, c);
+    for (int v = 0; v < 2; v++) put_out(to + c + 16 * v, out[v], cpu_mask(C - c - 16 * v), join, ea, ep);
+}
+
+/* The results of queries i.. of the group, four or as many as there are, to their rows' parts, as attn_join of
+ * attn_avx512.c does it. */
+CPU_INLINE void finish(const room *w, const cpu_attn_job *j, const group *g, int32_t i, const int32_t C) {
+    const int32_t n = least(ABREAST, j->n_row * j->n_head - g->m - i);
+    const float *max = w->max[g->buffer] + i, *sum = w->sum[g->buffer] + i;
+    float *part[ABREAST], *to[ABREAST], e[16];
+    for (int32_t k = 0; k < ABREAST; k++) {
+        const int32_t at = g->m + i + (k < n ? k : 0), row = at / j->n_head, h = at % j->n_head;
+        part[k] = j->part[row] + h;
+        to[k] = j->part[row] + 2 * CPU_HEAD_TILE + h * C;
+    }
     if (!j->join) {
-        part[h] = max;
-        part[CPU_HEAD_TILE + h] = sum;
-        for (int32_t c = 0; c < C; c += 32) {
-            load_out(out, w, i, c);
-            for (int k = 0; k < 2; k++) _mm512_mask_storeu_ps(to + c + 16 * k, cpu_mask(C - c - 16 * k), out[k]);
+        const __m512 none = _mm512_setzero_ps();
+        for (int32_t k = 0; k < n; k++) {
+            *part[k] = max[k];
+            part[k][CPU_HEAD_TILE] = sum[k];
+            finish_query(w, to[k], i + k, C, false, none, none);
         }
         return;
     }
-    const float was = part[h], top = was > max ? was : max;
-    const __m512 both = _mm512_mask_mov_ps(_mm512_set1_ps(max - top), 1, _mm512_set1_ps(was - top));
-    const __m512 e = cpu_exp2_16(both);
-    const __m512 ea = _mm512_broadcastss_ps(_mm512_castps512_ps128(e));
-    const __m512 ep = _mm512_broadcastss_ps(_mm_movehdup_ps(_mm512_castps512_ps128(e)));
-    part[h] = top;
-    part[CPU_HEAD_TILE + h] = part[CPU_HEAD_TILE + h] * _mm512_cvtss_f32(ea) + sum * _mm512_cvtss_f32(ep);
-    for (int32_t c = 0; c < C; c += 32) {
-        load_out(out, w, i, c);
-        for (int k = 0; k < 2; k++) {
-            const __mmask16 m = cpu_mask(C - c - 16 * k);
-            float *at = to + c + 16 * k;
-            _mm512_mask_storeu_ps(at, m, _mm512_fmadd_ps(out[k], ep, _mm512_mul_ps(_mm512_maskz_loadu_ps(m, at), ea)));
-        }
+    const __m128 was = _mm_set_ps(*part[3], *part[2], *part[1], *part[0]), now = _mm_loadu_ps(max);
+    const __m128 top = _mm_max_ps(was, now);
+    _mm512_storeu_ps(
+        e, cpu_exp2_16(_mm512_insertf32x4(_mm512_castps128_ps512(_mm_sub_ps(was, top)), _mm_sub_ps(now, top), 1)));
+    for (int32_t k = 0; k < n; k++) {
+        *part[k] = *part[k] > max[k] ? *part[k] : max[k];
+        part[k][CPU_HEAD_TILE] = part[k][CPU_HEAD_TILE] * e[k] + sum[k] * e[ABREAST + k];
+        finish_query(w, to[k], i + k, C, true, _mm512_set1_ps(e[k]), _mm512_set1_ps(e[ABREAST + k]));
     }
 }
 
@@ -290,39 +373,61 @@ static group group_at(const cpu_attn_job *j, int32_t i) {
     return (group){m, j->n[last / j->n_head], i % 2};
 }
 
+/* What is to be done beside products: the softmax of `now`, then the results of `before`. */
+typedef struct side {
+    group before, now;
+    soft soft;
+    int32_t n_soft, n_out, out; /* queries of `now` and of `before`; those with results */
+} side;
+
+/* The next piece of it; false: there is none yet. */
+CPU_INLINE bool beside(room *w, const cpu_attn_job *j, side *d, bool weighed, const int32_t C) {
+    if (d->soft.i < d->n_soft) {
+        soften(w, &d->now, &d->soft, j->scale);
+        if (d->soft.part == d->soft.n_part) soften_at(&d->soft, j, &d->now, d->soft.i + ABREAST);
+        return true;
+    }
+    if (!weighed || d->out >= d->n_out) return false;
+    finish(w, j, &d->before, d->out, C);
+    d->out += ABREAST;
+    return true;
+}
+
 /* Softmax of group i, beside O of the group before and S of the one after. */
-CPU_INLINE void turn(room *w, const cpu_attn_job *j, ahead *next, int32_t i, int32_t n_group) {
-    const int32_t C = j->head_dim, nk = tiles_of(C, TILE_K), all = j->n_row * j->n_head;
+CPU_INLINE void turn(room *w, const cpu_attn_job *j, ahead *next, int32_t i, int32_t n_group, const int32_t C) {
+    const int32_t nk = tiles_of(C, TILE_K), all = j->n_row * j->n_head;
     const bool has_before = i > 0, has_now = i >= 0 && i < n_group, has_after = i + 1 < n_group;
-    group before = {0}, now = {0}, after = {0};
-    if (has_before) before = group_at(j, i - 1);
-    if (has_now) now = group_at(j, i);
+    side d = {.n_soft = 0};
+    group after = {0};
+    if (has_before) d.before = group_at(j, i - 1), d.n_out = least(QUERIES, all - d.before.m);
+    if (has_now) d.now = group_at(j, i), d.n_soft = least(QUERIES, all - d.now.m), soften_at(&d.soft, j, &d.now, 0);
     if (has_after) after = group_at(j, i + 1);
-    const int32_t nt = tiles_of(before.n, 32), n_weigh = has_before ? tiles_of(C, 32) * nt : 0;
+    const int32_t nt = tiles_of(d.before.n, 32), n_weigh = has_before ? tiles_of(C, 32) * nt : 0;
     const int32_t n_step = n_weigh + (has_after ? tiles_of(after.n, 32) * nk : 0);
-    const int32_t n_soft = has_now ? least(QUERIES, all - now.m) : 0,
-                  n_out = has_before ? least(QUERIES, all - before.m) : 0;
-    const int32_t n_task = 3 * n_soft + n_out; /* a softmax is as long as three results */
-    int32_t soft = 0, out = 0;
-    for (int32_t s = 0; s < n_step; s++) {
+    const int32_t n_piece = tiles_of(d.n_soft, ABREAST) * d.soft.n_part + tiles_of(d.n_out, ABREAST);
+    for (int32_t s = 0, done = 0; s <= n_step; s++) {
         if (s < n_weigh)
-            weigh_step(w, &before, 2 * nk, nt, s);
-        else
+            weigh_step(w, &d.before, 2 * nk, nt, s);
+        else if (s < n_step)
             score_step(w, &after, nk, s - n_weigh);
-        fetch_lines(next, C);
-        while ((3 * soft + out) * n_step < n_task * (s + 1)) {
-            if (soft < n_soft) {
-                soften(w, &now, soft, j->n[(now.m + soft) / j->n_head], j->scale);
-                soft++;
-            } else if (s + 1 >= n_weigh) {
-                finish(w, j, &before, out++);
-            } else {
-                break;
-            }
+        if (s < n_step) fetch_lines(next, C);
+        while (s == n_step || done * n_step < n_piece * (s + 1)) {
+            if (!beside(w, j, &d, s + 1 >= n_weigh, C)) break;
+            done++;
         }
     }
-    for (; soft < n_soft; soft++) soften(w, &now, soft, j->n[(now.m + soft) / j->n_head], j->scale);
-    for (; out < n_out; out++) finish(w, j, &before, out);
+}
+
+CPU_INLINE void attend_many(room *w, const cpu_attn_job *j, const unsigned char *const *row, int32_t n,
+                            const int32_t C) {
+    const int32_t n_group = tiles_of(j->n_row * j->n_head, QUERIES);
+    const int32_t n_step = n_group * 2 * tiles_of(C, 32) * tiles_of(n, 32); /* or near it */
+    ahead next = {.kv = j->kv->next, .each = tiles_of(CPU_ATTN_BLOCK * C * 4, CPU_LINE * n_step)};
+    pack_keys(w, j->kv, C, n);
+    pack_values(w->v, row, C, n, 0, tiles_of(n, 32) * 32, NULL);
+    cpu_tiles_begin(TILE_ROWS, TILE_ROWS);
+    for (int32_t i = -1; i <= n_group; i++) turn(w, j, &next, i, n_group, C);
+    _tile_release();
 }
 
 /* ---- a block for up to 16 queries -------------------------------------------------------------------------------- */
@@ -390,7 +495,10 @@ static void attend_few(room *w, const cpu_attn_job *j, const unsigned char *cons
             pack_group(w->k + i % 2 * nk * TILE, &j->kv->run[i], C, group_ahead(j->kv, n_group, i));
         if (i > 0) score_few(w, w->k + (ragged ? i - 1 : (i - 1) % 2) * nk * TILE, i - 1, nk);
     }
-    for (int32_t i = 0; i < all; i++) soften(w, &g, i, j->n[i / j->n_head], j->scale);
+    for (int32_t i = 0; i < all; i += ABREAST) {
+        soft four;
+        for (soften_at(&four, j, &g, i); four.part < four.n_part;) soften(w, &g, &four, j->scale);
+    }
     for (int32_t t = 0, was = 0; was < end; was = t, t += STRIDE) {
         const unsigned char *then[STRIDE / 16];
         for (int32_t i = 0; i < STRIDE / 16; i++)
@@ -399,14 +507,14 @@ static void attend_few(room *w, const cpu_attn_job *j, const unsigned char *cons
             pack_values(w->v + t / STRIDE % 2 * STRIDE * nk * TILE_K, row, C, n, t, least(t + STRIDE, end), then);
         if (t > 0) weigh_few(w, w->v + was / STRIDE % 2 * STRIDE * nk * TILE_K, nv, was, least(t, end));
     }
-    for (int32_t i = 0; i < all; i++) finish(w, j, &g, i);
+    for (int32_t i = 0; i < all; i += ABREAST) finish(w, j, &g, i, C);
     _tile_release();
 }
 
 void cpu_attn_rows_amx(const cpu_attn_job *j) {
     room *w = j->room;
     const int32_t C = j->head_dim, least_n = j->n[0], most_n = j->n[j->n_row - 1];
-    const int32_t all = j->n_row * j->n_head, n_group = tiles_of(all, QUERIES);
+    const int32_t all = j->n_row * j->n_head;
     const unsigned char *row[CPU_ATTN_BLOCK];
     find_values(row, j->kv, C, most_n);
     if (least_n < most_n && !are_finite(row, C, least_n, most_n)) {
@@ -425,13 +533,10 @@ void cpu_attn_rows_amx(const cpu_attn_job *j) {
         attend_few(w, j, row, most_n);
         return;
     }
-    pack_keys(w, j->kv, C, most_n);
-    pack_values(w->v, row, C, most_n, 0, tiles_of(most_n, 32) * 32, NULL);
-    const int32_t n_step = n_group * 2 * tiles_of(C, 32) * tiles_of(most_n, 32); /* or near it */
-    ahead next = {.kv = j->kv->next, .each = tiles_of(CPU_ATTN_BLOCK * C * 2, CPU_LINE * n_step)};
-    cpu_tiles_begin(TILE_ROWS, TILE_ROWS);
-    for (int32_t i = -1; i <= n_group; i++) turn(w, j, &next, i, n_group);
-    _tile_release();
+    if (C == 128)
+        attend_many(w, j, row, most_n, 128); /* which all published models have */
+    else
+        attend_many(w, j, row, most_n, C);
 }
 
 void cpu_attn_bf16_amx(float *part, const float *q, int32_t n_head, int32_t head_dim, float scale,
