@@ -23,10 +23,9 @@ enum {
     QUERIES = 2 * TILE_ROWS,
     QUERIES_MAX = CPU_ATTN_ROWS * CPU_HEAD_TILE,
     SCORES = CPU_ATTN_BLOCK + 16, /* so that rows lie a line apart in the cache's sets */
-    WEIGHTS = CPU_ATTN_BLOCK + 32,
+    WEIGHTS = 2 * SCORES,         /* of a row of scores in bf16 */
     DIMS = CPU_HEAD_DIM_MAX + 16,
     TILE = TILE_BYTES / 2, /* bf16 numbers */
-    STRIDE = 64,           /* positions whose values few queries meet at a time */
     ABREAST = 4,           /* queries whose softmax goes side by side, and whose results */
 };
 
@@ -34,8 +33,7 @@ typedef struct room {
     _Alignas(64) ern_bf16 q[QUERIES_MAX * CPU_HEAD_DIM_MAX];    /* [queries, 32 dims * nk] */
     _Alignas(64) ern_bf16 k[CPU_ATTN_BLOCK * CPU_HEAD_DIM_MAX]; /* [group of 16 positions, nk] tiles */
     _Alignas(64) ern_bf16 v[CPU_ATTN_BLOCK * CPU_HEAD_DIM_MAX]; /* [32 positions, nv] tiles */
-    _Alignas(64) float score[2][QUERIES][SCORES];
-    _Alignas(64) ern_bf16 weight[2][QUERIES][WEIGHTS];
+    _Alignas(64) float score[2][QUERIES][SCORES]; /* weights take the place of a row's scores, from its front on */
     _Alignas(64) float out[QUERIES][DIMS];
     _Alignas(64) float adding[ABREAST][2][16]; /* the sums of a softmax at hand */
     float less[ABREAST];                       /* and what its scores are less by: -max */
@@ -60,16 +58,17 @@ static void pack_queries(room *w, const cpu_attn_job *j) {
     memset(w->q + n * width, 0, (size_t)((tiles_of(n, QUERIES) * QUERIES - n) * width) * sizeof *w->q);
 }
 
-/* Keys of a group of positions; lanes of positions beyond its run hold anything. As many lines from `then` on are
- * fetched meanwhile, unless it is NULL. */
-CPU_INLINE void pack_group(ern_bf16 *to, const cpu_kv_run *r, int32_t C, const unsigned char *then) {
-    const ern_bf16 *from = (const ern_bf16 *)(const void *)r->k;
-    int32_t c = 0;
-    for (; c < C; c += 2, to += 32, from += 32) { /* positions 0..15 of dim c, then of dim c + 1 */
-        if (then) fetch(then + 32 * c);
-        _mm512_store_si512(to, cpu_pairs_of(_mm512_loadu_si512(from)));
+/* n_dim dims, as many as there are of 32, of the keys of a group of positions; lanes of positions beyond its run hold
+ * anything. */
+CPU_INLINE void pack_tile(ern_bf16 *to, const unsigned char *k, int32_t n_dim) {
+    if (n_dim >= TILE_K) { /* a line: positions 0..15 of a dim, then of the next */
+        CPU_UNROLL for (int i = 0; i < TILE_BYTES; i += 64)
+            _mm512_store_si512(to + i / 2, cpu_pairs_of(_mm512_loadu_si512(k + i)));
+        return;
     }
-    for (; c < tiles_of(C, TILE_K) * TILE_K; c += 2, to += 32) _mm512_store_si512(to, _mm512_setzero_si512());
+    for (int i = 0; i < TILE_ROWS; i++)
+        _mm512_store_si512(to + 32 * i,
+                           2 * i < n_dim ? cpu_pairs_of(_mm512_loadu_si512(k + 64 * i)) : _mm512_setzero_si512());
 }
 
 /* Keys of the first n positions. */
@@ -78,7 +77,8 @@ static void pack_keys(room *w, const cpu_kv_block *kv, int32_t C, int32_t n) {
     const bool ragged = is_ragged(kv, n);
     for (const cpu_kv_run *r = kv->run, *end = r + kv->n_run; r < end && r->t0 < n; r++) {
         const ern_bf16 *from = (const ern_bf16 *)(const void *)r->k;
-        if (!ragged) pack_group(w->k + (int64_t)(r->t0 / 16) * nk * TILE, r, C, NULL);
+        for (int32_t t = 0; t < nk && !ragged; t++)
+            pack_tile(w->k + ((int64_t)(r->t0 / 16) * nk + t) * TILE, r->k + t * TILE_BYTES, C - t * TILE_K);
         for (int32_t t = r->t0; ragged && t < r->t0 + r->n; t++) {
             ern_bf16 *to = w->k + (int64_t)(t / 16) * nk * TILE + t % 16 * 2;
             for (int32_t c = 0; c < nk * TILE_K; c++)
@@ -96,26 +96,24 @@ static void find_values(const unsigned char **row, const cpu_kv_block *kv, int32
 /* 32 dims from c. */
 CPU_INLINE __m512i value_line(const unsigned char *row, int32_t c, int32_t C) {
     const int32_t n = C - c;
-    return _mm512_maskz_loadu_epi16(n >= 32 ? 0xffffffff : ((__mmask32)1 << n) - 1, row + 2 * c);
+    return _mm512_maskz_loadu_epi16(n >= 32 ? 0xffffffff : n <= 0 ? 0 : ((__mmask32)1 << n) - 1, row + 2 * c);
 }
 
-/* Values of positions from..to-1, multiples of 32, zeros from position n on. A tile holds every second four of 32 dims:
- * 0..3, 8..11, 16..19, 24..27, the one after it the others. For each 16 positions as many lines from then[] on are
- * fetched meanwhile; then NULL: none. */
-CPU_INLINE void pack_values(ern_bf16 *at, const unsigned char *const *row, int32_t C, int32_t n, int32_t from,
-                            int32_t to, const unsigned char *const *then) {
+/* 32 dims of two positions as pairs: every second four of them, 0..3, 8..11, 16..19, 24..27, to a line of a tile, the
+ * others to one of the tile after it. */
+CPU_INLINE void put_pairs(ern_bf16 *line, __m512i x, __m512i y) {
+    _mm512_store_si512(line, _mm512_unpacklo_epi16(x, y));
+    _mm512_store_si512(line + TILE, _mm512_unpackhi_epi16(x, y));
+}
+
+/* Values of the first n positions, zeros after them to a multiple of 32. */
+CPU_INLINE void pack_values(room *w, const unsigned char *const *row, int32_t n, const int32_t C) {
     const int32_t nv = tiles_of(C, TILE_K) * 2;
-    for (int32_t t = from; t < to; t += 2) {
-        ern_bf16 *line = at + (int64_t)((t - from) / 32) * nv * TILE + t % 32 / 2 * 32;
-        const unsigned char *also = then ? then[(t - from) / 16] : NULL;
-        if (also) also += t % 16 * C * 2;
-        for (int32_t c = 0; c < C; c += 32, line += 2 * TILE) {
-            if (also) fetch(also + 2 * c), fetch(also + 2 * (C + c));
-            const __m512i x = t < n ? value_line(row[t], c, C) : _mm512_setzero_si512();
-            const __m512i y = t + 1 < n ? value_line(row[t + 1], c, C) : _mm512_setzero_si512();
-            _mm512_store_si512(line, _mm512_unpacklo_epi16(x, y));
-            _mm512_store_si512(line + TILE, _mm512_unpackhi_epi16(x, y));
-        }
+    for (int32_t t = 0; t < tiles_of(n, 32) * 32; t += 2) {
+        ern_bf16 *line = w->v + (int64_t)(t / 32) * nv * TILE + t % 32 / 2 * 32;
+        for (int32_t c = 0; c < C; c += 32, line += 2 * TILE)
+            put_pairs(line, t < n ? value_line(row[t], c, C) : _mm512_setzero_si512(),
+                      t + 1 < n ? value_line(row[t + 1], c, C) : _mm512_setzero_si512());
     }
 }
 
@@ -129,22 +127,37 @@ static bool are_finite(const unsigned char *const *row, int32_t C, int32_t from,
     return bad == 0;
 }
 
-/* The next block, fetched line by line beside the products, so that memory and tiles are busy at one time. */
-typedef struct ahead {
-    const cpu_kv_block *kv; /* NULL: there is none */
-    int32_t run, line;      /* the next line to fetch: of a run's keys, then of its values */
-    int32_t each;           /* lines a step */
-} ahead;
+/* ---- what is fetched ahead --------------------------------------------------------------------------------------- */
 
-static void fetch_lines(ahead *a, int32_t C) {
-    for (int32_t n = a->each; n > 0 && a->kv && a->run < a->kv->n_run;) {
-        const cpu_kv_run *r = &a->kv->run[a->run];
-        const int32_t keys = tiles_of(C * CPU_KV_GROUP, CPU_LINE), all = keys + tiles_of(r->n * C, CPU_LINE);
-        const int32_t stop = least(a->line < keys ? keys : all, a->line + n);
-        const unsigned char *p = a->line < keys ? r->k + a->line * 64 : r->v + (a->line - keys) * 64;
-        n -= stop - a->line;
-        for (; a->line < stop; a->line++, p += 64) fetch(p);
-        if (a->line == all) a->line = 0, a->run++;
+/* Lines fetched beside all that is computed, a few at a time, so that memory has something to do all the while. */
+enum { FETCH_BYTES = 256, GROUPS_MAX = CPU_ATTN_BLOCK / 16 };
+
+typedef struct early {
+    const unsigned char *p; /* the next lines */
+    int32_t left;           /* fetches of p's group of positions that are left; 0: all is fetched */
+    int32_t i, n, each;     /* the group after p's, groups in all, fetches of one */
+    const unsigned char *group[2 * GROUPS_MAX];
+} early;
+
+CPU_INLINE void early_turn(early *e) {
+    e->left = e->i < e->n ? e->each : 0;
+    if (e->left) e->p = e->group[e->i++];
+}
+
+/* The values of one block, then the keys of one; NULL: none. */
+static void early_begin(early *e, const cpu_kv_block *values, const cpu_kv_block *keys, int32_t C) {
+    *e = (early){.each = tiles_of(CPU_KV_GROUP * C * 2, FETCH_BYTES)};
+    for (int32_t i = 0; values && i < least(values->n_run, GROUPS_MAX); i++) e->group[e->n++] = values->run[i].v;
+    for (int32_t i = 0; keys && i < least(keys->n_run, GROUPS_MAX); i++) e->group[e->n++] = keys->run[i].k;
+    early_turn(e);
+}
+
+CPU_INLINE void early_fetch(early *e, const int times) {
+    CPU_UNROLL for (int k = 0; k < times; k++) {
+        if (e->left == 0) return;
+        CPU_UNROLL for (int i = 0; i < FETCH_BYTES; i += 64) fetch(e->p + i);
+        e->p += FETCH_BYTES;
+        if (--e->left == 0) early_turn(e);
     }
 }
 
@@ -155,6 +168,11 @@ typedef struct group {
     int32_t m, n;
     int buffer; /* whose scores and weights are its own */
 } group;
+
+/* The weights of query i of a group. */
+CPU_INLINE ern_bf16 *weights_of(room *w, const group *g, int32_t i) {
+    return (ern_bf16 *)(void *)w->score[g->buffer][i];
+}
 
 CPU_INLINE void begin_tiles(void) {
     _tile_zero(0);
@@ -195,7 +213,7 @@ CPU_INLINE void score_step(room *w, const group *g, int32_t nk, int32_t s) {
 CPU_INLINE void weigh_step(room *w, const group *g, int32_t nv, int32_t nt, int32_t s) {
     const int32_t d = s / nt, t = s % nt;
     if (t == 0) begin_tiles();
-    step(&w->weight[g->buffer][0][t * TILE_K], WEIGHTS, w->v + (int64_t)(t * nv + 2 * d) * TILE, TILE);
+    step(weights_of(w, g, 0) + t * TILE_K, WEIGHTS, w->v + (int64_t)(t * nv + 2 * d) * TILE, TILE);
     if (t == nt - 1) end_tiles(&w->out[0][d * 32], DIMS);
 }
 
@@ -266,7 +284,8 @@ CPU_INLINE void soften_begin(room *w, const group *g, const soft *s, float scale
     _mm_storeu_ps(w->less, _mm_sub_ps(_mm_set1_ps(-0.0f), max));
 }
 
-/* Scores of 32 positions from t to weights, zeros where a query does not see. */
+/* Scores of 32 positions from t to weights, zeros where a query does not see. A weight takes half the room of a score:
+ * what is written lies behind what is still to be read. */
 CPU_INLINE void soften_some(room *w, const group *g, const soft *s, float scale, int32_t t, const bool whole) {
     const __m512 by = _mm512_set1_ps(scale);
     CPU_UNROLL for (int k = 0; k < ABREAST; k++) {
@@ -281,7 +300,7 @@ CPU_INLINE void soften_some(room *w, const group *g, const soft *s, float scale,
         float(*sum)[16] = w->adding[k];
         _mm512_store_ps(sum[0], _mm512_add_ps(_mm512_load_ps(sum[0]), a));
         _mm512_store_ps(sum[1], _mm512_add_ps(_mm512_load_ps(sum[1]), b));
-        _mm512_store_si512(w->weight[g->buffer][s->i + k] + t, cpu_uppers(a, b));
+        _mm512_store_si512(weights_of(w, g, s->i + k) + t, cpu_uppers(a, b));
     }
 }
 
@@ -394,7 +413,7 @@ CPU_INLINE bool beside(room *w, const cpu_attn_job *j, side *d, bool weighed, co
 }
 
 /* Softmax of group i, beside O of the group before and S of the one after. */
-CPU_INLINE void turn(room *w, const cpu_attn_job *j, ahead *next, int32_t i, int32_t n_group, const int32_t C) {
+CPU_INLINE void turn(room *w, const cpu_attn_job *j, early *e, int32_t i, int32_t n_group, const int32_t C) {
     const int32_t nk = tiles_of(C, TILE_K), all = j->n_row * j->n_head;
     const bool has_before = i > 0, has_now = i >= 0 && i < n_group, has_after = i + 1 < n_group;
     side d = {.n_soft = 0};
@@ -410,7 +429,7 @@ CPU_INLINE void turn(room *w, const cpu_attn_job *j, ahead *next, int32_t i, int
             weigh_step(w, &d.before, 2 * nk, nt, s);
         else if (s < n_step)
             score_step(w, &after, nk, s - n_weigh);
-        if (s < n_step) fetch_lines(next, C);
+        if (s < n_step && s % 4 == 0) early_fetch(e, 4);
         while (s == n_step || done * n_step < n_piece * (s + 1)) {
             if (!beside(w, j, &d, s + 1 >= n_weigh, C)) break;
             done++;
@@ -421,92 +440,162 @@ CPU_INLINE void turn(room *w, const cpu_attn_job *j, ahead *next, int32_t i, int
 CPU_INLINE void attend_many(room *w, const cpu_attn_job *j, const unsigned char *const *row, int32_t n,
                             const int32_t C) {
     const int32_t n_group = tiles_of(j->n_row * j->n_head, QUERIES);
-    const int32_t n_step = n_group * 2 * tiles_of(C, 32) * tiles_of(n, 32); /* or near it */
-    ahead next = {.kv = j->kv->next, .each = tiles_of(CPU_ATTN_BLOCK * C * 4, CPU_LINE * n_step)};
+    early e;
+    early_begin(&e, j->kv->next, j->kv->next, C);
     pack_keys(w, j->kv, C, n);
-    pack_values(w->v, row, C, n, 0, tiles_of(n, 32) * 32, NULL);
+    pack_values(w, row, n, C);
     cpu_tiles_begin(TILE_ROWS, TILE_ROWS);
-    for (int32_t i = -1; i <= n_group; i++) turn(w, j, &next, i, n_group, C);
+    for (int32_t i = -1; i <= n_group; i++) turn(w, j, &e, i, n_group, C);
     _tile_release();
 }
 
 /* ---- a block for up to 16 queries -------------------------------------------------------------------------------- */
 
-/* One row, mostly, and memory is what it waits for: keys and values are brought into order a few positions at a time,
- * while the tiles multiply those before and those that come next are on their way. The sums are those of 32 queries, in
- * the same order. */
+/* One row, mostly, and memory is what it waits for: while a tile is multiplied, one that comes later is brought into
+ * order and lines that come later still are fetched. The sums are those of 32 queries, in the same order. */
 
-/* Groups of 16 positions are met in the order of keys, values, the next block's keys, and fetched that many early. */
-enum { EARLY = 8 };
+enum {
+    GROUPS = 4, /* of 16 positions, whose scores are four tiles */
+    FETCHES =
+        4, /* beside each tile: what is needed next is there early, and the last third of a block waits for none */
+};
 
-/* What group i of n fetches, group n being the first of the values; NULL: nothing. */
-static inline const unsigned char *group_ahead(const cpu_kv_block *kv, int32_t n, int32_t i) {
-    i += EARLY;
-    if (i < n) return kv->run[i].k;
-    if (i < 2 * n) return kv->run[i - n].v;
-    return kv->next && i - 2 * n < kv->next->n_run ? kv->next->run[i - 2 * n].k : NULL;
+/* Beside the product of group i + g and dims 32t..: the same tile of the groups after these. */
+CPU_INLINE void beside_scores(const cpu_kv_block *kv, ern_bf16 *to, int32_t i, int32_t g, int32_t n_group, int32_t t,
+                              const int32_t C, early *e) {
+    const int32_t nk = tiles_of(C, TILE_K), then = i + g + GROUPS;
+    early_fetch(e, FETCHES);
+    if (to && then < n_group) pack_tile(to + (g * nk + t) * TILE, kv->run[then].k + t * TILE_BYTES, C - t * TILE_K);
 }
 
-/* S of group i of 16 positions, whose keys lie at k. */
-CPU_INLINE void score_few(room *w, const ern_bf16 *k, int32_t i, int32_t nk) {
-    _tile_zero(0);
+/* Sum `tile` to its place of four side by side. */
+#define put_few(tile, to, row) _tile_stored(tile, (to) + 16 * (tile), (row)*4)
+
+/* Before the first product of a sum: the sum before it, if there is one, leaves. */
+#define turn_few(tile, is_first, to, row)   \
+    do {                                    \
+        if (is_first) {                     \
+            if (to) put_few(tile, to, row); \
+            _tile_zero(tile);               \
+        }                                   \
+    } while (0)
+
+/* S of the groups i.., whose keys lie at k, while those after them go to `to`, unless that is NULL; the scores before
+ * these leave for `score`, if there are any. */
+CPU_INLINE void score_few(room *w, const cpu_kv_block *kv, const ern_bf16 *k, ern_bf16 *to, float *score, int32_t i,
+                          int32_t n_group, const int32_t C, early *e) {
+    const int32_t nk = tiles_of(C, TILE_K);
+    cpu_tile_load(4, w->q, nk * TILE_K * 2);
+    cpu_tile_load(6, k, 64);
+    cpu_tile_load(7, k + nk * TILE, 64);
     for (int32_t t = 0; t < nk; t++) {
-        cpu_tile_load(4, w->q + t * TILE_K, nk * TILE_K * 2);
-        cpu_tile_load(6, k + t * TILE, 64);
+        const int32_t then = t + 1 < nk ? t + 1 : t;
+        beside_scores(kv, to, i, 0, n_group, t, C, e);
+        turn_few(0, t == 0, score, SCORES);
         _tile_dpbf16ps(0, 4, 6);
-    }
-    _tile_stored(0, &w->score[0][0][i * 16], SCORES * 4);
-}
-
-/* O of positions from..to-1, whose values lie at v, on top of those before. */
-CPU_INLINE void weigh_few(room *w, const ern_bf16 *v, int32_t nv, int32_t from, int32_t to) {
-    for (int32_t d = 0; d < nv; d += 2, v += 2 * TILE) {
-        float *out = &w->out[0][d * 16];
-        if (from == 0) {
-            _tile_zero(0);
-            _tile_zero(1);
-        } else {
-            cpu_tile_load(0, out, DIMS * 4);
-            cpu_tile_load(1, out + 16, DIMS * 4);
-        }
-        for (int32_t t = from; t < to; t += 32) {
-            const ern_bf16 *at = v + (int64_t)((t - from) / 32) * nv * TILE;
-            cpu_tile_load(4, &w->weight[0][0][t], WEIGHTS * 2);
-            cpu_tile_load(6, at, 64);
-            cpu_tile_load(7, at + TILE, 64);
-            _tile_dpbf16ps(0, 4, 6);
-            _tile_dpbf16ps(1, 4, 7);
-        }
-        _tile_stored(0, out, DIMS * 4);
-        _tile_stored(1, out + 16, DIMS * 4);
+        cpu_tile_load(6, k + (2 * nk + t) * TILE, 64);
+        beside_scores(kv, to, i, 1, n_group, t, C, e);
+        turn_few(1, t == 0, score, SCORES);
+        _tile_dpbf16ps(1, 4, 7);
+        cpu_tile_load(7, k + (3 * nk + t) * TILE, 64);
+        beside_scores(kv, to, i, 2, n_group, t, C, e);
+        turn_few(2, t == 0, score, SCORES);
+        _tile_dpbf16ps(2, 4, 6);
+        cpu_tile_load(6, k + then * TILE, 64);
+        beside_scores(kv, to, i, 3, n_group, t, C, e);
+        turn_few(3, t == 0, score, SCORES);
+        _tile_dpbf16ps(3, 4, 7);
+        cpu_tile_load(4, w->q + then * TILE_K, nk * TILE_K * 2);
+        cpu_tile_load(7, k + (nk + then) * TILE, 64);
     }
 }
 
-static void attend_few(room *w, const cpu_attn_job *j, const unsigned char *const *row, int32_t n) {
-    const int32_t C = j->head_dim, nk = tiles_of(C, TILE_K), nv = 2 * nk, all = j->n_row * j->n_head;
-    const int32_t n_group = tiles_of(n, 16), end = tiles_of(n, 32) * 32;
+/* 64 dims from c of 8 of 32 positions, from t on, to the four tiles at `to`; zeros from dim C and position n on. */
+CPU_INLINE void pack_eight(ern_bf16 *to, const unsigned char *const *row, int32_t C, int32_t c, int32_t n, int32_t t) {
+    ern_bf16 *line = to + t % 32 / 2 * 32;
+    if (c + 64 <= C && t + 8 <= n) {
+        CPU_UNROLL for (int i = 0; i < 8; i += 2, line += 32) {
+            const unsigned char *a = row[t + i] + 2 * c, *b = row[t + i + 1] + 2 * c;
+            put_pairs(line, _mm512_loadu_si512(a), _mm512_loadu_si512(b));
+            put_pairs(line + 2 * TILE, _mm512_loadu_si512(a + 64), _mm512_loadu_si512(b + 64));
+        }
+        return;
+    }
+    for (int i = 0; i < 8; i += 2, line += 32)
+        for (int32_t k = 0; k < 2; k++) {
+            const int32_t d = c + 32 * k;
+            put_pairs(line + 2 * k * TILE, t + i < n ? value_line(row[t + i], d, C) : _mm512_setzero_si512(),
+                      t + i + 1 < n ? value_line(row[t + i + 1], d, C) : _mm512_setzero_si512());
+        }
+}
+
+/* What is brought into order beside product p of positions t - 32.. and of dims c.. */
+CPU_INLINE void beside_values(room *w, const unsigned char *const *row, int32_t n, int32_t c, int32_t t, int32_t p,
+                              const int32_t C, early *e) {
+    early_fetch(e, FETCHES);
+    if (t < n) pack_eight(w->v + t / 32 % 2 * 4 * TILE, row, C, c, n, t + 8 * p);
+}
+
+/* O of 64 dims from c: the sums stay in their tiles while the values pass. */
+CPU_INLINE void weigh_few(room *w, const group *g, const unsigned char *const *row, int32_t n, int32_t c,
+                          const int32_t C, early *e) {
+    begin_tiles();
+    for (int32_t p = 0; p < 4; p++) beside_values(w, row, n, c, 0, p, C, e);
+    for (int32_t t = 32; t < n + 32; t += 32) {
+        const ern_bf16 *v = w->v + (t / 32 + 1) % 2 * 4 * TILE;
+        cpu_tile_load(4, weights_of(w, g, 0) + t - 32, WEIGHTS * 2);
+        cpu_tile_load(6, v, 64);
+        cpu_tile_load(7, v + TILE, 64);
+        beside_values(w, row, n, c, t, 0, C, e);
+        _tile_dpbf16ps(0, 4, 6);
+        cpu_tile_load(6, v + 2 * TILE, 64);
+        beside_values(w, row, n, c, t, 1, C, e);
+        _tile_dpbf16ps(1, 4, 7);
+        cpu_tile_load(7, v + 3 * TILE, 64);
+        beside_values(w, row, n, c, t, 2, C, e);
+        _tile_dpbf16ps(2, 4, 6);
+        beside_values(w, row, n, c, t, 3, C, e);
+        _tile_dpbf16ps(3, 4, 7);
+    }
+    float *out = &w->out[0][c];
+    put_few(0, out, DIMS);
+    put_few(1, out, DIMS);
+    put_few(2, out, DIMS);
+    put_few(3, out, DIMS);
+}
+
+CPU_INLINE void attend_few(room *w, const cpu_attn_job *j, const unsigned char *const *row, int32_t n,
+                           const int32_t C) {
+    const int32_t nk = tiles_of(C, TILE_K), all = j->n_row * j->n_head, n_group = tiles_of(n, 16);
+    const int32_t each = GROUPS * nk * TILE;
     const bool ragged = is_ragged(j->kv, n);
     const group g = {.m = 0, .n = n, .buffer = 0};
-    cpu_tiles_begin(all, TILE_ROWS);
-    if (ragged) pack_keys(w, j->kv, C, n);
-    for (int32_t i = 0; i <= n_group; i++) {
-        /* two groups take turns in what stays in the first cache */
-        if (!ragged && i < n_group)
-            pack_group(w->k + i % 2 * nk * TILE, &j->kv->run[i], C, group_ahead(j->kv, n_group, i));
-        if (i > 0) score_few(w, w->k + (ragged ? i - 1 : (i - 1) % 2) * nk * TILE, i - 1, nk);
+    early e = {.left = 0};
+    cpu_tiles_begin(all, all);
+    if (ragged)
+        pack_keys(w, j->kv, C, n);
+    else
+        early_begin(&e, j->kv, j->kv->next, C);
+    for (int32_t i = 0; i < GROUPS * nk && !ragged; i++)
+        beside_scores(j->kv, w->k, -GROUPS, i / nk, n_group, i % nk, C, &e);
+    float *score = NULL;
+    for (int32_t i = 0; i < n_group; i += GROUPS) {
+        /* two fours take turns in what stays in the first cache */
+        const int32_t at = i / GROUPS;
+        ern_bf16 *to = ragged ? NULL : w->k + (at + 1) % 2 * each;
+        score_few(w, j->kv, w->k + (ragged ? at : at % 2) * each, to, score, i, n_group, C, &e);
+        score = &w->score[0][0][i * 16];
     }
+    put_few(0, score, SCORES);
+    put_few(1, score, SCORES);
+    put_few(2, score, SCORES);
+    put_few(3, score, SCORES);
     for (int32_t i = 0; i < all; i += ABREAST) {
         soft four;
         for (soften_at(&four, j, &g, i); four.part < four.n_part;) soften(w, &g, &four, j->scale);
     }
-    for (int32_t t = 0, was = 0; was < end; was = t, t += STRIDE) {
-        const unsigned char *then[STRIDE / 16];
-        for (int32_t i = 0; i < STRIDE / 16; i++)
-            then[i] = ragged ? NULL : group_ahead(j->kv, n_group, n_group + t / 16 + i);
-        if (t < end)
-            pack_values(w->v + t / STRIDE % 2 * STRIDE * nk * TILE_K, row, C, n, t, least(t + STRIDE, end), then);
-        if (t > 0) weigh_few(w, w->v + was / STRIDE % 2 * STRIDE * nk * TILE_K, nv, was, least(t, end));
-    }
+    for (int32_t c = 0; c < C; c += 64) weigh_few(w, &g, row, n, c, C, &e);
+    while (e.left > 0) early_fetch(&e, 1);
     for (int32_t i = 0; i < all; i += ABREAST) finish(w, j, &g, i, C);
     _tile_release();
 }
@@ -529,12 +618,12 @@ void cpu_attn_rows_amx(const cpu_attn_job *j) {
         return;
     }
     if (j->first) pack_queries(w, j);
-    if (all <= TILE_ROWS) {
-        attend_few(w, j, row, most_n);
-        return;
-    }
-    if (C == 128)
-        attend_many(w, j, row, most_n, 128); /* which all published models have */
+    if (all <= TILE_ROWS && C == 128) /* which all published models have */
+        attend_few(w, j, row, most_n, 128);
+    else if (all <= TILE_ROWS)
+        attend_few(w, j, row, most_n, C);
+    else if (C == 128)
+        attend_many(w, j, row, most_n, 128);
     else
         attend_many(w, j, row, most_n, C);
 }

@@ -69,6 +69,8 @@ enum {
     TILES_EACH = 4, /* tiles per worker below which the heavy ones are cut */
     PIECES = 8,     /* that an average tile would be cut into then: the last ones end at nearly one time */
     ROWS_FEW = 8,   /* rows of a tile where each attends by itself, or workers want more tiles */
+    ROWS_SOME = 32, /* of more there are EVEN_EACH per worker, so that the last ones end at nearly one time */
+    EVEN_EACH = 16,
     SPLIT_ROWS = 8, /* longest rows whose pieces fit at one time; further ones stay whole */
 };
 
@@ -88,7 +90,9 @@ static bool by_rows(const cpu_backend *b) { return b->kernels->attn_rows && b->o
 /* Rows of a sequence that share one walk over its keys and values. */
 static int32_t tile_rows(const cpu_backend *b, const cpu_slot *s) {
     int32_t rows = by_rows(b) ? CPU_ATTN_ROWS : ROWS_FEW;
-    while (rows > ROWS_FEW && s->n_row / rows * cpu_head_tiles(&b->model->config) < b->n_worker * TILES_EACH) rows /= 2;
+    const int32_t heads = cpu_head_tiles(&b->model->config);
+    while (rows > ROWS_FEW && s->n_row / rows * heads < b->n_worker * (rows > ROWS_SOME ? EVEN_EACH : TILES_EACH))
+        rows /= 2;
     return rows;
 }
 

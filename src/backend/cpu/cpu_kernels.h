@@ -21,7 +21,7 @@
 enum {
     CPU_ATTN_BLOCK = 256, /* positions of one softmax block */
     CPU_HEAD_TILE = 8,    /* query heads that share one pass over the keys of their KV head */
-    CPU_ATTN_ROWS = 32,   /* most rows of one attn_rows */
+    CPU_ATTN_ROWS = 64,   /* most rows of one attn_rows */
     CPU_HEAD_DIM_MAX = 256,
     CPU_LINE = 32,     /* bf16 numbers of a cache line */
     CPU_KV_GROUP = 16, /* cells of a page whose keys are interleaved: ERN_KV_GROUP, as backend.h draws a page */
