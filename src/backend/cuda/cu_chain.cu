@@ -8,8 +8,10 @@
 enum {
     SHARED_STATIC = 4096, /* at most, of the kernel's own */
     SHARED_BLOCK = 227 * 1024,
-    RING_LEAST = 48 * 1024, /* two segments of every warp at once, whatever the format, and some */
+    RING_LEAST = 66 * 1024, /* two octets, whatever the format */
     CUT = 512,
+    JOIN_NOT = 20, /* blocks with nothing of o that do not join: they have tiles, most likely */
+    JOIN_LEAST = 32,
 };
 
 static int32_t ceil_div(int32_t a, int32_t b) { return (a + b - 1) / b; }
@@ -40,23 +42,29 @@ static int32_t slot_bytes(cu_format f) {
 /* Fill in where all lies for n_row rows; returns what is left for the ring. */
 static int32_t shared_layout(chain_args *a, const cu_chain *c, int32_t n_row) {
     const chain_cut k = cut_of(c);
-    int32_t units = 0, widest = 0;
+    const int32_t per = c->format == CU_BF16 ? chain_shape<CU_BF16>::PER : 1; /* slots of an octet */
+    int32_t units = 0, widest = 0, fills = 0, sums = 0;
     for (int i = 0; i < CHAIN_LINEARS; i++) {
         const int32_t n = ceil_div(k.n_job[i], attn_sm_count()) * bands_of(i) * k.n_seg[i];
         if (n > units) units = n;
+        fills += n / CHAIN_WARPS * per;
+        if (n / k.n_seg[i] > sums) sums = n / k.n_seg[i];
         if (k.n_seg[i] > widest) widest = k.n_seg[i];
     }
-    const int32_t scales = units > CHAIN_JOBS * 2 * CU_BAND ? units : CHAIN_JOBS * 2 * CU_BAND;
     a->f32_at = (c->kv_dtype == ERN_KV_I8 ? tile_shape<CHAIN_HEAD, true, CHAIN_WARPS>::end_at
                                           : tile_shape<CHAIN_HEAD, false, CHAIN_WARPS>::end_at);
     a->x_at = a->f32_at + n_row * c->n_hidden * 4;
     a->pitch = widest * CU_SEGMENT * 2 + 16; /* so that eight rows meet all banks */
-    a->norm_at = a->x_at + n_row * a->pitch;
-    a->part_at = a->norm_at + 2 * c->n_hidden * 2;
+    a->norm_at = (a->x_at + n_row * a->pitch + 7) / 8 * 8;
+    a->sum_at = a->norm_at + 2 * c->n_layer * (int32_t)sizeof(void *);
+    a->n_sum = (sums * n_row * CU_BAND + 31) / 32 * 32;
+    a->fill_at = a->sum_at + CHAIN_LINEARS * a->n_sum * (int32_t)sizeof(chain_sum);
+    a->n_fill = c->n_layer * fills;
+    a->part_at = a->fill_at + a->n_fill * (c->format == CU_BF16 ? 1 : 2) * (int32_t)sizeof(void *);
     a->part = units * n_row * CU_BAND;
     a->scale_at = a->part_at + 2 * a->part * 4;
-    a->scale = scales;
-    a->ring_at = (a->scale_at + 3 * scales * 4 + 127) / 128 * 128;
+    a->scale = units;
+    a->ring_at = (a->scale_at + 3 * units * 4 + 127) / 128 * 128;
     return SHARED_BLOCK - SHARED_STATIC - a->ring_at;
 }
 
@@ -98,7 +106,7 @@ bool cu_chain_fits(const cu_chain *c) {
     chain_args a;
     if (c->n_head_dim != CHAIN_HEAD || c->n_head % c->n_kv_head || c->n_head / c->n_kv_head > ATTN_FEW ||
         c->n_hidden != CHAIN_HIDDEN || cu_codes_of(c->format) != CU_CODES_NONE || c->kv_dtype == ERN_KV_F8 ||
-        c->n_row_max < 1 || c->n_row_max > CU_SKINNY_MAX)
+        c->n_row_max < 1 || c->n_row_max > CHAIN_ROWS)
         return false;
     for (int i = 0; i < CHAIN_LINEARS; i++) {
         const int32_t most = ceil_div(k.n_job[i], attn_sm_count());
@@ -110,28 +118,30 @@ bool cu_chain_fits(const cu_chain *c) {
 
 /* ---- open -------------------------------------------------------------------------------------------------------- */
 
-/* The linears of most bytes first, each job to the block that has least so far. load [n_block]: to work with. */
-static void deal(chain_jobs *jobs, int32_t *load, const cu_chain *c, int32_t n_block) {
+/* Stages follow one another, and a block that has much to do in one is late for the next: o and down go to blocks with
+ * few jobs of gate/up, second jobs of qkv to those with nothing of down. Tiles are dealt from the first block on, so
+ * the others go to the last. */
+static void deal(chain_jobs *jobs, const cu_chain *c, int32_t n_block) {
     static const int order[CHAIN_LINEARS] = {CHAIN_UP, CHAIN_DOWN, CHAIN_O, CHAIN_QKV};
+    static const int beside[CHAIN_LINEARS] = {CHAIN_UP, CHAIN_UP, CHAIN_UP, CHAIN_DOWN};
     const chain_cut k = cut_of(c);
-    memset(load, 0, (size_t)n_block * sizeof *load);
     memset(jobs, 0, (size_t)n_block * sizeof *jobs);
     for (int i = 0; i < CHAIN_LINEARS; i++) {
         const int kind = order[i];
-        const int32_t most = ceil_div(k.n_job[kind], n_block);
         for (int32_t j = 0; j < k.n_job[kind]; j++) {
-            int32_t best = -1;
-            for (int32_t b = 0; b < n_block; b++)
-                if (jobs[b].n[kind] < most && (best < 0 || load[b] < load[best])) best = b;
+            int32_t best = 0, least = INT32_MAX;
+            for (int32_t b = 0; b < n_block; b++) {
+                const int32_t load = jobs[b].n[kind] * (CHAIN_JOBS + 1) + jobs[b].n[beside[i]];
+                if (kind == CHAIN_UP ? load < least : load <= least) best = b, least = load;
+            }
             jobs[best].job[kind][jobs[best].n[kind]++] = (int16_t)j;
-            load[best] += bands_of(kind) * k.n_seg[kind];
         }
     }
-    /* Tiles are dealt from the first block on, so the last ones join first. */
-    int16_t place = 0;
+    int16_t place = 0; /* who joins has nothing of o, if possible, and little of gate/up */
     for (int o = 0; o <= CHAIN_JOBS; o++)
-        for (int32_t b = n_block - 1; b >= 0; b--)
-            if (jobs[b].n[CHAIN_O] == o) jobs[b].join = place++;
+        for (int up = 0; up <= CHAIN_JOBS; up++)
+            for (int32_t b = n_block - 1; b >= 0; b--)
+                if (jobs[b].n[CHAIN_O] == o && jobs[b].n[CHAIN_UP] == up) jobs[b].join = place++;
 }
 
 static void weights_of(chain_weights *w, const cu_chain_layer *l) {
@@ -150,13 +160,10 @@ cudaError_t cu_chain_open(cudaStream_t s, const cu_chain *c, const cu_chain_laye
     const size_t weights = (size_t)c->n_layer * sizeof(chain_weights), jobs = (size_t)n_block * sizeof(chain_jobs);
     chain_weights *w = (chain_weights *)malloc(weights);
     chain_jobs *j = (chain_jobs *)malloc(jobs);
-    int32_t *load = (int32_t *)malloc((size_t)n_block * sizeof *load);
-    cudaError_t e = !cu_chain_fits(c) ? cudaErrorInvalidValue
-                    : w && j && load  ? cudaSuccess
-                                      : cudaErrorMemoryAllocation;
+    cudaError_t e = !cu_chain_fits(c) ? cudaErrorInvalidValue : w && j ? cudaSuccess : cudaErrorMemoryAllocation;
     if (e == cudaSuccess) {
         for (int32_t i = 0; i < c->n_layer; i++) weights_of(&w[i], &layers[i]);
-        deal(j, load, c, n_block);
+        deal(j, c, n_block);
         e = cudaMemsetAsync(c->memory, 0, (size_t)m.none, s);
     }
     if (e == cudaSuccess) e = cudaMemsetAsync(c->memory + m.none, 0xff, (size_t)(m.bytes - m.none), s);
@@ -165,23 +172,24 @@ cudaError_t cu_chain_open(cudaStream_t s, const cu_chain *c, const cu_chain_laye
     if (e == cudaSuccess) e = cudaStreamSynchronize(s);
     free(w);
     free(j);
-    free(load);
     return e;
 }
 
 /* ---- a step ------------------------------------------------------------------------------------------------------ */
 
-static const void *const kernels[CU_PLAIN_FORMATS][2] = {
-    {(const void *)chain_kernel<CU_BF16, false>, (const void *)chain_kernel<CU_BF16, true>},
-    {(const void *)chain_kernel<CU_I8, false>, (const void *)chain_kernel<CU_I8, true>},
-    {(const void *)chain_kernel<CU_I4, false>, (const void *)chain_kernel<CU_I4, true>},
-    {(const void *)chain_kernel<CU_F8, false>, (const void *)chain_kernel<CU_F8, true>},
-};
+#define KERNELS(f)                                                                                            \
+    {                                                                                                         \
+        {(const void *)chain_kernel<f, false, 1>, (const void *)chain_kernel<f, true, 1>}, {                  \
+            (const void *)chain_kernel<f, false, CHAIN_ROWS>, (const void *)chain_kernel<f, true, CHAIN_ROWS> \
+        }                                                                                                     \
+    }
+static const void *const kernels[CU_PLAIN_FORMATS][2][2] = {KERNELS(CU_BF16), KERNELS(CU_I8), KERNELS(CU_I4),
+                                                            KERNELS(CU_F8)};
 
 cudaError_t cu_chain_run(cudaStream_t s, const cu_chain *c, float *x, const cu_cache *cache, const cu_seqs *seqs) {
-    static uint64_t ready[CU_PLAIN_FORMATS][2];
-    const bool i8 = c->kv_dtype == ERN_KV_I8;
-    const void *fn = kernels[c->format][i8];
+    static uint64_t ready[CU_PLAIN_FORMATS][2][2];
+    const bool i8 = c->kv_dtype == ERN_KV_I8, rows = seqs->n_row > 1;
+    const void *fn = kernels[c->format][rows][i8];
     const chain_memory m = memory_of(c);
     const chain_cut k = cut_of(c);
     chain_args a = {};
@@ -205,14 +213,19 @@ cudaError_t cu_chain_run(cudaStream_t s, const cu_chain *c, float *x, const cu_c
     a.F = c->n_ffn;
     for (int i = 0; i < CHAIN_LINEARS; i++) a.n_seg[i] = k.n_seg[i];
     a.eps = c->eps;
-    a.n_slot = shared_layout(&a, c, a.n_row) / slot_bytes(c->format);
-    if (a.n_slot > CHAIN_SLOTS) a.n_slot = CHAIN_SLOTS;
-    cudaError_t e = cu_shared_bytes(&ready[c->format][i8], fn, SHARED_BLOCK - SHARED_STATIC);
+    a.n_join = attn_sm_count() - k.n_job[CHAIN_O] - JOIN_NOT;
+    if (a.n_join < JOIN_LEAST) a.n_join = attn_sm_count();
+    const int32_t per = c->format == CU_BF16 ? chain_shape<CU_BF16>::PER : 1;
+    int32_t octets = shared_layout(&a, c, a.n_row) / slot_bytes(c->format) / per;
+    if (octets > CHAIN_SLOTS / per) octets = CHAIN_SLOTS / per;
+    a.n_slot = octets * per;
+    a.most = octets < CHAIN_MOST ? octets : CHAIN_MOST;
+    cudaError_t e = cu_shared_bytes(&ready[c->format][rows][i8], fn, SHARED_BLOCK - SHARED_STATIC);
     if (e != cudaSuccess) return e;
     cudaLaunchConfig_t config = {};
     cudaLaunchAttribute attr[2] = {};
     config.gridDim = dim3((unsigned)attn_sm_count());
-    config.blockDim = dim3(CHAIN_THREADS + 32);
+    config.blockDim = dim3(CHAIN_THREADS);
     config.dynamicSmemBytes = (size_t)(a.ring_at + a.n_slot * slot_bytes(c->format));
     config.stream = s;
     config.attrs = attr;

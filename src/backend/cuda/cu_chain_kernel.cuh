@@ -4,16 +4,20 @@
  *   norm, qkv -> tiles of attention -> joins -> o, x -> norm, gate/up -> down, x
  *
  * A linear is cut into jobs, a band of 16 outputs or a pair of bands (gate, up); a table made at open says which jobs
- * are a block's. One warp of the block does nothing but ask for the packed weights of all its jobs of all layers, in
- * the order of use, through a ring in shared memory: weights wait for no other block. Eight warps compute: they share
- * the segments of a job, and sums of segments meet in shared memory. A warp alone fetches the segments of x that it
+ * are a block's. Packed weights of all its jobs of all layers come through a ring in shared memory, in the order of
+ * use: they wait for no other block. The last warp asks for them, eight segments of a band at a time: an octet, of
+ * which every warp takes one segment, a unit. Sums of segments meet in shared memory.
+ *
+ * What a stage takes from the first look at x on is the time of a step, and instructions are its price: nothing is
+ * divided, searched or fetched there that can be known before. A warp looks at x, makes its units bf16 in registers
+ * while the look is on its way, and looks again until all is there. A warp looks only at the segments that it
  * multiplies with.
  *
  * Between blocks the data is its own flag. What a stage makes goes to a place of this layer's that was filled with
  * CHAIN_NONE, bits that no arithmetic here gives (f32: a NaN other than the one that instructions make; pairs of bf16:
  * the same); who needs it reads the very words until none is CHAIN_NONE. There are two sets of places; a step uses one
- * and fills the other for the next step. Results of tiles of keys have one reader each, who fills the place again when
- * he has read it; the layer after the next writes there.
+ * and fills the other for the next step. Results of tiles of keys have one reader each, who fills the place again
+ * before the layer ends; the layer after the next writes there.
  *
  * Bits are those of cu_skinny_kernel.cuh, cu_attn_decode.cu and cu_device.cuh: the same units, tiles and orders. */
 #ifndef ERN_BACKEND_CUDA_CU_CHAIN_KERNEL_CUH
@@ -25,11 +29,13 @@
 #include "backend/cuda/cu_tensor.cuh"
 
 enum {
-    CHAIN_WARPS = 8, /* that compute */
+    CHAIN_WARPS = 8,
     CHAIN_THREADS = CHAIN_WARPS * 32,
     CHAIN_JOBS = 4,      /* most of a linear in a block */
     CHAIN_SUMS = 16,     /* most bands times rows of a linear: a thread adds up one output */
-    CHAIN_SLOTS = 64,    /* most of the ring */
+    CHAIN_SLOTS = 32,    /* most of the ring */
+    CHAIN_MOST = 4,      /* most units of a warp that wait for x at the same time */
+    CHAIN_ROWS = 4,      /* most of a step */
     CHAIN_HEAD = 128,    /* C */
     CHAIN_ONCE = 8,      /* tiles that a join reads at once */
     CHAIN_SLICE = 32,    /* dimensions of a join's warp */
@@ -47,7 +53,7 @@ typedef struct chain_weights {
 typedef struct chain_jobs {
     int16_t n[CHAIN_LINEARS];
     int16_t job[CHAIN_LINEARS][CHAIN_JOBS];
-    int16_t join; /* its place among the blocks that join: first those that have nothing of o to do */
+    int16_t join; /* its place among the blocks that join */
 } chain_jobs;
 
 /* Words (4 bytes) from a layer's places to those of its results; R rows each. */
@@ -67,21 +73,22 @@ typedef struct chain_args {
     chain_places at;
     float *piece[2];     /* results of tiles, of even layers and odd ones: [R, H, n_tile_max, C] */
     float2 *piece_ml[2]; /* [C / CHAIN_SLICE][R, H, n_tile_max]: M and L, for every reader */
-    int32_t n_layer, n_row, n_row_max, n_tile_max;
+    int32_t n_layer, n_row, n_row_max, n_tile_max, n_join; /* blocks that join */
     int32_t F;
     int32_t n_seg[CHAIN_LINEARS];
     float eps;
-    int32_t n_slot, pitch; /* of the ring; bytes of a row of x in shared memory */
-    int32_t f32_at, x_at, norm_at, part_at, part, scale_at, scale,
+    int32_t n_fill, n_sum;       /* room for a block's fills, and for sums of a linear */
+    int32_t n_slot, most, pitch; /* of the ring; octets of a round; bytes of a row of x in shared memory */
+    int32_t f32_at, x_at, norm_at, sum_at, fill_at, part_at, part, scale_at, scale,
         ring_at; /* in shared memory; part, scale: floats of a turn */
 } chain_args;
 
-/* Slots of the ring hold UNITS segments of a band that lie together, and behind them the scales of its outputs (I8,
- * I4) or segments (F8). */
+/* An octet is eight segments of a band that lie together, one for each warp. A slot of the ring holds SEGS of them, and
+ * behind them the scales of the band's outputs (I8, I4) or of the segments (F8). */
 template <cu_format F> struct chain_shape {
-    static constexpr int UNIT = skinny_shape<F>::UNIT, UNITS = F == CU_BF16 ? 1 : F == CU_I8 ? 2 : 4;
-    static constexpr int TAIL = F == CU_BF16 ? 0 : F == CU_F8 ? UNITS * 4 : CU_BAND * 4;
-    static constexpr int SLOT = UNIT * UNITS + TAIL;
+    static constexpr int UNIT = skinny_shape<F>::UNIT, SEGS = F == CU_BF16 ? 4 : 8, PER = CHAIN_WARPS / SEGS;
+    static constexpr int CODES = UNIT * SEGS, TAIL = F == CU_BF16 ? 0 : F == CU_F8 ? SEGS * 4 : CU_BAND * 4;
+    static constexpr int SLOT = CODES + TAIL;
 };
 
 /* ---- the block --------------------------------------------------------------------------------------------------- */
@@ -94,97 +101,199 @@ static __device__ __forceinline__ void chain_arrive(int id) {
 }
 enum { CHAIN_BAR = 1, CHAIN_BAR_SUMS = 2 }; /* and 3: by turn */
 
-/* What the computing warps know of their block. */
+/* Eight bytes that nobody writes, asked for here and not later. */
+static __device__ __forceinline__ uint2 chain_fetch2(const void *p) {
+    uint2 v;
+    asm volatile("ld.global.nc.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p));
+    return v;
+}
+
+/* The block's part of a linear: octets (in all, and of a band), sums (n_job, bands, rows times 16). */
+typedef struct chain_stage {
+    int32_t n, n_octet, n_sum;
+} chain_stage;
+/* A thread's sum: its place in the output (-1: it has none), its first segment's among the partial sums, the octet of
+ * that. */
+typedef struct chain_sum {
+    int32_t at;
+    uint16_t part, octet;
+} chain_sum;
+
+/* What warps know of their block. */
 typedef struct chain_block {
     unsigned char *smem;
     const chain_jobs *jobs;
+    const unsigned char *const *code; /* [n_fill]: what slots are filled with, in the order of use, and (not BF16) */
+    const float *const *code_scale;   /* the scales behind it */
+    const chain_stage *stage;         /* [CHAIN_LINEARS] */
+    const chain_sum *sum;             /* [CHAIN_LINEARS][n_sum] */
+    const cu_bf16 *const *norm_of;    /* [L][2] */
     float *row_scale;
-    uint32_t full, empty; /* barriers of the ring */
-    int32_t slot;         /* of the next job */
-    uint32_t parity;
-    int turn; /* linears so far, modulo 6: of two places for partial sums and three for scales */
+    uint32_t full, parity;         /* barriers of the ring */
+    int32_t slot;                  /* of the next octet that is taken */
+    int32_t n_fill, ask, ask_slot; /* of the next slot that is asked for */
+    uint32_t taken;                /* two barriers, by turn: all warps have the octets of a round */
+    uint32_t round;                /* so far */
+    uint2 norm;                    /* the lane's four weights of the next norm */
+    int turn;                      /* linears so far, modulo 6: of two places for partial sums and three for scales */
     int warp, lane;
 } chain_block;
+static __device__ __forceinline__ int32_t chain_rows(const chain_args *a, int rows) { return rows == 1 ? 1 : a->n_row; }
 
-/* ---- the warp that asks for weights ------------------------------------------------------------------------------ */
+/* ---- weights ----------------------------------------------------------------------------------------------------- */
 
+/* By one warp: weights for the next `count` slots, which nobody reads any more; a lane a slot. */
 template <cu_format F>
-static __device__ void chain_fill(const chain_args *a, const chain_jobs *jobs, unsigned char *smem, uint32_t full,
-                                  uint32_t empty) {
+static __device__ __forceinline__ void chain_ask(const chain_args *a, chain_block *b, int32_t count) {
     typedef chain_shape<F> sh;
-    const uint32_t to = attn_smem(smem + a->ring_at), norm_to = attn_smem(smem + a->norm_at);
-    int32_t slot = 0;
-    uint32_t parity = 1; /* the first time round nobody has to leave a slot */
+    const int32_t at = b->ask + b->lane;
+    int32_t slot = b->ask_slot + b->lane;
+    if (slot >= a->n_slot) slot -= a->n_slot;
+    if (b->lane < count && at < b->n_fill) {
+        const uint32_t bar = b->full + slot * 8, to = attn_smem(b->smem + a->ring_at) + slot * sh::SLOT;
+        bar_arrive_expect(bar, sh::SLOT);
+        copy_bulk(to, b->code[at], sh::CODES, bar);
+        if (sh::TAIL > 0) copy_bulk(to + sh::CODES, b->code_scale[at], sh::TAIL, bar);
+    }
+    b->ask += count;
+    b->ask_slot += count;
+    if (b->ask_slot >= a->n_slot) b->ask_slot -= a->n_slot;
+}
+
+/* All fills of the block, in the order of use; returns those of a layer. */
+template <cu_format F>
+static __device__ __forceinline__ int32_t chain_list(const chain_args *a, const chain_jobs *jobs, unsigned char *smem) {
+    typedef chain_shape<F> sh;
+    const unsigned char **code = (const unsigned char **)smem;
+    const float **scale = (const float **)(code + a->n_fill);
+    int32_t n = 0, nth = 0;
+    for (int kind = 0; kind < CHAIN_LINEARS; kind++)
+        n += jobs->n[kind] * (kind == CHAIN_UP ? 2 : 1) * (a->n_seg[kind] / sh::SEGS);
 #pragma unroll 1
-    for (int32_t layer = 0; layer < a->n_layer; layer++) {
+    for (int kind = 0; kind < CHAIN_LINEARS; kind++) {
+        const int32_t bands = kind == CHAIN_UP ? 2 : 1, per = a->n_seg[kind] / sh::SEGS;
+        const int32_t count = jobs->n[kind] * bands * per;
 #pragma unroll 1
-        for (int kind = 0; kind < CHAIN_LINEARS; kind++) {
-            const unsigned char *pack = a->weights[layer].pack[kind];
-            const float *scale = a->weights[layer].scale[kind];
-            const int32_t n_band = kind == CHAIN_UP ? 2 : 1, n_seg = a->n_seg[kind];
-            if ((kind == CHAIN_QKV || kind == CHAIN_UP) && jobs->n[kind] > 0) {
-                const int which = kind == CHAIN_UP;
-                const cu_bf16 *norm = which ? a->weights[layer].ffn_norm : a->weights[layer].attn_norm;
-                const uint32_t bar = full + (CHAIN_SLOTS + which) * 8;
-                chain_wait(empty + (CHAIN_SLOTS + which) * 8, ~layer & 1);
-                bar_expect(bar, CHAIN_HIDDEN * 2);
-                bar_arrive(bar);
-                copy_bulk(norm_to + which * CHAIN_HIDDEN * 2, norm, CHAIN_HIDDEN * 2, bar);
+        for (int32_t i = threadIdx.x; i < a->n_layer * count; i += CHAIN_THREADS) {
+            const int32_t layer = i / count, k = i - layer * count, nth_band = k / per,
+                          seg = (k - nth_band * per) * sh::SEGS;
+            const int32_t band = jobs->job[kind][nth_band / bands] * bands + nth_band % bands,
+                          at = band * a->n_seg[kind] + seg;
+            const chain_weights *w = &a->weights[layer];
+            code[layer * n + nth + k] = w->pack[kind] + (int64_t)at * sh::UNIT;
+            if (sh::TAIL > 0) scale[layer * n + nth + k] = w->scale[kind] + (F == CU_F8 ? at : band * CU_BAND);
+        }
+        nth += count;
+    }
+    return n;
+}
+
+/* Bits 0..7 and 16..23: two's complement q -> bf16 q / 64. With the sign turned round they are q + 128, and that as the
+ * bits of a bf16 is (q + 128) 2^-133, through the subnormals and on. Two instructions for two codes where q itself
+ * takes three; sums are a power of two too small, their bits the same but for sums below 2^-119. */
+static __device__ __forceinline__ uint32_t chain_i8_pair(uint32_t w) {
+    uint32_t bits, out;
+    const uint32_t sign = 0x00800080u, mask = 0x00ff00ffu, up = 0x7f007f00u, less = 0xc000c000u; /* 2^127, -2 */
+    asm("lop3.b32 %0, %1, %2, %3, 0x28;" : "=r"(bits) : "r"(w), "r"(sign), "r"(mask));           /* (w ^ sign) & mask */
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(out) : "r"(bits), "r"(up), "r"(less));
+    return out;
+}
+/* What sums of such codes are to be multiplied with. */
+template <cu_format F> static __device__ __forceinline__ float chain_code_scale(float scale) {
+    return F == CU_I8 ? __fmul_rn(scale, 64.0f) : scale;
+}
+template <cu_format F> static __device__ __forceinline__ void chain_unpack(uint32_t a[8][4], const uint4 *raw) {
+#pragma unroll
+    for (int t = 0; t < (F == CU_BF16 ? 8 : 4); t++) {
+        const uint4 v = F == CU_I4 ? raw[t / 2] : raw[t];
+        const uint32_t word[4] = {v.x, v.y, v.z, v.w};
+        if (F == CU_BF16) {
+#pragma unroll
+            for (int k = 0; k < 4; k++) a[t][k] = word[k];
+        } else if (F == CU_I4) {
+            skinny_unpack_half<F>(a + 2 * t, t % 2 ? make_uint4(v.z, v.w, 0, 0) : v);
+        } else if (F == CU_I8) {
+#pragma unroll
+            for (int k = 0; k < 4; k++) {
+                a[2 * t + k / 2][k % 2 * 2] = chain_i8_pair(word[k]);
+                a[2 * t + k / 2][k % 2 * 2 + 1] = chain_i8_pair(word[k] >> 8);
             }
-#pragma unroll 1
-            for (int j = 0; j < jobs->n[kind]; j++) {
-                for (int32_t band = jobs->job[kind][j] * n_band, end = band + n_band; band < end; band++) {
-#pragma unroll 1
-                    for (int32_t seg = 0; seg < n_seg; seg += sh::UNITS) {
-                        const uint32_t bar = full + slot * 8, at = to + slot * sh::SLOT;
-                        chain_wait(empty + slot * 8, parity);
-                        bar_expect(bar, sh::SLOT);
-                        bar_arrive(bar);
-                        copy_bulk(at, pack + ((int64_t)band * n_seg + seg) * sh::UNIT, sh::UNIT * sh::UNITS, bar);
-                        if (F == CU_F8)
-                            copy_bulk(at + sh::UNIT * sh::UNITS, scale + (int64_t)band * n_seg + seg, sh::TAIL, bar);
-                        else if (F != CU_BF16)
-                            copy_bulk(at + sh::UNIT * sh::UNITS, scale + (int64_t)band * CU_BAND, sh::TAIL, bar);
-                        if (++slot == a->n_slot) slot = 0, parity ^= 1;
-                    }
-                }
-            }
+        } else {
+            skinny_unpack_half<F>(a + 2 * t, v);
         }
     }
+}
+
+/* The next `count` octets, of which the first is the linear's `first`: the warp's units as bf16, the A operand of their
+ * products. The scale of the thread's output comes with octet by_octet (I8, I4); those of segments go to `scale` (F8).
+ * Beyond `count`, any numbers. */
+template <cu_format F, int N>
+static __device__ __forceinline__ void chain_take(uint32_t code[N][8][4], const chain_args *a, chain_block *b,
+                                                  int32_t first, int32_t count, int32_t by_octet, float *by,
+                                                  float *scale) {
+    typedef chain_shape<F> sh;
+    constexpr int VECTORS = sh::UNIT / 512; /* a lane's of a unit */
+#pragma unroll
+    for (int k = 0; k < N; k++) {
+        if (k >= 2 && k >= count) { /* nobody looks at them, but the compiler must know them as new ones */
+#pragma unroll
+            for (int i = 0; i < 32; i++) code[k][i / 4][i % 4] = 0;
+            continue;
+        }
+        const int32_t slot = b->slot + b->warp / sh::SEGS;
+        const unsigned char *from = b->smem + a->ring_at + slot * sh::SLOT;
+        if (k < count) {
+            chain_wait(b->full + slot * 8, b->parity);
+            b->slot += sh::PER;
+            if (b->slot == a->n_slot) b->slot = 0, b->parity ^= 1;
+        }
+        uint4 raw[VECTORS];
+#pragma unroll
+        for (int i = 0; i < VECTORS; i++)
+            raw[i] = *(const uint4 *)(from + b->warp % sh::SEGS * sh::UNIT + i * 512 + b->lane * 16);
+        if ((F == CU_I8 || F == CU_I4) && first + k == by_octet)
+            *by = chain_code_scale<F>(((const float *)(from + sh::CODES))[b->lane % CU_BAND]);
+        if (F == CU_F8 && b->lane == 0 && k < count)
+            scale[(first + k) * CHAIN_WARPS + b->warp] = ((const float *)(from + sh::CODES))[b->warp];
+        chain_unpack<F>(code[k], raw);
+    }
+#pragma unroll
+    for (int k = 0; k < N; k++) wide_hold_codes<8>(code[k]); /* before x is looked at */
+    __syncwarp();
+    if (b->lane == 0) bar_arrive(b->taken + b->round % 2 * 8);
+    if (b->warp == CHAIN_WARPS - 1) {
+        chain_wait(b->taken + b->round % 2 * 8, b->round / 2 % 2);
+        chain_ask<F>(a, b, count * sh::PER);
+    }
+    b->round++;
 }
 
 /* ---- x ----------------------------------------------------------------------------------------------------------- */
 
-static __device__ __forceinline__ int32_t chain_segments(const chain_block *b, int32_t n_seg) {
-    return (n_seg - b->warp + CHAIN_WARPS - 1) / CHAIN_WARPS;
-}
-
-/* The warp's segments of x, bf16 [n_row, n_seg * 128]. */
-static __device__ __forceinline__ void chain_x(const chain_args *a, const chain_block *b, const uint32_t *x,
-                                               int32_t n_seg) {
-    constexpr int ONCE = 3;                                                /* vectors of a lane in flight */
-    const int32_t own = chain_segments(b, n_seg), n = a->n_row * own * 16; /* chunks of 16 bytes */
-    unsigned char *to = b->smem + a->x_at + b->warp * (CU_SEGMENT * 2);
-#pragma unroll 1
-    for (int32_t i0 = 0; i0 < n; i0 += 32 * ONCE) {
-        uint4 v[ONCE];
-        const void *from[ONCE];
-        unsigned char *at[ONCE];
-        int count = 0;
+/* One look at the warp's part of x: with a norm to be made its segment, f32 [n_row, D] (a lane four numbers of every
+ * row: the first vector); else bf16 [n_row, n_octet * 1024], two octets (a lane 16 bytes of each, the second two octets
+ * behind the first: half the warp looks at odd ones). */
+template <int ROWS> struct chain_look { uint4 v[ROWS][2]; };
+template <int ROWS>
+static __device__ __forceinline__ void chain_see(chain_look<ROWS> *l, const uint32_t *x, int32_t n_row, int32_t ldx,
+                                                 bool first, bool second) {
 #pragma unroll
-        for (int k = 0; k < ONCE; k++) {
-            const int32_t i = i0 + k * 32 + b->lane, chunk = i % 16, r = i / 16 / own, seg = i / 16 - r * own;
-            if (i >= n) continue;
-            count = k + 1;
-            from[k] = x + (r * n_seg + b->warp + seg * CHAIN_WARPS) * (CU_SEGMENT / 2) + chunk * 4;
-            at[k] = to + r * a->pitch + seg * (CHAIN_WARPS * CU_SEGMENT * 2) + chunk * 16;
-        }
-        chain_await<ONCE>(v, from, count);
-#pragma unroll
-        for (int k = 0; k < ONCE; k++)
-            if (k < count) *(uint4 *)at[k] = v[k];
+    for (int r = 0; r < ROWS; r++) {
+        if (r >= n_row) break;
+        if (first) l->v[r][0] = cu_look4(x + r * ldx);
+        if (second) l->v[r][1] = cu_look4(x + r * ldx + 2 * CHAIN_WARPS * CU_SEGMENT / 2);
     }
-    __syncwarp();
+}
+template <int ROWS>
+static __device__ __forceinline__ bool chain_seen(const chain_look<ROWS> *l, int32_t n_row, bool first, bool second) {
+    bool none = false;
+#pragma unroll
+    for (int r = 0; r < ROWS; r++) {
+        if (r >= n_row) break;
+        if (first) none |= chain_none(l->v[r][0]);
+        if (second) none |= chain_none(l->v[r][1]);
+    }
+    return !__any_sync(0xffffffffu, none);
 }
 
 /* 1 / sqrt(mean of squares) of a row in shared memory: cu_sum_squares' order. */
@@ -198,42 +307,32 @@ static __device__ __forceinline__ float chain_row_scale(const float *x, float ep
     return __frsqrt_rn(__fadd_rn(__fmul_rn(cu_warp_sum(sum), 1.0f / CHAIN_HIDDEN), eps)); /* 2^-10: exact */
 }
 
-/* The warp's segment of the norm of x [n_row, D]; which: the layer's first norm, or second. */
-static __device__ __forceinline__ void chain_norm(const chain_args *a, const chain_block *b, const float *x, int which,
-                                                  int32_t layer) {
-    constexpr int ONCE = 4; /* rows in flight */
-    const int32_t bar = (CHAIN_SLOTS + which) * 8, n_row = a->n_row, i = b->warp * CU_SEGMENT + b->lane * 4;
+/* The warp's segment of the norm of x [n_row, D], which has been seen. */
+template <int ROWS>
+static __device__ __forceinline__ void chain_norm(const chain_args *a, const chain_block *b,
+                                                  const chain_look<ROWS> *l) {
+    const int32_t n_row = chain_rows(a, ROWS), i = b->warp * CU_SEGMENT + b->lane * 4;
     float *f32 = (float *)(b->smem + a->f32_at);
-    chain_wait(b->full + bar, layer & 1);
-    const uint2 w = *(const uint2 *)(b->smem + a->norm_at + (which * CHAIN_HIDDEN + i) * 2);
-    __syncwarp();
-    if (b->lane == 0) bar_arrive(b->empty + bar);
-#pragma unroll 1
-    for (int32_t r0 = 0; r0 < n_row; r0 += ONCE) {
-        uint4 v[ONCE];
-        const void *from[ONCE];
 #pragma unroll
-        for (int k = 0; k < ONCE; k++) from[k] = x + (r0 + k) * CHAIN_HIDDEN + i;
-        chain_await<ONCE>(v, from, n_row - r0);
-#pragma unroll
-        for (int k = 0; k < ONCE; k++)
-            if (r0 + k < n_row) *(uint4 *)(f32 + (r0 + k) * CHAIN_HIDDEN + i) = v[k];
+    for (int r = 0; r < ROWS; r++)
+        if (r < n_row) *(uint4 *)(f32 + r * CHAIN_HIDDEN + i) = l->v[r][0];
+    chain_sync(CHAIN_BAR);
+    if (b->warp < n_row) {
+        const float scale = chain_row_scale(f32 + b->warp * CHAIN_HIDDEN, a->eps, b->lane);
+        if (b->lane == 0) b->row_scale[b->warp] = scale;
     }
     chain_sync(CHAIN_BAR);
-    const int32_t row = n_row == 1 ? 0 : b->warp; /* of one row every warp finds the scale itself */
-    float scale = 0.0f;
-    if (row < n_row) scale = chain_row_scale(f32 + row * CHAIN_HIDDEN, a->eps, b->lane);
-    if (n_row > 1) {
-        if (row < n_row && b->lane == 0) b->row_scale[row] = scale;
-        chain_sync(CHAIN_BAR);
-    }
-#pragma unroll 1
-    for (int32_t r = 0; r < n_row; r++) {
-        if (n_row > 1) scale = b->row_scale[r];
-        const float4 v = *(const float4 *)(f32 + r * CHAIN_HIDDEN + i);
+    const uint2 w = b->norm;
+#pragma unroll
+    for (int r = 0; r < ROWS; r++) {
+        if (r >= n_row) break;
+        const float scale = b->row_scale[r];
+        const uint4 v = l->v[r][0];
         uint2 out;
-        out.x = cu_round2(cu_normed(v.x, scale, (cu_bf16)(w.x & 0xffff)), cu_normed(v.y, scale, (cu_bf16)(w.x >> 16)));
-        out.y = cu_round2(cu_normed(v.z, scale, (cu_bf16)(w.y & 0xffff)), cu_normed(v.w, scale, (cu_bf16)(w.y >> 16)));
+        out.x = cu_round2(cu_normed(__uint_as_float(v.x), scale, (cu_bf16)(w.x & 0xffff)),
+                          cu_normed(__uint_as_float(v.y), scale, (cu_bf16)(w.x >> 16)));
+        out.y = cu_round2(cu_normed(__uint_as_float(v.z), scale, (cu_bf16)(w.y & 0xffff)),
+                          cu_normed(__uint_as_float(v.w), scale, (cu_bf16)(w.y >> 16)));
         *(uint2 *)(b->smem + a->x_at + r * a->pitch + i * 2) = out;
     }
     __syncwarp();
@@ -241,178 +340,167 @@ static __device__ __forceinline__ void chain_norm(const chain_args *a, const cha
 
 /* ---- linears ----------------------------------------------------------------------------------------------------- */
 
-/* Units of a warp whose codes wait in registers for x, as they are packed; their slots are free again. More of int8 and
- * fp8 would not leave registers enough, and what is spilled costs more than a second round. */
-template <cu_format F> struct chain_units {
-    static constexpr int MOST = F == CU_I4 ? 4 : 2, VECTORS = chain_shape<F>::UNIT / 512; /* units; a lane's of one */
-    uint4 code[MOST][VECTORS];
-    int32_t seg[MOST], at[MOST]; /* of x; among the block's partial sums */
-};
-
-/* The next units of the warp, at most n, `band` and `nth` on. The scales that came with them go to `scale`. */
-template <cu_format F>
-static __device__ __forceinline__ void chain_take(chain_units<F> *u, const chain_args *a, const chain_block *b,
-                                                  int32_t n_seg, int32_t own, int32_t n, int32_t *band, int32_t *nth,
-                                                  float *scale) {
-    typedef chain_shape<F> sh;
-    const unsigned char *ring = b->smem + a->ring_at;
-    const int32_t per_band = n_seg / sh::UNITS;
+/* Chains of products of N units side by side, from zero. x: of the lane, for ldmatrix; oct: of the first unit, which
+ * the others follow, round n_octet. Sums go to part. */
+template <int ROWS, int N>
+static __device__ __forceinline__ void chain_products(const chain_block *b, const uint32_t code[][8][4], int32_t count,
+                                                      uint32_t x, int32_t oct, int32_t n_octet, float *part,
+                                                      int32_t n_row) {
+    constexpr bool AHEAD = ROWS == 1 || N == 2; /* x is read half a group ahead, where registers allow */
+    float acc[N][4];
+    uint32_t from[N], in[2][N][4];
 #pragma unroll
-    for (int k = 0; k < chain_units<F>::MOST; k++) {
-        const int32_t seg = b->warp + *nth * CHAIN_WARPS;
-        int32_t slot = b->slot + *band * per_band + seg / sh::UNITS;
-        uint32_t parity = b->parity;
-#pragma unroll 1
-        while (slot >= a->n_slot) slot -= a->n_slot, parity ^= 1;
-        u->seg[k] = seg;
-        u->at[k] = *band * n_seg + seg;
-        const unsigned char *from = ring + slot * sh::SLOT, *tail = from + sh::UNITS * sh::UNIT;
-        if (k < n) chain_wait(b->full + slot * 8, parity);
-#pragma unroll
-        for (int i = 0; i < chain_units<F>::VECTORS; i++)
-            u->code[k][i] = *(const uint4 *)(from + seg % sh::UNITS * sh::UNIT + i * 512 + b->lane * 16);
-        if (k >= n) continue;
-        if (F == CU_F8 && b->lane == 0) scale[u->at[k]] = ((const float *)tail)[seg % sh::UNITS];
-        if ((F == CU_I8 || F == CU_I4) && seg == 0 && b->lane < CU_BAND)
-            scale[*band * CU_BAND + b->lane] = ((const float *)tail)[b->lane];
-        __syncwarp();
-        if (b->lane == 0) bar_arrive(b->empty + slot * 8);
-        if (++*nth == own) *nth = 0, ++*band;
+    for (int k = 0; k < N; k++) {
+        acc[k][0] = acc[k][1] = acc[k][2] = acc[k][3] = 0.0f;
+        from[k] = x + oct * (CHAIN_WARPS * CU_SEGMENT * 2);
+        if (++oct == n_octet) oct = 0;
+        if (AHEAD) attn_load4(in[0][k], from[k]);
     }
-}
-
-/* Half of a group of a unit: the A operand of two products. */
-template <cu_format F>
-static __device__ __forceinline__ void chain_codes(uint32_t a[2][4], const uint4 *code, int half) {
-    if (F == CU_BF16) {
-#pragma unroll
-        for (int k = 0; k < 2; k++) {
-            const uint4 v = code[half * 2 + k];
-            a[k][0] = v.x, a[k][1] = v.y, a[k][2] = v.z, a[k][3] = v.w;
-        }
-    } else if (F == CU_I4) {
-        const uint4 v = code[half / 2];
-        skinny_unpack_half<F>(a, half % 2 ? make_uint4(v.z, v.w, 0, 0) : v);
-    } else if (F == CU_I8) {
-        const uint32_t word[4] = {code[half].x, code[half].y, code[half].z, code[half].w};
-#pragma unroll
-        for (int k = 0; k < 8; k++) a[k / 4][k % 4] = cu_i8_pair_fast(word[k / 2] >> (8 * (k % 2)));
-    } else {
-        skinny_unpack_half<F>(a, code[half]);
-    }
-}
-
-/* Chains of products of two units side by side, from zero. x: of the lane, for ldmatrix. */
-template <cu_format F>
-static __device__ __forceinline__ void chain_multiply(float acc[2][4], const chain_units<F> *u, int first, uint32_t x) {
-#pragma unroll
-    for (int k = 0; k < 2; k++) acc[k][0] = acc[k][1] = acc[k][2] = acc[k][3] = 0.0f;
 #pragma unroll
     for (int half = 0; half < 4; half++) {
-        uint32_t in[2][4], code[2][2][4];
 #pragma unroll
-        for (int k = 0; k < 2; k++) {
-            attn_load4(in[k], x + u->seg[first + k] * (CU_SEGMENT * 2) + half * 64);
-            chain_codes<F>(code[k], u->code[first + k], half);
-        }
+        for (int k = 0; k < N; k++)
+            if (half + AHEAD < 4) attn_load4(in[(half + AHEAD) % 2][k], from[k] + (half + AHEAD) * 64);
 #pragma unroll
-        for (int k = 0; k < 2; k++) cu_mma(acc[k], code[k][0], in[k][0], in[k][1]);
+        for (int s = 0; s < 2; s++)
 #pragma unroll
-        for (int k = 0; k < 2; k++) cu_mma(acc[k], code[k][1], in[k][2], in[k][3]);
+            for (int k = 0; k < N; k++)
+                cu_mma(acc[k], code[k][half * 2 + s], in[half % 2][k][2 * s], in[half % 2][k][2 * s + 1]);
     }
+#pragma unroll
+    for (int k = 0; k < N; k++)
+        if (k < count)
+            skinny_put(part + (k * CHAIN_WARPS + b->warp) * n_row * CU_BAND, acc[k], n_row, b->lane / 4, b->lane % 4);
 }
 
 /* Segments of one output and row, first segment first. n is a multiple of 8. */
 template <cu_format F>
 static __device__ __forceinline__ float chain_total(const float *part, int32_t stride, const float *scale, int32_t n) {
-    float sum = 0.0f;
+    float sum = 0.0f, v[2][8], by[2][8];
+#pragma unroll
+    for (int i = 0; i < 8; i++) v[0][i] = part[i * stride], by[0][i] = F == CU_F8 ? scale[i] : 1.0f;
 #pragma unroll 1
-    for (int32_t i0 = 0; i0 < n; i0 += 8) {
-        float v[8], by[8];
+    for (int32_t i0 = 8;; i0 += 8) {
+        const int32_t from = i0 < n ? i0 : 0; /* eight are asked for while eight are added */
 #pragma unroll
-        for (int i = 0; i < 8; i++) {
-            v[i] = part[(i0 + i) * stride];
-            if (F == CU_F8) by[i] = scale[i0 + i];
-        }
+        for (int i = 0; i < 8; i++) v[1][i] = part[(from + i) * stride], by[1][i] = F == CU_F8 ? scale[from + i] : 1.0f;
 #pragma unroll
-        for (int i = 0; i < 8; i++) sum = F == CU_F8 ? __fmaf_rn(by[i], v[i], sum) : __fadd_rn(v[i], sum);
+        for (int i = 0; i < 8; i++) sum = F == CU_F8 ? __fmaf_rn(by[0][i], v[0][i], sum) : __fadd_rn(v[0][i], sum);
+        if (i0 >= n) return sum;
+#pragma unroll
+        for (int i = 0; i < 8; i++) v[0][i] = v[1][i], by[0][i] = by[1][i];
     }
-    return sum;
 }
 
-/* x [n_row, n_in], bf16 or f32 with a norm to be made, times the block's jobs of a linear. out: [n_row, n_out] f32, or
- * bf16 (gate/up); old: what is added to it, or NULL. One piece of code for all linears: four times as much of it would
- * not stay in the instruction cache. */
-template <cu_format F>
-static __device__ __forceinline__ void chain_linear(const chain_args *a, chain_block *b, int kind, const void *in,
-                                                    int32_t layer, uint32_t *out, int32_t n_out, const float *old_x) {
-    const int32_t bands = kind == CHAIN_UP ? 2 : 1, n_seg = a->n_seg[kind], n_row = a->n_row;
-    const int32_t n_job = b->jobs->n[kind], own = chain_segments(b, n_seg), unit = n_row * CU_BAND;
-    const int32_t n = n_job * bands * own;
-    const int lane = b->lane;
-    if (n_job == 0) return;
+/* x [n_row, n_in], f32 with a norm to be made (qkv, gate/up) or bf16, times the block's jobs of a linear. out: [n_row,
+ * n_out] f32, or bf16 (gate/up); old: what is added to it, or NULL. */
+template <cu_format F, int ROWS>
+static __device__ __forceinline__ void chain_linear(const chain_args *a, chain_block *b, int kind, const uint32_t *in,
+                                                    uint32_t *out, const float *old_x) {
+    const bool norm = kind == CHAIN_QKV || kind == CHAIN_UP;
+    const int32_t n_row = chain_rows(a, ROWS), unit = n_row * CU_BAND, lane = b->lane;
+    constexpr int N = ROWS == 1 ? CHAIN_MOST : 2; /* units of a warp at a time */
+    const chain_stage st = b->stage[kind];
+    if (st.n == 0) return;
+    const bool sums = b->warp * 32 < st.n_sum;
+    const chain_sum sum = b->sum[kind * a->n_sum + (sums ? b->warp * 32 + lane : 0)];
     float *part = (float *)(b->smem + a->part_at) + b->turn % 2 * a->part;
     float *scale = (float *)(b->smem + a->scale_at) + b->turn % 3 * a->scale;
-    const uint32_t x = attn_smem(b->smem + a->x_at) + (lane % 8 < n_row ? lane % 8 * a->pitch : 0) + lane / 8 * 16;
 
-    /* All that is not x comes before it does. */
-    chain_units<F> units;
-    constexpr int MOST = chain_units<F>::MOST;
-    int32_t band = 0, nth = 0; /* of the next unit: band of all the block's, and segment of the warp's */
-    chain_take<F>(&units, a, b, n_seg, own, n, &band, &nth, scale);
-    /* This thread's sum: of gate (lanes 0 .. 15) or up, of an output otherwise. */
-    const int32_t t = b->warp * 32 + lane, n_sum = n_job * bands * unit, o = t % CU_BAND;
-    const int32_t row_job = t / CU_BAND / bands, sum_job = row_job / n_row, r = row_job - sum_job * n_row;
-    const bool sums = t < n_sum;
-    const int32_t at = sums ? r * n_out + b->jobs->job[kind][sum_job] * CU_BAND + o : 0;
-    uint32_t old = 0; /* looked at when it is needed */
-    if (old_x && sums) {
-        old = chain_read(old_x + at);
-    }
-    if (kind == CHAIN_QKV || kind == CHAIN_UP)
-        chain_norm(a, b, (const float *)in, kind == CHAIN_UP, layer);
-    else
-        chain_x(a, b, (const uint32_t *)in, n_seg);
+    /* All that is not x comes before it does, but for a first look. */
+    chain_look<ROWS> look;
+    const int32_t ldx = norm ? CHAIN_HIDDEN : st.n_octet * (CHAIN_WARPS * CU_SEGMENT / 2);
+    int32_t oct = norm ? 0 : lane / 16; /* that the lane looks at, and the second from there on */
+    const uint32_t *from = in + (norm ? b->warp * CU_SEGMENT + lane * 4
+                                      : (oct * CHAIN_WARPS + b->warp) * (CU_SEGMENT / 2) + lane % 16 * 4);
+    bool one = oct < st.n_octet, two = !norm && oct + 2 < st.n_octet;
+    if (ROWS == 1) chain_see<ROWS>(&look, from, n_row, ldx, one, two); /* others have no registers for it yet */
+    uint32_t old = 0;                                                  /* looked at when it is needed */
+    if (old_x && sums && sum.at >= 0) old = chain_read(old_x + sum.at);
+    float by = 1.0f;
+    int32_t count = 0, oct_of = 0; /* of the round's first unit */
 #pragma unroll 1
-    for (int32_t v = 0;;) {
+    for (int32_t first = 0;;) {
+        uint32_t code[N][8][4];
+        count = min(st.n - first, min(a->most, N));
+        chain_take<F, N>(code, a, b, first, count, sum.octet, &by, scale);
+#pragma unroll 1
+        for (int32_t begun = 0; first == 0 && begun < st.n_octet; begun += 4) {
+            if (begun > 0) {
+                oct += 4;
+                from += 4 * (CHAIN_WARPS * CU_SEGMENT / 2);
+                one = oct < st.n_octet, two = oct + 2 < st.n_octet;
+            }
+            if (ROWS > 1 || begun > 0) chain_see<ROWS>(&look, from, n_row, ldx, one, two);
+            for (int looks = 0; !chain_seen<ROWS>(&look, n_row, one, two); chain_again(&looks))
+                chain_see<ROWS>(&look, from, n_row, ldx, one, two);
+            if (norm) {
+                chain_norm<ROWS>(a, b, &look);
+            } else {
+                unsigned char *to =
+                    b->smem + a->x_at + (oct * CHAIN_WARPS + b->warp) * (CU_SEGMENT * 2) + lane % 16 * 16;
 #pragma unroll
-        for (int first = 0; first < MOST; first += 2) {
-            if (first > 0 && v + first >= n) break;
-            float acc[2][4];
-            chain_multiply<F>(acc, &units, first, x);
-#pragma unroll
-            for (int k = 0; k < 2; k++)
-                if (v + first + k < n) skinny_put(part + units.at[first + k] * unit, acc[k], n_row, lane / 4, lane % 4);
+                for (int k = 0; k < ROWS; k++) {
+                    if (k >= n_row) break;
+                    if (one) *(uint4 *)(to + k * a->pitch) = look.v[k][0];
+                    if (two) *(uint4 *)(to + k * a->pitch + 2 * CHAIN_WARPS * CU_SEGMENT * 2) = look.v[k][1];
+                }
+                __syncwarp();
+            }
         }
-        v += MOST;
-        if (v >= n) break;
-        chain_take<F>(&units, a, b, n_seg, own, n - v, &band, &nth, scale);
+        const uint32_t x = attn_smem(b->smem + a->x_at) + (lane % 8 < n_row ? lane % 8 * a->pitch : 0) + lane / 8 * 16 +
+                           b->warp * (CU_SEGMENT * 2);
+        float *to = part + first * CHAIN_WARPS * unit;
+        if (N > 2 && count > 2)
+            chain_products<ROWS, N>(b, code, count, x, oct_of, st.n_octet, to, n_row);
+        else
+            chain_products<ROWS, 2>(b, code, count, x, oct_of, st.n_octet, to, n_row);
+        first += count;
+        if (first >= st.n) break;
+        chain_sync(CHAIN_BAR); /* nobody is two rounds ahead of another: see `taken` */
+        for (oct_of += count; oct_of >= st.n_octet;) oct_of -= st.n_octet;
     }
-    b->slot += n_job * bands * (n_seg / chain_shape<F>::UNITS);
-#pragma unroll 1
-    while (b->slot >= a->n_slot) b->slot -= a->n_slot, b->parity ^= 1;
 
     const int id = CHAIN_BAR_SUMS + b->turn % 2;
     b->turn = b->turn == 5 ? 0 : b->turn + 1;
-    if (b->warp * 32 >= n_sum) { /* done: those who add up need not be waited for */
+    if (!sums) { /* done: those who add up need not be waited for */
         chain_arrive(id);
         return;
     }
     chain_sync(id);
-    if (!sums) return;
-    const int32_t sum_band = sum_job * bands + t / CU_BAND % bands, first = sum_band * n_seg;
-    float total = chain_total<F>(part + first * unit + skinny_part_at(r, o), unit, scale + first, n_seg);
-    if (F == CU_I8 || F == CU_I4) total = __fmul_rn(total, scale[sum_band * CU_BAND + o]);
-    if (kind == CHAIN_UP) { /* whole warps */
+    float total = chain_total<F>(part + sum.part, unit, scale + sum.octet * CHAIN_WARPS, st.n_octet * CHAIN_WARPS);
+    if (F == CU_I8 || F == CU_I4) total = __fmul_rn(total, by);
+    if (kind == CHAIN_UP) { /* whole warps: gate in lanes 0 .. 15 */
         const float h = cu_swiglu(total, __shfl_down_sync(0xffffffffu, total, 16));
         const float next = __shfl_down_sync(0xffffffffu, h, 1);
-        if (lane < CU_BAND && o % 2 == 0) chain_write(out + at / 2, cu_round2(h, next));
-    } else {
+        if (lane < CU_BAND && lane % 2 == 0) chain_write(out + sum.at / 2, cu_round2(h, next));
+    } else if (sum.at >= 0) {
         if (old_x) {
-            for (int i = 0; old == CHAIN_NONE; old = chain_read(old_x + at)) chain_again(&i);
+            for (int i = 0; old == CHAIN_NONE; old = chain_read(old_x + sum.at)) chain_again(&i);
             total = __fadd_rn(__uint_as_float(old), total);
         }
-        chain_write(out + at, __float_as_uint(total));
+        chain_write(out + sum.at, __float_as_uint(total));
+    }
+}
+/* What the kernel knows of its linears before it begins. */
+template <int ROWS>
+static __device__ __forceinline__ void chain_plan(const chain_args *a, const chain_jobs *jobs, chain_stage *stage,
+                                                  chain_sum *sums) {
+    const int32_t n_row = chain_rows(a, ROWS), t = threadIdx.x, o = t % CU_BAND, Q = a->att.n_head * CHAIN_HEAD;
+#pragma unroll 1
+    for (int kind = 0; kind < CHAIN_LINEARS; kind++) {
+        const int32_t bands = kind == CHAIN_UP ? 2 : 1, n_octet = a->n_seg[kind] / CHAIN_WARPS, n_job = jobs->n[kind];
+        const int32_t row_job = t / CU_BAND / bands, job = row_job / n_row, r = row_job - job * n_row;
+        const int32_t octet = (job * bands + t / CU_BAND % bands) * n_octet;
+        const int32_t n_out = kind == CHAIN_QKV  ? Q + 2 * a->att.n_kv_head * CHAIN_HEAD
+                              : kind == CHAIN_UP ? a->F
+                                                 : CHAIN_HIDDEN;
+        chain_sum s = {-1, 0, 0};
+        if (job < n_job)
+            s = {r * n_out + jobs->job[kind][job] * CU_BAND + o,
+                 (uint16_t)(octet * CHAIN_WARPS * n_row * CU_BAND + skinny_part_at(r, o)), (uint16_t)octet};
+        if (t < a->n_sum) sums[kind * a->n_sum + t] = s;
+        if (t == 0) stage[kind] = {n_job * bands * n_octet, n_octet, n_job * bands * n_row * CU_BAND};
     }
 }
 
@@ -535,6 +623,8 @@ typedef struct chain_line {
     const int32_t *pos; /* of the rows, in shared memory */
     int32_t first, end;
     int turn;
+    chain_tile tile; /* the first, and the thread's page of it: the same in all layers */
+    int32_t page;
 } chain_line;
 
 template <bool I8>
@@ -567,8 +657,8 @@ template <bool I8>
 static __device__ __forceinline__ void chain_attend_first(const chain_args *a, const chain_block *b,
                                                           const chain_line *k) {
     typedef tile_shape<CHAIN_HEAD, I8, CHAIN_WARPS> sh;
-    const chain_tile t = chain_tile_of(&a->att, k->pos, k->first);
-    const attn_cell cell = chain_cell<I8>(&a->att, &t, chain_page(&a->att, &t));
+    const chain_tile t = k->tile;
+    const attn_cell cell = chain_cell<I8>(&a->att, &t, k->page);
     if (threadIdx.x < CU_KEYS) ((int64_t *)(b->smem + sh::cell_at))[threadIdx.x] = max(cell.key, (int64_t)0);
     for (int i = b->warp * 32 + b->lane; i < (ATTN_FEW - a->att.group) * (CHAIN_HEAD / 8); i += CHAIN_THREADS)
         ((uint4 *)(b->smem + sh::q_at))[a->att.group * (CHAIN_HEAD / 8) + i] = make_uint4(0, 0, 0, 0); /* no rows */
@@ -617,13 +707,13 @@ static __device__ __forceinline__ void chain_attend(const chain_args *a, const c
     float *key_scale = (float *)(smem + sh::scale_at), *top = (float *)(smem + sh::top_at);
     int64_t *cells = (int64_t *)(smem + sh::cell_at);
     int32_t have = -1; /* whose q is there */
-    chain_tile t = chain_tile_of(&a->att, k->pos, k->first);
+    chain_tile t = k->tile;
 #pragma unroll 1
     for (int32_t x = k->first; x < k->end; x++) {
-        const bool last = x + 1 == k->end, more = !last || layer + 1 < a->n_layer;
-        const int32_t next_layer = layer + last, whose = t.row * a->att.n_kv_head + t.head;
-        const chain_tile next = chain_tile_of(&a->att, k->pos, last ? k->first : x + 1);
-        const int32_t page = chain_page(&a->att, &next); /* asked for early */
+        const bool last = x + 1 == k->end;
+        const int32_t whose = t.row * a->att.n_kv_head + t.head;
+        const chain_tile next = last ? k->tile : chain_tile_of(&a->att, k->pos, x + 1);
+        const int32_t page = last ? k->page : chain_page(&a->att, &next); /* asked for early */
         float *value_scale = key_scale + (1 + k->turn) * CU_KEYS;
         chain_make<I8>(a, b, kv, qkv, &t, have != whose, key_scale, value_scale);
         have = whose;
@@ -687,31 +777,43 @@ static __device__ __forceinline__ void chain_attend(const chain_args *a, const c
         float o[sh::warp_units][2][4], l[4];
         tile_weigh<CHAIN_HEAD, I8, CHAIN_WARPS>(o, l, smem, warp, lane);
         chain_put_tile<I8>(a, b, layer, &t, o[0], m, l);
-        if (last) {
-            cell = chain_cell<I8>(&a->att, &next, page);
-            if (threadIdx.x < CU_KEYS) cells[threadIdx.x] = max(cell.key, (int64_t)0);
-        }
-        chain_sync(CHAIN_BAR); /* values and weights may be overwritten */
-        if (last && more) chain_load_scales<I8>(a, b, next_layer, &next, cell, k->turn ^ 1);
-#pragma unroll 1
-        for (int which = last ? 0 : 1; which < 2; which++) {
-            if (more) chain_load<I8>(a, b, next_layer, which, &next);
-            attn_copy_commit();
-        }
         k->turn ^= 1;
+        if (last) break;       /* chain_attend_next goes on */
+        chain_sync(CHAIN_BAR); /* values and weights may be overwritten */
+        chain_load<I8>(a, b, layer, 1, &next);
+        attn_copy_commit();
         t = next;
     }
 }
+/* The next layer's first tile is asked for: when results of this one's are on their way, and joined. */
+template <bool I8>
+static __device__ __forceinline__ void chain_attend_next(const chain_args *a, const chain_block *b, const chain_line *k,
+                                                         int32_t layer) {
+    typedef tile_shape<CHAIN_HEAD, I8, CHAIN_WARPS> sh;
+    const attn_cell cell = chain_cell<I8>(&a->att, &k->tile, k->page);
+    if (threadIdx.x < CU_KEYS) ((int64_t *)(b->smem + sh::cell_at))[threadIdx.x] = max(cell.key, (int64_t)0);
+    chain_sync(CHAIN_BAR); /* values, weights and cells of the last tile may be overwritten */
+    chain_load_scales<I8>(a, b, layer, &k->tile, cell, k->turn);
+#pragma unroll 1
+    for (int which = 0; which < 2; which++) {
+        chain_load<I8>(a, b, layer, which, &k->tile);
+        attn_copy_commit();
+    }
+}
 
-/* Join the tiles of a row's heads, a warp 32 dimensions, a lane a dimension; whose places are filled again. */
+/* From the last warp but one on: the last one asks for weights, the first ones add up. */
+static __device__ __forceinline__ int32_t chain_join_first(const chain_args *a, const chain_block *b) {
+    return b->jobs->join + a->n_join * ((2 * CHAIN_WARPS - 2 - b->warp) % CHAIN_WARPS);
+}
+/* Join the tiles of a row's heads, a warp 32 dimensions, a lane a dimension. */
 static __device__ __forceinline__ void chain_join(const chain_args *a, const chain_block *b, const int32_t *pos,
                                                   int32_t layer, uint32_t *out) {
     constexpr int SLICES = CHAIN_HEAD / CHAIN_SLICE;
     const int lane = b->lane;
-    const int32_t H = a->att.n_head, n = a->n_row * H * SLICES, step = gridDim.x * CHAIN_WARPS;
-    /* from the last warp on: the first ones have more to do */
+    const int32_t H = a->att.n_head, n = a->n_row * H * SLICES, step = a->n_join * CHAIN_WARPS;
+    if (b->jobs->join >= a->n_join) return;
 #pragma unroll 1
-    for (int32_t task = b->jobs->join + gridDim.x * (CHAIN_WARPS - 1 - b->warp); task < n; task += step) {
+    for (int32_t task = chain_join_first(a, b); task < n; task += step) {
         const int32_t slice = task % SLICES, row = task / SLICES / H, head = task / SLICES - row * H;
         const int32_t n_tile = chain_tiles(pos[row]);
         const int64_t at = chain_piece_at(a, row, head, 0);
@@ -739,70 +841,92 @@ static __device__ __forceinline__ void chain_join(const chain_args *a, const cha
                 if (!__any_sync(0xffffffffu, most == CHAIN_NONE)) break;
                 chain_again(&looks);
             }
+            float f[CHAIN_ONCE], by[CHAIN_ONCE];
 #pragma unroll
-            for (int j = 0; j < CHAIN_ONCE; j++) {
-                if (j >= count) break;
-                float f, by;
-                attn_factors(&M, __uint_as_float(ml[j].x), &f, &by);
-                L = attn_join(L, __uint_as_float(ml[j].y), f, by);
-                acc = attn_join(acc, __uint_as_float(o[j]), f, by);
+            for (int j = 0; j < CHAIN_ONCE; j++) attn_factors(&M, __uint_as_float(ml[j].x), &f[j], &by[j]);
+#pragma unroll
+            for (int j = 0; j < CHAIN_ONCE; j++) { /* no branch between them: their factors come at the same time */
+                const float next_L = attn_join(L, __uint_as_float(ml[j].y), f[j], by[j]);
+                const float next = attn_join(acc, __uint_as_float(o[j]), f[j], by[j]);
+                if (j < count) L = next_L, acc = next;
             }
         }
         const float y = __fdiv_rn(acc, L), next = __shfl_down_sync(0xffffffffu, y, 1);
         if (lane % 2 == 0) {
             chain_write(to, cu_round2(y, next));
         }
+    }
+}
+/* The places that chain_join read are filled again, by who read them. Before anything that this block makes from here
+ * on is seen; not at once, since others wait for what comes behind the join. */
+static __device__ __forceinline__ void chain_join_end(const chain_args *a, const chain_block *b, const int32_t *pos,
+                                                      int32_t layer) {
+    constexpr int SLICES = CHAIN_HEAD / CHAIN_SLICE;
+    const int32_t H = a->att.n_head, n = a->n_row * H * SLICES, step = a->n_join * CHAIN_WARPS;
+    if (b->jobs->join >= a->n_join) return;
+#pragma unroll 1
+    for (int32_t task = chain_join_first(a, b); task < n; task += step) {
+        const int32_t slice = task % SLICES, row = task / SLICES / H, head = task / SLICES - row * H;
+        const int64_t at = chain_piece_at(a, row, head, 0);
+        float *piece = a->piece[layer & 1] + at * CHAIN_HEAD + slice * CHAIN_SLICE + b->lane;
+        float2 *piece_ml = a->piece_ml[layer & 1] + (int64_t)slice * a->n_row_max * H * a->n_tile_max + at;
+        const int32_t n_tile = chain_tiles(pos[row]);
 #pragma unroll 1
         for (int32_t j = 0; j < n_tile; j++) {
             chain_write(piece + j * CHAIN_HEAD, CHAIN_NONE);
-            if (lane == 0) chain_write2(piece_ml + j, __uint_as_float(CHAIN_NONE), __uint_as_float(CHAIN_NONE));
+            if (b->lane == 0) chain_write2(piece_ml + j, __uint_as_float(CHAIN_NONE), __uint_as_float(CHAIN_NONE));
         }
-        __threadfence(); /* the places are filled before anything that this block makes from here on is seen */
+        __threadfence();
     }
 }
 
 /* ---- the kernel -------------------------------------------------------------------------------------------------- */
 
-template <cu_format F, bool I8>
-__global__ void __launch_bounds__(CHAIN_THREADS + 32, 1) chain_kernel(const __grid_constant__ chain_args a) {
+template <cu_format F, bool I8, int ROWS>
+__global__ void __launch_bounds__(CHAIN_THREADS, 1) chain_kernel(const __grid_constant__ chain_args a) {
     extern __shared__ __align__(128) unsigned char chain_memory[];
-    __shared__ __align__(8) uint64_t bars[2 * (CHAIN_SLOTS + 2)]; /* of the ring's slots and of two norms */
-    __shared__ float row_scale[8];
-    __shared__ int32_t pos[8], set;
+    __shared__ __align__(8) uint64_t bars[CHAIN_SLOTS + 2];
+    __shared__ float row_scale[CHAIN_ROWS];
+    __shared__ int32_t pos[CHAIN_ROWS], set;
     __shared__ chain_jobs jobs;
+    __shared__ chain_stage stage[CHAIN_LINEARS];
     const int thread = threadIdx.x;
     chain_block b = {};
     b.smem = chain_memory;
     b.jobs = &jobs;
+    b.stage = stage;
+    b.sum = (const chain_sum *)(chain_memory + a.sum_at);
+    b.norm_of = (const cu_bf16 *const *)(chain_memory + a.norm_at);
+    b.code = (const unsigned char *const *)(chain_memory + a.fill_at);
+    b.code_scale = (const float *const *)(b.code + a.n_fill);
     b.row_scale = row_scale;
     b.full = attn_smem(bars);
-    b.empty = b.full + (CHAIN_SLOTS + 2) * 8;
+    b.taken = b.full + CHAIN_SLOTS * 8;
     b.lane = thread % 32;
     b.warp = __shfl_sync(0xffffffffu, thread / 32, 0);
     if (thread == 0) {
-        for (int i = 0; i < a.n_slot; i++) {
-            bar_init(b.full + i * 8, 1);
-            bar_init(b.empty + i * 8, chain_shape<F>::UNITS);
-        }
-        for (int i = CHAIN_SLOTS; i < CHAIN_SLOTS + 2; i++) {
-            bar_init(b.full + i * 8, 1);
-            bar_init(b.empty + i * 8, CHAIN_WARPS);
-        }
+        for (int i = 0; i < a.n_slot; i++) bar_init(b.full + i * 8, 1);
+        bar_init(b.taken, CHAIN_WARPS);
+        bar_init(b.taken + 8, CHAIN_WARPS);
         bar_init_end();
         jobs = a.jobs[blockIdx.x];
     }
     __syncthreads();
-    if (b.warp == CHAIN_WARPS) {
-        if (b.lane == 0) chain_fill<F>(&a, &jobs, chain_memory, b.full, b.empty);
-        return;
-    }
+    b.n_fill = a.n_layer * chain_list<F>(&a, &jobs, chain_memory + a.fill_at);
+    chain_plan<ROWS>(&a, &jobs, stage, (chain_sum *)(chain_memory + a.sum_at));
+    for (int32_t i = thread; i < 2 * a.n_layer; i += CHAIN_THREADS)
+        ((const cu_bf16 **)(chain_memory + a.norm_at))[i] =
+            i % 2 ? a.weights[i / 2].ffn_norm : a.weights[i / 2].attn_norm;
+    __syncthreads();
+    if (b.warp == CHAIN_WARPS - 1) chain_ask<F>(&a, &b, a.n_slot);
 
     /* Before the wait: all blocks of the step before had counted when they let others begin. */
     if (thread == 0) set = (int32_t)(atomicAdd(a.count, 1ull) / gridDim.x & 1);
     cu_wait_previous();
     if (thread < a.n_row) pos[thread] = a.att.pos[thread];
     chain_sync(CHAIN_BAR);
-    chain_line line = {pos, 0, 0, 0};
+    chain_line line = {};
+    line.pos = pos;
     {
         int32_t n_tile = 0;
 #pragma unroll 1
@@ -811,41 +935,46 @@ __global__ void __launch_bounds__(CHAIN_THREADS + 32, 1) chain_kernel(const __gr
         line.first = i * each + min(i, rest);
         line.end = line.first + each + (i < rest);
     }
-    if (line.first < line.end) chain_attend_first<I8>(&a, &b, &line);
+    if (line.first < line.end) {
+        line.tile = chain_tile_of(&a.att, pos, line.first);
+        line.page = chain_page(&a.att, &line.tile);
+        chain_attend_first<I8>(&a, &b, &line);
+    }
     uint32_t *const to = a.set[set], *const other = a.set[set ^ 1];
 #pragma unroll 1
     for (int32_t i = (blockIdx.x * CHAIN_THREADS + thread) * 4; i < a.n_layer * a.at.layer;
          i += gridDim.x * CHAIN_THREADS * 4)
         *(uint4 *)(other + i) = make_uint4(CHAIN_NONE, CHAIN_NONE, CHAIN_NONE, CHAIN_NONE);
 
-    const int32_t Q = a.att.n_head * CHAIN_HEAD, n_qkv = Q + 2 * a.att.n_kv_head * CHAIN_HEAD;
+    const int32_t lane_at = b.warp * CU_SEGMENT + b.lane * 4; /* of D */
     const float *x = a.x;
+    b.norm = chain_fetch2(b.norm_of[0] + lane_at);
 #pragma unroll 1
     for (int32_t layer = 0; layer < a.n_layer; layer++) {
         uint32_t *const at = to + layer * a.at.layer;
-        if (layer + 1 == a.n_layer) cu_launch_next(); /* all blocks are there */
         const float *const mid = (const float *)(at + a.at.x);
         float *const y = layer + 1 < a.n_layer ? (float *)(at + a.at.y) : a.x;
+        if (layer + 1 == a.n_layer) cu_launch_next(); /* all blocks are there */
 #pragma unroll 1
         for (int kind = 0; kind < CHAIN_LINEARS; kind++) {
-            const void *in = kind == CHAIN_QKV ? (const void *)x
-                                               : at + (kind == CHAIN_O    ? a.at.att
-                                                       : kind == CHAIN_UP ? a.at.x
-                                                                          : a.at.h);
+            const float *const in = kind == CHAIN_QKV ? x
+                                                      : (float *)(at + (kind == CHAIN_O    ? a.at.att
+                                                                        : kind == CHAIN_UP ? a.at.x
+                                                                                           : a.at.h));
             uint32_t *out = kind == CHAIN_DOWN ? (uint32_t *)y
                                                : at + (kind == CHAIN_QKV ? a.at.qkv
                                                        : kind == CHAIN_O ? a.at.x
                                                                          : a.at.h);
             const float *old = kind == CHAIN_O ? x : kind == CHAIN_DOWN ? mid : NULL;
             if (kind == CHAIN_O) {
+                b.norm = chain_fetch2(b.norm_of[layer * 2 + 1] + lane_at);
                 if (line.first < line.end) chain_attend<I8>(&a, &b, &line, layer, at + a.at.qkv);
                 chain_join(&a, &b, pos, layer, at + a.at.att);
+                if (line.first < line.end && layer + 1 < a.n_layer) chain_attend_next<I8>(&a, &b, &line, layer + 1);
             }
-            chain_linear<F>(&a, &b, kind, in, layer, out,
-                            kind == CHAIN_QKV  ? n_qkv
-                            : kind == CHAIN_UP ? a.F
-                                               : CHAIN_HIDDEN,
-                            old);
+            if (kind == CHAIN_DOWN) chain_join_end(&a, &b, pos, layer);
+            if (kind == CHAIN_DOWN && layer + 1 < a.n_layer) b.norm = chain_fetch2(b.norm_of[layer * 2 + 2] + lane_at);
+            chain_linear<F, ROWS>(&a, &b, kind, (const uint32_t *)in, out, old);
         }
         x = y;
     }
