@@ -282,6 +282,22 @@ static void check_shape(const shape *s, cu_format f, ern_kv_dtype kv, int32_t ro
     world_free(w);
 }
 
+/* More layers: what goes wrong between stages shows after many. */
+static void check_deep(const shape *s, cu_format f) {
+    static const int32_t lens[][ROWS_MAX] = {{1023}, {1000, 700}, {1020, 1021, 1022, 1023}};
+    static const int32_t n_row[] = {1, 2, 4};
+    char name[120];
+    (void)snprintf(name, sizeof name, "chain %s %s", s->name, format_name[f]);
+    if (!check_begin(name)) return;
+    world *w = world_new(s, f, ERN_KV_BF16, 4, 1088, 280);
+    for (size_t i = 0; i < sizeof n_row / sizeof *n_row; i++) {
+        (void)snprintf(name, sizeof name, "chain %s %s rows %d length %d", s->name, format_name[f], n_row[i],
+                       lens[i][0]);
+        steps(name, w, n_row[i], lens[i]);
+    }
+    world_free(w);
+}
+
 /* Microseconds of a step, the old way and this. */
 static void speed(const shape *s, cu_format f, int32_t n, int32_t length) {
     enum { TIMES = 20 };
@@ -318,12 +334,14 @@ static void speed(const shape *s, cu_format f, int32_t n, int32_t length) {
 
 void check_layers(void) {
     static const shape small = {"small", 3, 1024, 1024, 8, 1}, real = {"0.3b", 2, 1024, 3072, 16, 2},
-                       odd = {"odd", 2, 1024, 2048, 16, 4}, whole = {"0.3b", 18, 1024, 3072, 16, 2};
+                       odd = {"odd", 2, 1024, 2048, 16, 4}, deep = {"deep", 8, 1024, 3072, 16, 2},
+                       whole = {"0.3b", 18, 1024, 3072, 16, 2};
     for (int f = 0; f < CU_PLAIN_FORMATS; f++) {
         check_shape(&real, (cu_format)f, ERN_KV_BF16, 4, true);
         check_shape(&real, (cu_format)f, ERN_KV_I8, 4, f == CU_BF16);
         check_shape(&small, (cu_format)f, ERN_KV_BF16, 4, false);
         check_shape(&odd, (cu_format)f, ERN_KV_I8, 3, false);
+        if (f == CU_BF16 || f == CU_I8) check_deep(&deep, (cu_format)f);
     }
     for (int f = 0; f < CU_PLAIN_FORMATS; f++) {
         speed(&whole, (cu_format)f, 1, 1024);
