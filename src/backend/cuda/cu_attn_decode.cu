@@ -703,9 +703,21 @@ static __global__ void __launch_bounds__(THREADS *GROUPS, (groups_each(C, CODES)
  * from about as many units as multiprocessors to where units are shorter than anybody's stretch. Codes wait for their
  * arithmetic, and so for each other's turns. */
 enum { UNITS_FEW = 95, UNITS_MANY = 1024 };
-static constexpr bool may_group(int C, int codes) { return C == 128 && !codes; }
+static constexpr bool may_group(int C, int codes) { return C == 128 && !codes && !CU_PORTABLE; }
 static int groups_of(int C, int codes, int64_t n_unit) {
     return may_group(C, codes) && n_unit > UNITS_FEW && n_unit < UNITS_MANY ? groups_each(C, codes) : 1;
+}
+
+/* Blocks of one group that a multiprocessor of this device has shared memory for. */
+template <int C> static int32_t blocks_each(int codes) {
+    static_assert(decode_shape<C, 0>::each_bytes <= 98 << 10, "what the smallest of CU_PORTABLE have");
+    const int32_t bytes = codes ? decode_shape<C, ATTN_I8>::each_bytes : decode_shape<C, 0>::each_bytes;
+    int32_t n = groups_each(C, codes), device, have;
+    if (CU_PORTABLE && cudaGetDevice(&device) == cudaSuccess &&
+        cudaDeviceGetAttribute(&have, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device) == cudaSuccess &&
+        have / (bytes + 1024) < n)
+        n = have / (bytes + 1024);
+    return n > 0 ? n : 1;
 }
 
 /* Give a kernel all the shared memory of a multiprocessor, and see that so many of its blocks are there at once: they
@@ -727,7 +739,7 @@ static cudaError_t run_groups(cudaStream_t s, const attn_args *a, const CUtensor
     const uint64_t before = ready;
     cudaError_t e = cu_shared_bytes(&ready, kernel, sh::bytes(GROUPS));
     if (e == cudaSuccess && ready != before)
-        e = all_fit(kernel, GROUPS, sh::bytes(GROUPS), groups_each(C, CODES) / GROUPS);
+        e = all_fit(kernel, GROUPS, sh::bytes(GROUPS), blocks_each<C>(CODES) / GROUPS);
     if (e != cudaSuccess) return e;
     attn_args args = *a;
     void *list[] = {&args, (void *)map, &run};
@@ -739,7 +751,7 @@ static cudaError_t run_groups(cudaStream_t s, const attn_args *a, const CUtensor
     config.blockDim = dim3(THREADS, GROUPS);
     config.dynamicSmemBytes = sh::bytes(GROUPS);
     config.stream = s;
-    config.attrs = &early, config.numAttrs = 1;
+    config.attrs = &early, config.numAttrs = !CU_PORTABLE;
     e = cudaLaunchKernelExC(&config, kernel, list);
     return e != cudaSuccess ? e : cudaGetLastError();
 }
@@ -755,7 +767,7 @@ template <int C, int CODES> static cudaError_t run_codes(cudaStream_t s, const a
     CUtensorMap map = {};
     int32_t run = 64;
     while (a->n_page_cell % run) run /= 2;
-    if constexpr (C == 128 && CODES != 0) { /* what the 128-byte swizzle is for */
+    if constexpr (C == 128 && CODES != 0 && !CU_PORTABLE) { /* what the 128-byte swizzle is for */
         if (run >= 8 && a->plane_bytes % C == 0) {
             const cudaError_t e = cu_map_rows(&map, a->kv, 64, INT32_MAX, C, 64, (uint32_t)run);
             return e != cudaSuccess ? e : run_bulk<C, CODES, true>(s, a, &map, run);
@@ -770,7 +782,8 @@ template <int C> static cudaError_t run(cudaStream_t s, const attn_args *a, int 
 }
 
 int32_t attn_decode_blocks(int32_t C, int codes, int64_t n_unit) {
-    const int32_t n = attn_sm_count() * (groups_each(C, codes) / groups_of(C, codes, n_unit));
+    const int32_t each = C == 128 ? blocks_each<128>(codes) : C == 64 ? blocks_each<64>(codes) : blocks_each<16>(codes);
+    const int32_t n = attn_sm_count() * (each / groups_of(C, codes, n_unit));
     return n < ATTN_BLOCKS_MOST ? n : ATTN_BLOCKS_MOST;
 }
 

@@ -31,6 +31,11 @@
 
 #include "backend/backend.h"
 
+/* 1: this is compiled for every GPU from compute capability 8.0 on (cuda.cmake, portable/); 0: for 9.0 alone. */
+#ifndef CU_PORTABLE
+#define CU_PORTABLE 0
+#endif
+
 #ifdef __cplusplus
 extern "C" {
 #endif

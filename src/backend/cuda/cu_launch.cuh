@@ -6,7 +6,7 @@
  * A kernel launched `early` reads weights as it likes (they were written before the stream was last waited for), but
  * calls cu_wait_previous in every block, before it reads what an earlier kernel wrote and before it writes anything an
  * earlier kernel may still read. Both are harmless in a kernel that was launched without. A kernel that never calls
- * cu_launch_next lets the next begin when it ends. */
+ * cu_launch_next lets the next begin when it ends. Of CU_PORTABLE none begins early. */
 #ifndef ERN_BACKEND_CUDA_CU_LAUNCH_CUH
 #define ERN_BACKEND_CUDA_CU_LAUNCH_CUH
 
@@ -15,10 +15,18 @@
 #include <stdint.h>
 #include <utility>
 
+#include "backend/cuda/cu_kernels.h"
+
 static __device__ __forceinline__ void cu_launch_next(void) {
+#if !CU_PORTABLE
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
 }
-static __device__ __forceinline__ void cu_wait_previous(void) { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+static __device__ __forceinline__ void cu_wait_previous(void) {
+#if !CU_PORTABLE
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
 /* The block's number in its cluster. */
 static __device__ __forceinline__ uint32_t cu_cluster_rank(void) {
     uint32_t r;
@@ -63,7 +71,7 @@ static inline cudaError_t cu_launch(cudaStream_t s, const void *fn, dim3 grid, u
     config.dynamicSmemBytes = shared_bytes;
     config.stream = s;
     config.attrs = attr;
-    if (early) {
+    if (early && !CU_PORTABLE) {
         attr[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
         attr[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
     }
@@ -87,7 +95,7 @@ static inline cudaError_t cu_launch_args(cudaStream_t s, void (*fn)(P...), dim3 
     config.blockDim = dim3(n_thread, 1, 1);
     config.stream = s;
     config.attrs = attr;
-    config.numAttrs = early;
+    config.numAttrs = early && !CU_PORTABLE;
     attr[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attr[0].val.programmaticStreamSerializationAllowed = 1;
     const cudaError_t e = cudaLaunchKernelEx(&config, fn, std::forward<A>(args)...);

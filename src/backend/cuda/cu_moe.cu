@@ -500,7 +500,7 @@ cudaError_t cu_route(cudaStream_t s, const cu_route_job *j, const cu_routes *r) 
     else if (T < TILED_ROWS)
         e = cu_launch_args(s, few_logits<4, 4>, dim3(pieces(E, 8), pieces(T, 4)), 256, true, *j, r->logit, r->scratch,
                            E);
-    else if (T < WIDE_ROWS)
+    else if (T < WIDE_ROWS || CU_PORTABLE) /* wide_logits wants more shared memory than some GPUs have */
         e = cu_launch_args(s, many_logits<4, 4, 2, 2, 8>, dim3(pieces(T, 16), pieces(E, 16)), 128, true, *j, r->logit,
                            r->scratch, E);
     else

@@ -12,7 +12,9 @@
  * with the same code: the answer is the same. */
 #include "backend/cuda/cu_launch.cuh"
 #include "backend/cuda/cu_sample_row.cuh"
+#if !CU_PORTABLE
 #include "backend/cuda/cu_sample_stream.cuh"
+#endif
 
 /* ---- the end of a run ------------------------------------------------------------------------------------------- */
 
@@ -85,7 +87,7 @@ static __device__ __noinline__ cut find_cut(team *t, const row *r, bool in_list,
             if ((place ^ prefix) >> bits) continue;
             last = max64(last, place);
             inverted = max64(inverted, ~place);
-            if (move) sh->shorts[atomicAdd(&sh->n_short, 1u)] = (uint16_t)i;
+            if (move) sh->shorts[atomicAdd(&sh->n_short, 1u)] = (slice_place)i;
         }
         const three ends = team_reduce<false>(t, warp_max(last), warp_max(inverted), 0);
         last = ends.v[0];
@@ -217,10 +219,11 @@ static __device__ __noinline__ int32_t walk_to(team *t, const row *r, const cut 
         __syncthreads();
         rest -= sh->found.mass;
         const int32_t n = by_chunk ? u.chunk : 1 << BUCKET_BITS, from = sh->found.bin * n;
-        const int32_t end = from + n < u.hi - u.lo ? from + n : u.hi - u.lo, first = from + 4 * u.tid;
+        const int32_t each = CU_PORTABLE ? (n + THREADS - 1) / THREADS : 4; /* of a thread */
+        const int32_t end = from + n < u.hi - u.lo ? from + n : u.hi - u.lo, first = from + each * u.tid;
         m = 0;
 #pragma unroll 1
-        for (int k = 0; k < 4; k++) {
+        for (int k = 0; k < each; k++) {
             const int32_t i = first + k;
             if (i < end) m += kept_mass(&q, &kept, sh->slice[i], u.lo + i);
         }
@@ -303,7 +306,7 @@ static __device__ __noinline__ void edit_begin(const team *t, const edits *e) {
             if (reply ? atomicAdd(count + place, 1u) : atomicOr(count + place, COUNT_DONE)) continue;
             const uint32_t at = atomicAdd(&sh->n_edit, 1u); /* the first to see it */
             if (at < LIST)
-                sh->list[at] = (uint16_t)place;
+                sh->list[at] = (slice_place)place;
             else
                 __stcg(e->more + 2 * (t->lo + at), (uint32_t)place);
         }
@@ -533,6 +536,9 @@ static __device__ __forceinline__ void sample_rows(const sample_args *a) {
     for (int32_t w = cluster + t.tid % 32 * n_cluster; !any && w < a->n_want; w += 32 * n_cluster)
         any = __ldcg(a->state + w) != ROW_DONE;
     if (!__any_sync(ALL_LANES, any)) return; /* all warps of all blocks see the same */
+#if CU_PORTABLE
+    if (t.tid == 0) sh->slice = a->slice + (int64_t)cluster * t.slice;
+#endif
     team_begin(&t);
     uint32_t *scratch = a->scratch + (int64_t)cluster * 3 * a->V;
     for (int32_t base = cluster; base < a->n_want; base += 32 * n_cluster) { /* lane k: row k of this cluster's */
@@ -660,11 +666,13 @@ static __global__ void __launch_bounds__(THREADS, 2) sample_kernel(const __grid_
     sample_rows(&a);
 }
 
+#if !CU_PORTABLE
 static __global__ void __launch_bounds__(THREADS, 2) stream_kernel(const __grid_constant__ sample_args a) {
     cu_launch_next();
     cu_wait_previous();
     stream_row(&a);
 }
+#endif
 
 static __global__ void __launch_bounds__(THREADS, 2)
     greedy_kernel(ern_sampled *out, int32_t *ids, const float *logits, int32_t V) {
@@ -674,44 +682,56 @@ static __global__ void __launch_bounds__(THREADS, 2)
 }
 
 /* A row's blocks: as many as may help where there are few rows, one where the rows fill the chip. */
-static unsigned greedy_blocks(int32_t n) { return n <= 8 ? 16 : n <= 33 ? 8 : n <= 66 ? 4 : n <= 132 ? 2 : 1; }
+static unsigned greedy_blocks(int32_t n) {
+    return CU_PORTABLE ? 1 : n <= 8 ? 16 : n <= 33 ? 8 : n <= 66 ? 4 : n <= 132 ? 2 : 1;
+}
 
 static cudaError_t run_greedy(cudaStream_t s, ern_sampled *out, int32_t *ids, const float *logits, int32_t n,
                               int32_t V) {
     if (n < 1) return cudaSuccess;
+#if !CU_PORTABLE
     static const cudaError_t set =
         cudaFuncSetAttribute(greedy_kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
     if (set) return set;
+#endif
     void *args[] = {&out, &ids, &logits, &V};
     const unsigned size = greedy_blocks(n);
     return cu_launch(s, (const void *)greedy_kernel, dim3((unsigned)n * size), THREADS, 0, true, size, args);
 }
 
+static int32_t n_clusters(int32_t n_want) { return n_want < ROWS_MANY ? n_want : ROWS_MANY; }
+/* Numbers of the slices that are in global memory. */
+static int64_t n_sliced(int32_t n_want, int32_t n_vocab) {
+    return CU_PORTABLE ? (int64_t)n_clusters(n_want) * slice_of(n_vocab, 1) : 0;
+}
+
+extern "C" int64_t cu_sample_scratch_bytes(int32_t n_want, int32_t n_vocab) {
+    return (n_sliced(n_want, n_vocab) + (int64_t)n_clusters(n_want) * 3 * n_vocab + n_want) * (int64_t)sizeof(uint32_t);
+}
+
+#if CU_PORTABLE
+static cudaError_t run_all(cudaStream_t s, sample_args *a) {
+    a->slice = (float *)a->scratch;
+    a->scratch += n_sliced(a->n_want, a->V);
+    sample_kernel<<<(unsigned)n_clusters(a->n_want), THREADS, sizeof(share), s>>>(*a);
+    return cudaGetLastError();
+}
+#else
 /* A row's blocks in the kernel that lets rows stream past; 0: fewer rows are faster in the memory of a cluster. */
 static unsigned stream_blocks(int32_t n) { return n <= 16 ? 0 : n <= 33 ? 4 : n <= 66 ? 2 : 1; }
 
-static int32_t n_clusters(int32_t n_want) { return n_want < ROWS_MANY ? n_want : ROWS_MANY; }
-
-extern "C" int64_t cu_sample_scratch_bytes(int32_t n_want, int32_t n_vocab) {
-    return ((int64_t)n_clusters(n_want) * 3 * n_vocab + n_want) * (int64_t)sizeof(uint32_t);
-}
-
-extern "C" cudaError_t cu_sample(cudaStream_t s, ern_sampled *out, int32_t *ids, float *logits, int32_t n_want,
-                                 int32_t n_vocab, const cu_rule *rules, const int32_t *aux, const int32_t *token,
-                                 bool all_greedy, void *scratch) {
-    if (all_greedy) return run_greedy(s, out, ids, logits, n_want, n_vocab);
-    if (n_want < 1) return cudaSuccess;
+static cudaError_t run_all(cudaStream_t s, sample_args *a) {
     const int32_t most = (int32_t)sizeof(share) + ERN_VOCAB_MAX / 8 * (int32_t)sizeof(float);
     static const cudaError_t set =
         cudaFuncSetAttribute(sample_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
     static const cudaError_t set_stream =
         cudaFuncSetAttribute(stream_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
     if (set || set_stream) return set ? set : set_stream;
-    sample_args a = {out, ids, logits, n_want, n_vocab, rules, aux, token, (uint32_t *)scratch, NULL};
-    void *args[] = {&a};
+    const int32_t n_want = a->n_want, n_vocab = a->V;
+    void *args[] = {a};
     const unsigned blocks = stream_blocks(n_want);
     if (blocks > 0 && n_vocab % 4 == 0) {
-        a.state = a.scratch + (int64_t)n_clusters(n_want) * 3 * n_vocab;
+        a->state = a->scratch + (int64_t)n_clusters(n_want) * 3 * n_vocab;
         const cudaError_t e = cu_launch(s, (const void *)stream_kernel, dim3((unsigned)n_want * blocks), THREADS,
                                         sizeof(share) + SLICE_MAX, true, blocks, args);
         if (e != cudaSuccess) return e;
@@ -721,6 +741,16 @@ extern "C" cudaError_t cu_sample(cudaStream_t s, ern_sampled *out, int32_t *ids,
     const size_t bytes = sizeof(share) + (size_t)slice_of(n_vocab, size) * sizeof(float);
     return cu_launch(s, (const void *)sample_kernel, dim3((unsigned)(n_clusters(n_want) * size)), THREADS, bytes, true,
                      (unsigned)size, args);
+}
+#endif
+
+extern "C" cudaError_t cu_sample(cudaStream_t s, ern_sampled *out, int32_t *ids, float *logits, int32_t n_want,
+                                 int32_t n_vocab, const cu_rule *rules, const int32_t *aux, const int32_t *token,
+                                 bool all_greedy, void *scratch) {
+    if (all_greedy) return run_greedy(s, out, ids, logits, n_want, n_vocab);
+    if (n_want < 1) return cudaSuccess;
+    sample_args a = {out, ids, logits, n_want, n_vocab, rules, aux, token, (uint32_t *)scratch, NULL, NULL};
+    return run_all(s, &a);
 }
 
 extern "C" cudaError_t cu_argmax(cudaStream_t s, int32_t *ids, const float *logits, int32_t n_row, int32_t n_vocab,

@@ -20,8 +20,8 @@ enum {
     LIST = 1408,          /* ids that a block can list */
     SHORT = 256,          /* candidates of the later rounds of find_cut, where the first walked the whole row */
     FEW = 64,             /* so many candidates are compared with each other */
-    BUCKET_BITS = 6,      /* the draw: buckets of 64 ids; BINS of them cover a slice */
-    ID_BITS = 18,         /* ERN_VOCAB_MAX */
+    BUCKET_BITS = CU_PORTABLE ? 9 : 6, /* the draw: buckets of so many ids; BINS cover a slice */
+    ID_BITS = 18,                      /* ERN_VOCAB_MAX */
     PLACE_BITS = BIN_BITS + 32 + ID_BITS,
     OUT_WORDS = sizeof(ern_sampled) / 4,
     RULE_WORDS = sizeof(cu_rule) / 4,
@@ -37,7 +37,14 @@ enum {
 #define ALL_LANES 0xffffffffu
 #define KEY_BAD 0xff800000u  /* ordered bits of +inf: this or more is bad (NaN is taken as all ones) */
 #define KEY_NONE 0x007fffffu /* of -inf: nothing was left */
-static_assert(sizeof(ern_sampled) % 4 == 0 && (BINS << BUCKET_BITS) * 8 == ERN_VOCAB_MAX, "sizes of this file");
+/* Of CU_PORTABLE a team is one block, and its slice, the whole row, is in global memory. */
+#if CU_PORTABLE
+typedef uint32_t slice_place;
+#else
+typedef uint16_t slice_place;
+#endif
+static_assert(sizeof(ern_sampled) % 4 == 0 && (BINS << BUCKET_BITS) * (CU_PORTABLE ? 1 : 8) == ERN_VOCAB_MAX,
+              "sizes of this file");
 static_assert(1 << ID_BITS == ERN_VOCAB_MAX && BINS == THREADS && ERN_TOP_MAX <= 31, "sizes of this file");
 
 /* ---- what is asked ---------------------------------------------------------------------------------------------- */
@@ -54,6 +61,7 @@ typedef struct sample_args {
     const int32_t *aux, *token;
     uint32_t *scratch; /* three numbers an id, for every cluster */
     uint32_t *state;   /* [n_want] ROW_DONE .. ROW_EDITED; NULL: all rows are new */
+    float *slice;      /* CU_PORTABLE: [clusters][slice_of(V, 1)] */
 } sample_args;
 
 /* Steps 3 to 6 touch few ids. A block edits those of its slice. */
@@ -110,16 +118,21 @@ typedef struct share {
     int32_t token;
     union {
         struct {
-            uint16_t list[LIST], shorts[SHORT]; /* places in the slice */
+            slice_place list[LIST], shorts[SHORT];
         };
         struct { /* of a row that streams past: the masses of its parts, and its rule */
             uint32_t part_lo[32], part_hi[32];
             alignas(8) uint32_t rule[RULE_WORDS];
         };
     };
-    alignas(16) float slice[]; /* this block's logits, as the rule changes them; -inf up to a whole four */
+    /* this block's logits, as the rule changes them; -inf up to a whole four */
+#if CU_PORTABLE
+    float *slice;
+#else
+    alignas(16) float slice[];
+#endif
 } share;
-static_assert(sizeof(share) + SLICE_MAX + 1024 <= 228 * 1024 / 2, "two blocks in a multiprocessor");
+static_assert(CU_PORTABLE || sizeof(share) + SLICE_MAX + 1024 <= 228 * 1024 / 2, "two blocks in a multiprocessor");
 static_assert(LIST <= 3 * BINS, "times lies over the bins");
 
 /* By name, so that the compiler knows what memory it is. */
@@ -139,15 +152,28 @@ typedef struct team {
 /* ---- cluster --------------------------------------------------------------------------------------------------- */
 
 static __device__ __forceinline__ int32_t cluster_rank(void) {
-    uint32_t r;
+    uint32_t r = 0;
+#if !CU_PORTABLE
     asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));
+#endif
     return (int32_t)r;
 }
 static __device__ __forceinline__ int32_t cluster_size(void) {
-    uint32_t n;
+    uint32_t n = 1;
+#if !CU_PORTABLE
     asm volatile("mov.u32 %0, %%cluster_nctarank;" : "=r"(n));
+#endif
     return (int32_t)n;
 }
+#if CU_PORTABLE /* rank is 0 */
+static __device__ __forceinline__ uint32_t remote_add(uint32_t *mine, int32_t, uint32_t n) {
+    return atomicAdd(mine, n);
+}
+static __device__ __forceinline__ void cluster_sync(void) { __syncthreads(); }
+static __device__ __forceinline__ uint64_t remote64(const void *mine, int32_t) { return *(const uint64_t *)mine; }
+static __device__ __forceinline__ uint32_t remote32(const void *mine, int32_t) { return *(const uint32_t *)mine; }
+static __device__ __forceinline__ void send64(void *mine, int32_t, uint64_t value) { *(uint64_t *)mine = value; }
+#else
 /* atomicAdd(mine, n) of block `rank`. */
 static __device__ __forceinline__ uint32_t remote_add(uint32_t *mine, int32_t rank, uint32_t n) {
     uint32_t at, old;
@@ -188,13 +214,16 @@ static __device__ __forceinline__ void send64(void *mine, int32_t rank, uint64_t
                  : "r"((uint32_t)__cvta_generic_to_shared(mine)), "r"(rank));
     asm volatile("st.shared::cluster.u64 [%0], %1;" ::"r"(at), "l"(value) : "memory");
 }
+#endif
+/* Nobody else is in the team. */
+static __device__ __forceinline__ bool is_alone(const team *t) { return CU_PORTABLE || t->size == 1; }
 
 /* Every thread of every block; what was written before, in shared memory, is seen after. A barrier of our own, because
  * a reduction's numbers travel with it, and because waiting must not throw away the first-level cache: that is what
  * acquiring all memory at cluster scope does, of the chip's barrier too, and then every thread's local memory comes
  * from L2. Only shared memory is exchanged, so the fence after the wait acquires that alone. */
 static __device__ __forceinline__ void team_begin(const team *t) {
-    if (t->size == 1) {
+    if (is_alone(t)) {
         __syncthreads();
         return;
     }
@@ -231,7 +260,7 @@ static __device__ __forceinline__ void team_wait(team *t) {
 }
 static __device__ __forceinline__ void team_sync(team *t) {
     __syncthreads();
-    if (t->size == 1) return;
+    if (is_alone(t)) return;
     team_tell(t);
     team_wait(t);
 }
@@ -279,11 +308,11 @@ template <bool SUM> static __device__ __noinline__ three team_reduce(team *t, ui
     share *sh = SH;
     const int32_t lane = t->tid % 32, warp = t->tid / 32;
     static_assert(sizeof(sh->warp) == sizeof(sh->slot), "a block alone takes them by turns");
-    uint64_t(*part)[WARPS] = t->size == 1 && t->turn ? (uint64_t(*)[WARPS])sh->slot : sh->warp;
+    uint64_t(*part)[WARPS] = is_alone(t) && t->turn ? (uint64_t(*)[WARPS])sh->slot : sh->warp;
     if (lane == 0) part[0][warp] = a, part[1][warp] = b, part[2][warp] = c;
     __syncthreads();
     three out = {{0, 0, 0}, 0, 0};
-    if (t->size == 1) { /* no fence over a cluster, which takes microseconds while memory is busy */
+    if (is_alone(t)) { /* no fence over a cluster, which takes microseconds while memory is busy */
         for (int k = 0; k < SENDERS; k++) {
             uint64_t x = part[k][lane % WARPS];
             for (int d = WARPS / 2; d > 0; d >>= 1) {
@@ -410,6 +439,12 @@ static __device__ __forceinline__ uint64_t counter64(uint64_t key, uint64_t inde
     return z ^ (z >> 31);
 }
 
+static __device__ __forceinline__ uint64_t target_of(const ern_sample *s, uint64_t mass) {
+    const uint64_t key = counter64(s->seed, (uint64_t)(uint32_t)s->choice);
+    const uint64_t u = counter64(key, (uint64_t)(uint32_t)s->position) >> (64 - UNIFORM_BITS);
+    return u * mass >> UNIFORM_BITS | __umul64hi(u, mass) << (64 - UNIFORM_BITS);
+}
+
 /* top_p of a mass, rounded up. */
 static __device__ __forceinline__ uint64_t share_of(uint64_t mass, float top_p) {
     double need = __dmul_rn((double)top_p, __ull2double_rn(mass));
@@ -434,10 +469,14 @@ static __device__ __forceinline__ void load_begin(const team *t, const float *l)
     l += t->lo;
     if (t->vec) {
         FOR_FOURS(t, i) {
+#if CU_PORTABLE
+            *(float4 *)(slice + i) = __ldcg((const float4 *)(l + i));
+#else
             asm volatile(
                 "cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((uint32_t)__cvta_generic_to_shared(slice + i)),
                 "l"(l + i)
                 : "memory");
+#endif
         }
     } else {
 #pragma unroll 1
@@ -527,7 +566,7 @@ typedef struct row {
 
 /* Items to walk: places of the slice. */
 typedef struct view {
-    const uint16_t *at; /* NULL: all */
+    const slice_place *at; /* NULL: all */
     int32_t n, lo;
 } view;
 
@@ -570,7 +609,7 @@ static __device__ __forceinline__ void list_add(const row *r, bool band, int32_t
     uint32_t at = atomicAdd(&SH->n_list, (uint32_t)__popc(mine));
 #pragma unroll 1
     for (; mine; mine &= mine - 1, at++)
-        if (at < LIST) SH->list[at] = (uint16_t)(i + __ffs((int)mine) - 1);
+        if (at < LIST) SH->list[at] = (slice_place)(i + __ffs((int)mine) - 1);
 }
 
 /* The list, and the mass of all the thread's ids; banded: of those that are above, and how many. */

@@ -513,12 +513,6 @@ static __device__ __noinline__ int32_t walk_row(team *t, const stream *w, const 
     return (int32_t)remote32(&sh->token, owner);
 }
 
-static __device__ __forceinline__ uint64_t target_of(const ern_sample *s, uint64_t mass) {
-    const uint64_t key = counter64(s->seed, (uint64_t)(uint32_t)s->choice);
-    const uint64_t u = counter64(key, (uint64_t)(uint32_t)s->position) >> (64 - UNIFORM_BITS);
-    return u * mass >> UNIFORM_BITS | __umul64hi(u, mass) << (64 - UNIFORM_BITS);
-}
-
 /* Steps 8 to 11 of docs/model.md 7; false: the list does not hold the answer. */
 static __device__ __forceinline__ bool stream_draw(team *t, const stream *w, const ern_sample *s, const survey *best,
                                                    int32_t n, int32_t *token) {
