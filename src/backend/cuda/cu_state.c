@@ -28,7 +28,8 @@ static const char *mends(cudaError_t e) {
     case cudaErrorSystemNotReady:
     case cudaErrorUnknown: return "the GPU is lost to this process; look at nvidia-smi and start again";
     case cudaErrorInsufficientDriver:
-    case cudaErrorNoKernelImageForDevice: return "update the NVIDIA driver, or use a GPU of compute capability 9.0";
+    case cudaErrorNoKernelImageForDevice:
+        return "update the NVIDIA driver, or use another GPU (compute capability 8.0 or more)";
     default: return "this is a mistake in ernest; please report it with this line, and start again";
     }
 }
@@ -242,7 +243,7 @@ ern_status cu_state_init(cu_backend *b, const ern_model *m, const ern_backend_op
         return ERN_FAIL(err, ERN_ERR_USAGE, "%s has no MTP layer; start without speculative method mtp", m->dir);
     ERN_TRY(shape_check(c, o, err));
     ERN_TRY(weights_check(m, o->mtp, err));
-    b->codes = o->act_exact ? CU_CODES_NONE : codes_of(m, o->mtp);
+    b->codes = o->act_exact || CU_PORTABLE ? CU_CODES_NONE : codes_of(m, o->mtp);
     b->n_page_max = (o->n_len_max + o->n_page_cell - 1) / o->n_page_cell;
     b->n_kv_layer = c->n_layer + (o->mtp ? 1 : 0);
     b->n_ffn_row = (int32_t)smaller(o->n_row_max, CU_FFN_ROWS);

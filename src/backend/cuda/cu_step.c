@@ -249,7 +249,8 @@ static void moe_ffn(const run *r, const cu_layer *w, int32_t layer, int32_t row0
     }
     const bool codes = takes_codes(&w->shape.up) || (w->has_shared && takes_codes(&w->ffn.up));
     const bool together = n <= CU_ROUTE_FEW_MAX; /* norm, codes and router in one launch */
-    const bool spread = !codes && routes.tile_rows == 128 && cu_norm_spreads(D); /* the norm is told the places */
+    /* the norm is told the places */
+    const bool spread = !codes && !CU_PORTABLE && routes.tile_rows == 128 && cu_norm_spreads(D);
     cu_x8 x8 = {0};
     if (together) {
         if (codes) x8 = x8_in(&b->row8, D, n);

@@ -50,10 +50,9 @@ const char *cuda_missing(void) {
     if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, DEVICE) != cudaSuccess ||
         cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, DEVICE) != cudaSuccess)
         return "the GPU does not tell its compute capability";
-    if (major == 9 && minor == 0) return NULL;
+    if (CU_PORTABLE ? major >= 8 : major == 9 && minor == 0) return NULL;
     snprintf(text, sizeof text,
-             "the GPU has compute capability %d.%d and this build has kernels for 9.0 alone (H100, H200, GH200)", major,
-             minor);
+             "the GPU has compute capability %d.%d and the cuda backend needs 8.0 (A100) or a later one", major, minor);
     return text;
 }
 
@@ -100,7 +99,7 @@ static ern_status cuda_plan(ern_backend_plan *out, const ern_model *m, const ern
                                   .page_bytes = (uint64_t)b->cache.page_bytes,
                                   .scratch_bytes = b->scratch_bytes + driver_bytes(b) +
                                                    (size_t)b->cache.page_bytes, /* the spare page */
-                                  .kernels = "cuda sm_90",
+                                  .kernels = CU_PORTABLE ? "cuda sm_80" : "cuda sm_90",
                                   .memory_free_bytes = free_bytes,
                                   .memory_all_bytes = device_bytes};
     cu_weights_close(b);

@@ -1,0 +1,43 @@
+/* What GPUs without clusters, copy engine and wgmma do by other kernels, or not at all: all layers at once, a layer of
+ * experts at once, rows of 8 bits. Whoever asks whether something fits is told no, and asks for nothing more. */
+#include "backend/cuda/cu_kernels.h"
+
+bool cu_chain_fits(const cu_chain *c) {
+    (void)c;
+    return false;
+}
+int64_t cu_chain_bytes(const cu_chain *c) {
+    (void)c;
+    return 0;
+}
+cudaError_t cu_chain_open(cudaStream_t s, const cu_chain *c, const cu_chain_layer *layers) {
+    (void)s, (void)c, (void)layers;
+    return cudaErrorNotSupported;
+}
+cudaError_t cu_chain_run(cudaStream_t s, const cu_chain *c, float *x, const cu_cache *cache, const cu_seqs *seqs) {
+    (void)s, (void)c, (void)x, (void)cache, (void)seqs;
+    return cudaErrorNotSupported;
+}
+
+bool cu_moe_few_fits(const cu_few_job *j) {
+    (void)j;
+    return false;
+}
+cudaError_t cu_moe_few(cudaStream_t s, const cu_few_job *j) {
+    (void)s, (void)j;
+    return cudaErrorNotSupported;
+}
+
+cudaError_t cu_quant_x8(cudaStream_t s, const cu_x8 *out, cu_codes codes, const cu_bf16 *x, int64_t ldx, int32_t n_row,
+                        int32_t n_in) {
+    (void)s, (void)out, (void)codes, (void)x, (void)ldx, (void)n_row, (void)n_in;
+    return cudaErrorNotSupported;
+}
+
+cudaError_t cu_route_few(cudaStream_t s, const cu_route_job *j, const cu_routes *r, const cu_x8 *out, cu_codes codes,
+                         cu_bf16 *xn) {
+    (void)out;
+    if (codes != CU_CODES_NONE) return cudaErrorNotSupported;
+    const cudaError_t e = xn ? cu_norm(s, xn, j->x, NULL, j->norm_w, j->n_row, j->n_hidden, j->eps) : cudaSuccess;
+    return e != cudaSuccess ? e : cu_route(s, j, r);
+}
