@@ -81,6 +81,20 @@ if(TARGET ern_backend_cuda)
   target_sources(gpu_check PRIVATE ${gpu_checks})
   target_link_libraries(gpu_check PRIVATE ern_backend_cuda)
   set_target_properties(gpu_check PROPERTIES LINKER_LANGUAGE CXX)
+  # The same of the library for other GPUs, which runs on any; and gpu_model with its plugin in the other one's place.
+  set(sm80_checks ${gpu_checks})
+  list(FILTER sm80_checks EXCLUDE REGEX "/check_(a8.*|chain).c$")
+  add_executable(gpu_check_sm80 ${CMAKE_SOURCE_DIR}/tests/cuda/gpu_check.c ${sm80_checks})
+  target_include_directories(gpu_check_sm80 PRIVATE ${CMAKE_SOURCE_DIR}/src ${CMAKE_SOURCE_DIR}/tests)
+  target_link_libraries(gpu_check_sm80 PRIVATE ern_backend_cuda_sm80)
+  target_compile_options(gpu_check_sm80 PRIVATE ${ERN_WARN} -Wno-missing-prototypes)
+  set_target_properties(gpu_check_sm80 PROPERTIES LINKER_LANGUAGE CXX)
+  set(sm80 ${CMAKE_BINARY_DIR}/sm80)
+  add_custom_command(OUTPUT ${sm80}/gpu_model DEPENDS gpu_model ernest_cuda_sm80 VERBATIM
+    COMMAND ${CMAKE_COMMAND} -E make_directory ${sm80}
+    COMMAND ${CMAKE_COMMAND} -E copy $<TARGET_FILE:ernest_cuda_sm80> ${sm80}/ernest_cuda.so
+    COMMAND ${CMAKE_COMMAND} -E copy $<TARGET_FILE:gpu_model> ${sm80}/gpu_model)
+  add_custom_target(gpu_model_sm80 ALL DEPENDS ${sm80}/gpu_model)
   add_test(NAME nvcc_refuses COMMAND sh ${CMAKE_SOURCE_DIR}/src/backend/cuda/nvcc.sh none
     echo "ptxas info : (C7511) Potential Performance Loss: wgmma.mma_async instructions are serialized")
   add_test(NAME nvcc_accepts COMMAND sh ${CMAKE_SOURCE_DIR}/src/backend/cuda/nvcc.sh none echo "ptxas info : all is well")
@@ -106,19 +120,25 @@ if(TARGET ernest AND NOT ERN_FUZZ)
 endif()
 
 # --backend auto where a GPU is whose backend does not take the model: cpu computes, and a line says why. The plugin is
-# looked for beside the program, so the program gets a second name beside this one.
+# looked for beside the program, so the program gets a second name beside this one. Which plugin it is depends on the
+# GPU, and each of the two has words of its own.
 if(TARGET ernest AND NOT ERN_FUZZ)
   set(refusing ${CMAKE_BINARY_DIR}/refusing)
   add_library(refusing_plugin MODULE ${CMAKE_SOURCE_DIR}/tests/plugin/refusing_plugin.c)
   add_library(refusing_driver SHARED ${CMAKE_SOURCE_DIR}/tests/plugin/refusing_driver.c)
-  target_include_directories(refusing_plugin PRIVATE ${CMAKE_SOURCE_DIR}/src)
-  foreach(t refusing_plugin refusing_driver)
+  add_library(refusing_plugin_sm80 MODULE ${CMAKE_SOURCE_DIR}/tests/plugin/refusing_plugin.c)
+  target_compile_definitions(refusing_plugin PRIVATE WORDS="this GPU takes no model")
+  target_compile_definitions(refusing_plugin_sm80 PRIVATE WORDS="this older GPU takes no model")
+  foreach(t refusing_plugin refusing_plugin_sm80 refusing_driver)
+    target_include_directories(${t} PRIVATE ${CMAKE_SOURCE_DIR}/src)
     target_compile_options(${t} PRIVATE ${ERN_WARN})
     set_target_properties(${t} PROPERTIES LIBRARY_OUTPUT_DIRECTORY ${refusing} PREFIX "")
   endforeach()
   set_target_properties(refusing_plugin PROPERTIES OUTPUT_NAME ernest_cuda)
+  set_target_properties(refusing_plugin_sm80 PROPERTIES OUTPUT_NAME ernest_cuda_sm80)
   set_target_properties(refusing_driver PROPERTIES OUTPUT_NAME libcuda SUFFIX .so.1)
-  add_custom_command(OUTPUT ${refusing}/ernest DEPENDS ernest refusing_plugin refusing_driver VERBATIM
+  add_custom_command(OUTPUT ${refusing}/ernest VERBATIM
+    DEPENDS ernest refusing_plugin refusing_plugin_sm80 refusing_driver
     COMMAND ${CMAKE_COMMAND} -E copy $<TARGET_FILE:ernest> ${refusing}/ernest)
   add_custom_target(refusing ALL DEPENDS ${refusing}/ernest)
   set(dry_run ${refusing}/ernest serve --dry-run --model ${CMAKE_SOURCE_DIR}/models/demo-dense)
@@ -129,6 +149,12 @@ if(TARGET ernest AND NOT ERN_FUZZ)
   set_tests_properties(backend_cuda_refused PROPERTIES PASS_REGULAR_EXPRESSION "^ernest: this GPU takes no model")
   set_tests_properties(backend_auto_refused backend_cuda_refused PROPERTIES LABELS unit TIMEOUT ${ERN_TIMEOUT}
     ENVIRONMENT LD_LIBRARY_PATH=${refusing})
+  foreach(capability 8.0 8.6 8.9 12.0)
+    add_test(NAME backend_of_gpu_${capability} COMMAND ${dry_run} --backend cuda)
+    set_tests_properties(backend_of_gpu_${capability} PROPERTIES PASS_REGULAR_EXPRESSION
+      "^ernest: this older GPU takes no model" LABELS unit TIMEOUT ${ERN_TIMEOUT}
+      ENVIRONMENT "LD_LIBRARY_PATH=${refusing};CAPABILITY=${capability}")
+  endforeach()
 endif()
 
 # Every combination on every model and backend, where `make test` has them all on one.

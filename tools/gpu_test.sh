@@ -10,7 +10,7 @@ failed=0
 "$build/ernest" collect-env | grep -q '^gpu: *none' && exit 1
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
-for program in gpu_check gpu_model 'test_engine_same cuda' 'test_cache_same cuda'; do
+for program in gpu_check gpu_model 'test_engine_same cuda' 'test_cache_same cuda' gpu_check_sm80 sm80/gpu_model; do
     "$build/"$program >"$log" 2>&1
     code=$?
     if [ $code -ne 0 ]; then

@@ -129,7 +129,8 @@ struct ern_backend {
 };
 
 /* The backend of a name, or NULL. "ref" and "cpu" are in the program. "cuda" is a plugin, ernest_cuda.so beside the
- * program or in ../lib/ernest from there: loaded by the first call where a driver is, and kept. */
+ * program or in ../lib/ernest from there, or ernest_cuda_sm80.so if the GPU is none of compute capability 9.0: loaded
+ * by the first call where a driver is, and kept. */
 const ern_backend_ops *ern_backend_find(const char *name);
 /* NULL: that backend can run here; else one clause that says why not. Without a driver it costs a look for two files.
  * The text stays. Any thread. */

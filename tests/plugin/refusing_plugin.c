@@ -1,11 +1,10 @@
 /* A plugin that takes no model, for ernest with a driver that is none (refusing_driver.c): what --backend auto does
- * when a GPU is there and its backend cannot compute the model. */
+ * when a GPU is there and its backend cannot compute the model. WORDS: what it says. */
 #include "backend/plugin.h"
 
 static ern_status refuse(ern_backend_plan *out, const ern_model *m, const ern_backend_options *o, ern_err *err) {
     (void)out, (void)m, (void)o;
-    *err =
-        (ern_err){.code = ERN_ERR_UNSUPPORTED, .file = __FILE__, .line = __LINE__, .text = "this GPU takes no model"};
+    *err = (ern_err){.code = ERN_ERR_UNSUPPORTED, .file = __FILE__, .line = __LINE__, .text = WORDS};
     return err->code;
 }
 
