@@ -463,59 +463,111 @@ static void check_combine(int32_t T, int32_t K, int32_t D, bool with_shared, boo
     free(x), free(y), free(shared), free(share), free(place), free(got), free(out);
 }
 
-/* With the norm of what comes out: the bits of the two kernels. */
-static void check_combine_norm(int32_t T, int32_t K, int32_t D, bool with_shared) {
+/* Room for n rows of D numbers as codes. */
+typedef struct rows8 {
+    cu_x8 x;
+    size_t code_bytes, scale_bytes;
+} rows8;
+static rows8 rows8_new(int32_t n, int32_t D) {
+    const int64_t ld = (n + 3) / 4 * 4;
+    rows8 r = {.code_bytes = (size_t)n * (size_t)CU_PAD(D),
+               .scale_bytes = (size_t)(CU_PAD(D) / CU_SEGMENT) * (size_t)ld * sizeof(float)};
+    r.x = (cu_x8){check_new(NULL, r.code_bytes), CU_PAD(D), check_new(NULL, r.scale_bytes), ld};
+    return r;
+}
+static void rows8_free(rows8 *r) { check_free(r->x.code), check_free(r->x.scale); }
+static bool rows8_same(const rows8 *a, const rows8 *b) {
+    void *code[2] = {copy_of(a->x.code, a->code_bytes), copy_of(b->x.code, a->code_bytes)};
+    void *scale[2] = {copy_of(a->x.scale, a->scale_bytes), copy_of(b->x.scale, a->scale_bytes)};
+    const bool same = memcmp(code[0], code[1], a->code_bytes) == 0 && memcmp(scale[0], scale[1], a->scale_bytes) == 0;
+    for (int i = 0; i < 2; i++) free(code[i]), free(scale[i]);
+    return same;
+}
+
+static const char *const codes_name[] = {"bf16", "f8", "i8"};
+
+/* With the norm of what comes out: the bits of the two kernels, or three. */
+static void check_combine_norm(int32_t T, int32_t K, int32_t D, bool with_shared, cu_codes codes) {
     char name[96];
-    snprintf(name, sizeof name, "combine and norm T %d K %d D %d%s", T, K, D, with_shared ? " shared" : "");
+    snprintf(name, sizeof name, "combine and norm T %d K %d D %d%s %s", T, K, D, with_shared ? " shared" : "",
+             codes_name[codes]);
     if (!check_begin(name)) return;
     const size_t d = (size_t)D, n = (size_t)T * d, entries = (size_t)T * (size_t)K, pad = (size_t)T * (size_t)CU_PAD(D);
     float *x = random_f32(n, 1.0f), *y = random_f32(entries * d, 1.0f), *share = random_f32(entries, 1.0f);
-    cu_bf16 *w = random_bf16(d, 1.0f, 0.5f);
+    x[n / 2] = INFINITY, memset(x + n / 3, 0, sizeof *x);
+    cu_bf16 *w = random_bf16(d, 1.0f, 0.5f), *zero = host_new(pad * sizeof *zero);
+    memset(zero, 0, pad * sizeof *zero);
     int32_t *place = random_order(T * K);
     float *dx[2] = {check_new(x, n * sizeof *x), check_new(x, n * sizeof *x)};
     float *dy = check_new(y, entries * d * sizeof *y), *dshared = with_shared ? check_new(x, n * sizeof *x) : NULL;
     cu_bf16 *dw = check_new(w, d * sizeof *w), *dxn[2];
-    for (int i = 0; i < 2; i++) dxn[i] = check_new(NULL, pad * sizeof *dxn[i]);
+    for (int i = 0; i < 2; i++) dxn[i] = check_new(zero, pad * sizeof *dxn[i]);
+    rows8 to[2] = {rows8_new(T, D), rows8_new(T, D)};
     cu_routes r = {.n_used = K,
                    .share = check_new(share, entries * sizeof *share),
                    .entry_place = check_new(place, entries * sizeof *place)};
-    const cu_norm_after after = {dxn[0], dw, 1e-5f};
+    const bool xn = codes == CU_CODES_NONE || !cu_norm_holds(D) || T % 2 == 0;
+    const cu_norm_job after = {.w = dw, .eps = 1e-5f, .xn = xn ? dxn[0] : NULL, .codes = codes, .x8 = to[0].x};
     CHECK_CUDA(cu_combine(0, dx[0], NULL, dy, dshared, &r, T, D, &after));
     CHECK_CUDA(cu_combine(0, dx[1], NULL, dy, dshared, &r, T, D, NULL));
     CHECK_CUDA(cu_norm(0, dxn[1], dx[1], NULL, dw, T, D, 1e-5f));
+    if (codes != CU_CODES_NONE) CHECK_CUDA(cu_quant_x8(0, &to[1].x, codes, dxn[1], CU_PAD(D), T, D));
     float *got[2] = {copy_of(dx[0], n * sizeof *x), copy_of(dx[1], n * sizeof *x)};
     cu_bf16 *bits[2] = {copy_of(dxn[0], pad * sizeof *w), copy_of(dxn[1], pad * sizeof *w)};
-    check_that(name, memcmp(got[0], got[1], n * sizeof *x) == 0 && memcmp(bits[0], bits[1], pad * sizeof *w) == 0,
-               "other bits than the two one by one");
+    const cu_bf16 *want = xn ? bits[1] : zero;
+    check_that(name,
+               memcmp(got[0], got[1], n * sizeof *x) == 0 && memcmp(bits[0], want, pad * sizeof *w) == 0 &&
+                   rows8_same(&to[0], &to[1]),
+               "other bits than one by one");
     check_free(dy), check_free(dshared), check_free(dw), check_free(r.share), check_free(r.entry_place);
-    for (int i = 0; i < 2; i++) check_free(dx[i]), check_free(dxn[i]), free(got[i]), free(bits[i]);
-    free(x), free(y), free(share), free(w), free(place);
+    for (int i = 0; i < 2; i++) check_free(dx[i]), check_free(dxn[i]), free(got[i]), free(bits[i]), rows8_free(&to[i]);
+    free(x), free(y), free(share), free(w), free(zero), free(place);
 }
 
-/* A norm by row and by place. */
-static void check_norm_spread(int32_t T, int32_t K, int32_t D) {
+/* A norm by row and by place, as bf16 and as codes. */
+static void check_norm_run(int32_t T, int32_t K, int32_t D, cu_codes codes, bool with_xn) {
     char name[96];
-    snprintf(name, sizeof name, "norm and spread T %d K %d D %d", T, K, D);
+    snprintf(name, sizeof name, "norm run T %d K %d D %d %s%s", T, K, D, codes_name[codes], with_xn ? " and bf16" : "");
     if (!check_begin(name)) return;
-    const size_t d = (size_t)D, n = (size_t)T * d, k_row = (size_t)K;
+    const size_t d = (size_t)D, n = (size_t)T * d, k_row = (size_t)K, pad = (size_t)CU_PAD(D);
+    const size_t each = codes == CU_CODES_NONE ? pad * sizeof(cu_bf16) : pad;
     float *x = random_f32(n, 1.0f);
-    cu_bf16 *w = random_bf16(d, 1.0f, 0.5f);
+    x[n / 2] = NAN;
+    for (size_t i = 0; i < (d < 128 ? d : 128); i++) x[n / 4 / d * d + i] = 0.0f;
+    cu_bf16 *w = random_bf16(d, 1.0f, 0.5f), *zero = host_new((size_t)T * pad * sizeof *zero);
+    memset(zero, 0, (size_t)T * pad * sizeof *zero);
     int32_t *place = random_order(T * K);
     float *dx = check_new(x, n * sizeof *x);
-    cu_bf16 *dw = check_new(w, d * sizeof *w), *dplace = check_new(NULL, n * k_row * sizeof *w), *dxn[2];
-    for (int i = 0; i < 2; i++) dxn[i] = check_new(NULL, n * sizeof *w);
+    cu_bf16 *dw = check_new(w, d * sizeof *w), *dxn[2];
+    for (int i = 0; i < 2; i++) dxn[i] = check_new(zero, (size_t)T * pad * sizeof *w);
+    const bool spread = K > 0 && cu_norm_spreads(D);
+    void *dplace = spread ? check_new(NULL, (size_t)T * k_row * each) : NULL;
+    rows8 to[2] = {rows8_new(T, D), rows8_new(T, D)};
     cu_routes r = {.n_used = K, .entry_place = check_new(place, (size_t)T * k_row * sizeof *place)};
+    const cu_norm_job j = {.w = dw,
+                           .eps = 1e-5f,
+                           .xn = with_xn ? dxn[1] : NULL,
+                           .codes = codes,
+                           .x8 = to[1].x,
+                           .by_place = dplace,
+                           .routes = &r};
     CHECK_CUDA(cu_norm(0, dxn[0], dx, NULL, dw, T, D, 1e-5f));
-    CHECK_CUDA(cu_norm_spread(0, dxn[1], dplace, &r, dx, dw, T, D, 1e-5f));
-    cu_bf16 *want = copy_of(dxn[0], n * sizeof *w), *got = copy_of(dxn[1], n * sizeof *w);
-    cu_bf16 *by_place = copy_of(dplace, n * k_row * sizeof *w);
-    bool same = memcmp(want, got, n * sizeof *w) == 0;
-    for (size_t e = 0; e < (size_t)T * k_row; e++)
-        same &= memcmp(by_place + (size_t)place[e] * d, want + e / k_row * d, d * sizeof *w) == 0;
-    check_that(name, same, "other bits than the norm");
+    if (codes != CU_CODES_NONE) CHECK_CUDA(cu_quant_x8(0, &to[0].x, codes, dxn[0], CU_PAD(D), T, D));
+    CHECK_CUDA(cu_norm_run(0, &j, dx, T, D));
+    cu_bf16 *want = copy_of(dxn[0], (size_t)T * pad * sizeof *w), *got = copy_of(dxn[1], (size_t)T * pad * sizeof *w);
+    bool same = memcmp(with_xn ? want : zero, got, (size_t)T * pad * sizeof *w) == 0 && rows8_same(&to[0], &to[1]);
+    if (spread) {
+        char *by_place = copy_of(dplace, (size_t)T * k_row * each);
+        char *row = codes == CU_CODES_NONE ? (char *)want : copy_of(to[0].x.code, to[0].code_bytes);
+        for (size_t e = 0; e < (size_t)T * k_row; e++)
+            same &= memcmp(by_place + (size_t)place[e] * each, row + e / k_row * each, each) == 0;
+        free(by_place);
+        if (row != (char *)want) free(row);
+    }
+    check_that(name, same, "other bits than the norm and its codes one by one");
     check_free(dx), check_free(dw), check_free(dplace), check_free(dxn[0]), check_free(dxn[1]);
-    check_free(r.entry_place);
-    free(x), free(w), free(place), free(want), free(got), free(by_place);
+    check_free(r.entry_place), rows8_free(&to[0]), rows8_free(&to[1]);
+    free(x), free(w), free(zero), free(place), free(want), free(got);
 }
 
 /* ---- how long it takes --------------------------------------------------------------------------------------------
@@ -576,13 +628,30 @@ static void show_times(void) {
         printf("      combine T %d K %d D %d: %.2f us, %.2f TB/s\n", combine_rows[c], K, D, us,
                (double)combine_rows[c] * D * 4.0 * (K + 3) / us * 1e-6);
     }
-    const cu_norm_after after = {dout, dw, 1e-5f};
-    for (int i = -3; i < 20; i++) {
-        if (i == 0) CHECK_CUDA(cudaEventRecord(a, 0));
-        CHECK_CUDA(cu_combine(0, dx, NULL, dy, dshared, &r, CROWD, D, &after));
+    rows8 codes = rows8_new(CROWD, D);
+    for (int c = CU_CODES_NONE; c <= CU_CODES_I8; c++) {
+        cu_norm_job j = {.w = dw,
+                         .eps = 1e-5f,
+                         .xn = c == CU_CODES_NONE ? dout : NULL,
+                         .codes = (cu_codes)c,
+                         .x8 = codes.x,
+                         .routes = &r};
+        for (int i = -3; i < 20; i++) {
+            if (i == 0) CHECK_CUDA(cudaEventRecord(a, 0));
+            CHECK_CUDA(cu_combine(0, dx, NULL, dy, dshared, &r, CROWD, D, &j));
+        }
+        CHECK_CUDA(cudaEventRecord(b, 0));
+        printf("      combine and norm T %d K %d D %d %s: %.2f us\n", CROWD, K, D, codes_name[c], us_between(a, b));
+        j.by_place = dy;
+        for (int i = -3; i < 20; i++) {
+            if (i == 0) CHECK_CUDA(cudaEventRecord(a, 0));
+            CHECK_CUDA(cu_norm_run(0, &j, dx, CROWD, D));
+        }
+        CHECK_CUDA(cudaEventRecord(b, 0));
+        printf("      norm by row and place T %d K %d D %d %s: %.2f us\n", CROWD, K, D, codes_name[c],
+               us_between(a, b));
     }
-    CHECK_CUDA(cudaEventRecord(b, 0));
-    printf("      combine and norm T %d K %d D %d: %.2f us\n", CROWD, K, D, us_between(a, b));
+    rows8_free(&codes);
     check_free(dx), check_free(drouter), check_free(dw), check_free(dout), check_free(dy), check_free(dshared);
     check_free(r.share), check_free(r.entry_place);
     CHECK_CUDA(cudaEventDestroy(a));
@@ -609,13 +678,22 @@ void check_rows(void) {
     check_mtp_in(33, 2560);
     check_mtp_in(20, 2564);
     for (size_t i = 0; i < sizeof models / sizeof *models; i++) check_router(&models[i]);
-    check_norm_spread(2050, 6, 2560);
-    check_norm_spread(37, 4, 128);
-    check_norm_spread(131, 16, 1152);
-    check_combine_norm(2049, 6, 2560, true);
-    check_combine_norm(2050, 4, 1284, false);
-    check_combine_norm(2049, 3, 80, true);
-    check_combine_norm(37, 6, 2560, true);
+    for (int c = CU_CODES_NONE; c <= CU_CODES_I8; c++) {
+        const cu_codes codes = (cu_codes)c;
+        check_norm_run(2050, 6, 2560, codes, true);
+        check_norm_run(37, 4, 128, codes, true);
+        check_norm_run(131, 16, 1152, codes, c == CU_CODES_NONE);
+        check_norm_run(301, 6, 2560, codes, c == CU_CODES_NONE);
+        check_norm_run(301, 0, 1284, codes, c == CU_CODES_NONE);
+        check_norm_run(50, 0, 80, codes, true);
+        check_norm_run(50, 0, 2564, codes, true);
+        check_norm_run(50, 0, 70, codes, true);
+        check_combine_norm(2049, 6, 2560, true, codes);
+        check_combine_norm(2050, 4, 1284, false, codes);
+        check_combine_norm(2049, 3, 80, true, codes);
+        check_combine_norm(37, 6, 2560, true, codes);
+        check_combine_norm(37, 2, 2564, true, codes);
+    }
     check_combine(1, 6, 2560, true, false);
     check_combine(37, 6, 2560, true, true);
     check_combine(100, 3, 80, true, true);

@@ -274,8 +274,10 @@ cudaError_t cu_a8_large_grouped(cudaStream_t s, const cu_grouped_job *j) {
     if (j->gather) { /* scales are read where they are */
         codes = &j->x8_by_place;
         if (!codes->code || codes->ldx != j->x8.ldx) return cudaErrorInvalidValue;
-        const cudaError_t e = wide_spread(s, codes->code, j->x8.code, codes->ldx, r, j->n_row);
-        if (e != cudaSuccess) return e;
+        if (!j->spread) {
+            const cudaError_t e = wide_spread(s, codes->code, j->x8.code, codes->ldx, r, j->n_row);
+            if (e != cudaSuccess) return e;
+        }
     }
     return launch(s, &a, codes, &j->x8, (int64_t)j->n_row * r->n_used, true);
 }

@@ -242,7 +242,7 @@ typedef struct cu_grouped_job {
     const cu_bf16 *x;
     int64_t ldx;
     cu_bf16 *by_place; /* with gather: room for x by place, [T*K, ldx] */
-    bool spread;       /* by_place holds it already; of tile_rows 128 only */
+    bool spread;       /* by_place, or the codes of x8_by_place, hold it already; of tile_rows 128 only */
     /* A8, any number of rows: instead of x and by_place. Of down, rows by place, made from h by cu_quant_x8; where
      * tile_rows is 8 and x8.code is NULL they are quantized inside, from x by place. */
     cu_x8 x8, x8_by_place;
@@ -263,16 +263,26 @@ cudaError_t cu_a8_large_run(cudaStream_t s, const cu_job *j);             /* x8,
 cudaError_t cu_a8_mid_grouped(cudaStream_t s, const cu_grouped_job *j);   /* tile_rows 8..64 */
 cudaError_t cu_a8_large_grouped(cudaStream_t s, const cu_grouped_job *j); /* tile_rows 128 */
 
-/* y = sum over ranks, in order, of share * expert_y[entry_place]; out = y (for the probe, may be NULL) ; x = x + (y +
- * shared), in f32. shared f32 [T, D] or NULL. norm: what cu_norm makes of the new x [n_row] goes to xn; NULL: nothing.
- */
-typedef struct cu_norm_after {
-    cu_bf16 *xn;
+/* What becomes of the norm of rows [n, D] of x, which is that of cu_norm: xn bf16 [n, CU_PAD(D)] (NULL: nothing), and
+ * the codes of these numbers as cu_quant_x8 makes them. NULL only where cu_norm_holds(D). */
+typedef struct cu_norm_job {
     const cu_bf16 *w;
     float eps;
-} cu_norm_after;
+    cu_bf16 *xn;
+    cu_codes codes; /* NONE: no codes */
+    cu_x8 x8;
+    /* Where not NULL, the same rows by place [n*K, CU_PAD(D)], the row of entry e / K at routes->entry_place[e]: codes,
+     * or bf16 where there are none. Only where cu_norm_spreads(D). */
+    void *by_place;
+    const cu_routes *routes;
+} cu_norm_job;
+static inline bool cu_norm_holds(int32_t n_hidden) { return n_hidden % 4 == 0 && n_hidden <= 2560; }
+static inline bool cu_norm_spreads(int32_t n_hidden) { return n_hidden % CU_SEGMENT == 0 && n_hidden <= 2560; }
+
+/* y = sum over ranks, in order, of share * expert_y[entry_place]; out = y (for the probe, may be NULL) ; x = x + (y +
+ * shared), in f32. shared f32 [T, D] or NULL. norm: of the new x [n_row], not by place; NULL: none. */
 cudaError_t cu_combine(cudaStream_t s, float *x, float *out, const float *expert_y, const float *shared,
-                       const cu_routes *r, int32_t n_row, int32_t n_hidden, const cu_norm_after *norm);
+                       const cu_routes *r, int32_t n_row, int32_t n_hidden, const cu_norm_job *norm);
 
 /* All of a layer's experts for few rows at once: cu_norm, cu_route, the linears of the shared experts and of the chosen
  * ones, cu_combine; x = x + experts + shared, with the same bits. One launch, of as many blocks as multiprocessors,
@@ -302,11 +312,8 @@ cudaError_t cu_embed(cudaStream_t s, float *x, int32_t *token, const int32_t *pr
 /* out bf16 [n, CU_PAD(D)] = bf16(norm of x row). rows NULL: row i of x; else rows[i] (wanted rows). */
 cudaError_t cu_norm(cudaStream_t s, cu_bf16 *out, const float *x, const int32_t *rows, const cu_bf16 *w, int32_t n,
                     int32_t n_hidden, float eps);
-/* cu_norm of the first n rows, and the same rows by place: by_place [n*K, D], the row of entry e / K at
- * r->entry_place[e]. */
-static inline bool cu_norm_spreads(int32_t n_hidden) { return n_hidden % CU_SEGMENT == 0 && n_hidden <= 2560; }
-cudaError_t cu_norm_spread(cudaStream_t s, cu_bf16 *out, cu_bf16 *by_place, const cu_routes *r, const float *x,
-                           const cu_bf16 *w, int32_t n, int32_t n_hidden, float eps);
+/* The norm of the first n rows of x, to wherever j wants it. */
+cudaError_t cu_norm_run(cudaStream_t s, const cu_norm_job *j, const float *x, int32_t n, int32_t n_hidden);
 /* MTP: z bf16 [T, CU_PAD(2D)] = norm(embed[next]) beside norm(x). next[t] known (>= 0), or the token sampled at the
  * wanted row that is t (want [W] ascending, sampled [W] ids), or 0. next_out [T] receives it. */
 cudaError_t cu_mtp_in(cudaStream_t s, cu_bf16 *z, int32_t *next_out, const float *x, const int32_t *next,

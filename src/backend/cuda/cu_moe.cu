@@ -7,7 +7,7 @@
  * warp a logit, a lane a (part, slice) (few_logits). Many: a lane a slice, tiles in registers (many_logits). Very many:
  * a warp a slice, larger tiles (wide_logits). Columns beyond the row count as zeros, which change no bit. Two launches
  * for few rows, three for many. n_hidden is a multiple of 4; rows start at multiples of 16 bytes. */
-#include "backend/cuda/cu_device.cuh"
+#include "backend/cuda/cu_a8_device.cuh"
 #include "backend/cuda/cu_launch.cuh"
 #include "backend/cuda/cu_route.cuh"
 
@@ -566,10 +566,10 @@ static __global__ void __launch_bounds__(COMBINE_THREADS)
 }
 
 /* The same and the norm of what comes out, as cu_norm has it: a block a row of at most 4 ROW_THREADS numbers. */
-template <int USED>
+template <int USED, cu_codes C>
 static __global__ void __launch_bounds__(ROW_THREADS, 2)
-    combine_norm(float *x, cu_norm_after norm, const float *expert_y, const float *shared, const int32_t *entry_place,
-                 const float *share, int32_t n_used, int32_t n_hidden) {
+    combine_norm(float *x, const cu_norm_job norm, const float *expert_y, const float *shared,
+                 const int32_t *entry_place, const float *share, int32_t n_used, int32_t n_hidden) {
     __shared__ __align__(16) float row_x[4 * ROW_THREADS];
     __shared__ float scale;
     cu_launch_next();
@@ -600,22 +600,35 @@ static __global__ void __launch_bounds__(ROW_THREADS, 2)
         if (threadIdx.x == 0) scale = cu_norm_scale(sum, n_hidden, norm.eps);
     }
     __syncthreads();
-    if (!in) return;
     uint2 to;
     to.x = cu_round2(cu_normed(v.x, scale, (cu_bf16)w.x), cu_normed(v.y, scale, (cu_bf16)(w.x >> 16)));
     to.y = cu_round2(cu_normed(v.z, scale, (cu_bf16)w.y), cu_normed(v.w, scale, (cu_bf16)(w.y >> 16)));
-    *(uint2 *)(norm.xn + (int64_t)row * CU_PAD(n_hidden) + i) = to;
+    if (norm.xn && in) *(uint2 *)(norm.xn + (int64_t)row * CU_PAD(n_hidden) + i) = to;
+    if constexpr (C != CU_CODES_NONE) { /* a warp a segment; beyond the row v and w are zero */
+        const float of[4] = {__uint_as_float(to.x << 16), __uint_as_float(to.x & 0xffff0000u),
+                             __uint_as_float(to.y << 16), __uint_as_float(to.y & 0xffff0000u)};
+        float seg_scale;
+        *(uint32_t *)(norm.x8.code + row * norm.x8.ldx + i) = a8_quantize<C>(&seg_scale, of);
+        if (threadIdx.x % 32 == 0) norm.x8.scale[threadIdx.x / 32 * norm.x8.ld_scale + row] = seg_scale;
+    }
+}
+
+template <cu_codes C> static auto combine_norm_of(int32_t n_used) {
+    return n_used == 6 ? combine_norm<6, C> : combine_norm<0, C>;
 }
 
 cudaError_t cu_combine(cudaStream_t s, float *x, float *out, const float *expert_y, const float *shared,
-                       const cu_routes *r, int32_t n_row, int32_t n_hidden, const cu_norm_after *norm) {
+                       const cu_routes *r, int32_t n_row, int32_t n_hidden, const cu_norm_job *norm) {
     if (n_row <= 0) return cudaSuccess;
     const int32_t K = r->n_used;
     /* `shared` may come from another stream: then more is waited for than the kernel before */
     if (norm && !out && n_hidden % 4 == 0 && n_hidden <= 4 * ROW_THREADS)
-        return cu_launch_args(s, K == 6 ? combine_norm<6> : combine_norm<0>, (unsigned)n_row,
-                              (unsigned)(n_hidden + 127) / 128 * 32, !shared, x, *norm, expert_y, shared,
-                              r->entry_place, r->share, K, n_hidden);
+        return cu_launch_args(s,
+                              norm->codes == CU_CODES_F8   ? combine_norm_of<CU_CODES_F8>(K)
+                              : norm->codes == CU_CODES_I8 ? combine_norm_of<CU_CODES_I8>(K)
+                                                           : combine_norm_of<CU_CODES_NONE>(K),
+                              (unsigned)n_row, (unsigned)(n_hidden + 127) / 128 * 32, !shared, x, *norm, expert_y,
+                              shared, r->entry_place, r->share, K, n_hidden);
     const dim3 wide((unsigned)n_row, pieces(n_hidden, 4 * COMBINE_THREADS));
     const bool four = n_hidden % 4 == 0;
     const cudaError_t e =
@@ -626,5 +639,5 @@ cudaError_t cu_combine(cudaStream_t s, float *x, float *out, const float *expert
                        four ? wide : dim3((unsigned)n_row, pieces(n_hidden, COMBINE_THREADS)), COMBINE_THREADS, !shared,
                        x, out, expert_y, shared, r->entry_place, r->share, K, n_hidden);
     if (e != cudaSuccess || !norm) return e;
-    return cu_norm(s, norm->xn, x, NULL, norm->w, n_row, n_hidden, norm->eps);
+    return cu_norm_run(s, norm, x, n_row, n_hidden);
 }

@@ -5,7 +5,7 @@
  * and the product; longer ones, and rows that 16-byte loads cannot take, are read twice.
  * Rows of x, of the weights and of the outputs start at multiples of 16 bytes where n_hidden is a multiple of 4 (8
  * bytes for bf16): what cudaMalloc gives. Nothing beyond n_hidden numbers of an output row is written. */
-#include "backend/cuda/cu_device.cuh"
+#include "backend/cuda/cu_a8_device.cuh"
 #include "backend/cuda/cu_launch.cuh"
 
 enum { EMBED_THREADS = 128, NORM_WARPS = 4, FEW_ROWS = 256 };
@@ -101,7 +101,7 @@ static __device__ __forceinline__ void norm_row(cu_bf16 *out, const T *x, const 
 }
 
 /* The least HELD of those compiled that holds a row; 0: none. */
-static int held(int32_t n) { return n % 4 != 0 || n > 2560 ? 0 : n <= 1024 ? 8 : 20; }
+static int held(int32_t n) { return !cu_norm_holds(n) ? 0 : n <= 1024 ? 8 : 20; }
 
 template <int HELD>
 static __global__ void __launch_bounds__(32 * NORM_WARPS)
@@ -130,36 +130,86 @@ cudaError_t cu_norm(cudaStream_t s, cu_bf16 *out, const float *x, const int32_t 
                           blocks, threads, true, out, x, rows, w, n, n_hidden, eps);
 }
 
-/* A norm whose rows also go to the places of their entries: HELD as norm_row has it. */
-template <int HELD>
+/* Rows of a norm as j wants them, a warp a row: HELD as norm_row has it. */
+template <int HELD, cu_codes C>
 static __global__ void __launch_bounds__(32 * NORM_WARPS)
-    norm_spread(cu_bf16 *out, cu_bf16 *by_place, const int32_t *entry_place, int32_t n_used, const float *x,
-                const cu_bf16 *w, int32_t n, int32_t n_hidden, float eps) {
+    norm_rows(const cu_norm_job j, const int32_t *entry_place, int32_t n_used, const float *x, int32_t n,
+              int32_t n_hidden) {
     cu_launch_next();
-    prefetch_weights(w, n_hidden);
+    prefetch_weights(j.w, n_hidden);
     cu_wait_previous();
     const int32_t lane = (int32_t)(threadIdx.x & 31), first = lane * 4;
     const int32_t row = (int32_t)(blockIdx.x * NORM_WARPS + (threadIdx.x >> 5));
     if (row >= n) return;
-    const int32_t place = lane < n_used ? entry_place[(int64_t)row * n_used + lane] : 0;
+    const int32_t place = j.by_place && lane < n_used ? entry_place[(int64_t)row * n_used + lane] : 0;
     uint2 to[HELD];
-    norm_held<HELD>(to, x + (int64_t)row * n_hidden, w, n_hidden, eps);
-    for (int32_t k = -1; k < n_used; k++) {
-        const int64_t at = k < 0 ? row : __shfl_sync(0xffffffffu, place, k < 0 ? 0 : k);
-        cu_bf16 *row_out = (k < 0 ? out : by_place) + at * CU_PAD(n_hidden) + first;
+    norm_held<HELD>(to, x + (int64_t)row * n_hidden, j.w, n_hidden, j.eps);
+    if (j.xn) {
+        cu_bf16 *out = j.xn + (int64_t)row * CU_PAD(n_hidden) + first;
 #pragma unroll
         for (int q = 0; q < HELD; q++)
-            if (first + q * 128 < n_hidden) *(uint2 *)(row_out + q * 128) = to[q];
+            if (first + q * 128 < n_hidden) *(uint2 *)(out + q * 128) = to[q];
+    }
+    if constexpr (C == CU_CODES_NONE) {
+        for (int32_t k = 0; k < n_used; k++) {
+            cu_bf16 *out =
+                (cu_bf16 *)j.by_place + (int64_t)__shfl_sync(0xffffffffu, place, k) * CU_PAD(n_hidden) + first;
+#pragma unroll
+            for (int q = 0; q < HELD; q++)
+                if (first + q * 128 < n_hidden) *(uint2 *)(out + q * 128) = to[q];
+        }
+    } else {
+        /* lane q finds the factor of segment q */
+        uint32_t code[HELD], most = 0;
+#pragma unroll
+        for (int q = 0; q < HELD; q++) {
+            const uint32_t lo = __vmaxu2(to[q].x & 0x7fff7fffu, to[q].y & 0x7fff7fffu); /* magnitudes in their order */
+            const uint32_t top = __reduce_max_sync(0xffffffffu, max(lo & 0xffffu, lo >> 16));
+            most = lane == q ? top << 16 : most;
+        }
+        float scale;
+        const float factor = a8_factor<C>(&scale, most);
+        const int32_t n_seg = CU_PAD(n_hidden) / CU_SEGMENT;
+        if (lane < n_seg) j.x8.scale[lane * j.x8.ld_scale + row] = scale;
+#pragma unroll
+        for (int q = 0; q < HELD; q++) {
+            const float f = __shfl_sync(0xffffffffu, factor, q);
+            const float v[4] = {__uint_as_float(to[q].x << 16), __uint_as_float(to[q].x & 0xffff0000u),
+                                __uint_as_float(to[q].y << 16), __uint_as_float(to[q].y & 0xffff0000u)};
+            code[q] = f == 0.0f ? 0 : a8_code4<C>(v, f);
+        }
+        for (int32_t k = -1; k < n_used; k++) {
+            const int32_t at = __shfl_sync(0xffffffffu, place, max(k, 0));
+            uint8_t *out =
+                (k < 0 ? j.x8.code + row * j.x8.ldx : (uint8_t *)j.by_place + (int64_t)at * CU_PAD(n_hidden)) + first;
+#pragma unroll
+            for (int q = 0; q < HELD; q++)
+                if (q < n_seg) *(uint32_t *)(out + q * 128) = code[q];
+        }
     }
 }
 
-cudaError_t cu_norm_spread(cudaStream_t s, cu_bf16 *out, cu_bf16 *by_place, const cu_routes *r, const float *x,
-                           const cu_bf16 *w, int32_t n, int32_t n_hidden, float eps) {
-    if (n <= 0) return cudaSuccess;
+template <int HELD>
+static cudaError_t run_held(cudaStream_t s, const cu_norm_job *j, const float *x, int32_t n, int32_t n_hidden) {
+    const cu_routes *r = j->by_place ? j->routes : NULL;
+    if (r && (r->n_used > 32 || !cu_norm_spreads(n_hidden))) return cudaErrorInvalidValue;
+    return cu_launch_args(s,
+                          j->codes == CU_CODES_F8   ? norm_rows<HELD, CU_CODES_F8>
+                          : j->codes == CU_CODES_I8 ? norm_rows<HELD, CU_CODES_I8>
+                                                    : norm_rows<HELD, CU_CODES_NONE>,
+                          (unsigned)((n + NORM_WARPS - 1) / NORM_WARPS), 32 * NORM_WARPS, true, *j,
+                          r ? r->entry_place : NULL, r ? r->n_used : 0, x, n, n_hidden);
+}
+
+cudaError_t cu_norm_run(cudaStream_t s, const cu_norm_job *j, const float *x, int32_t n, int32_t n_hidden) {
     const int h = held(n_hidden);
-    if (!cu_norm_spreads(n_hidden) || h == 0 || r->n_used > 32) return cudaErrorInvalidValue;
-    return cu_launch_args(s, h == 8 ? norm_spread<8> : norm_spread<20>, (unsigned)((n + NORM_WARPS - 1) / NORM_WARPS),
-                          32 * NORM_WARPS, true, out, by_place, r->entry_place, r->n_used, x, w, n, n_hidden, eps);
+    if (n <= 0) return cudaSuccess;
+    if (h > 0 && (j->codes != CU_CODES_NONE || j->by_place))
+        return h == 8 ? run_held<8>(s, j, x, n, n_hidden) : run_held<20>(s, j, x, n, n_hidden);
+    if (!j->xn || j->by_place) return cudaErrorInvalidValue;
+    const cudaError_t e = cu_norm(s, j->xn, x, NULL, j->w, n, n_hidden, j->eps);
+    if (e != cudaSuccess || j->codes == CU_CODES_NONE) return e;
+    return cu_quant_x8(s, &j->x8, j->codes, j->xn, CU_PAD(n_hidden), n, n_hidden);
 }
 
 /* ---- embedding ----------------------------------------------------------------------------------------------------

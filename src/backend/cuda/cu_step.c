@@ -226,6 +226,15 @@ static bool normed_before(const run *r, int32_t layer) {
            r->n_row > CU_ROUTE_FEW_MAX && r->n_row <= b->n_ffn_row && !b->probe;
 }
 
+/* The norm in front of `next`, as its first linear takes it. */
+static void norm_after(const run *r, cu_norm_job *j, const cu_layer *next) {
+    const cu_backend *b = r->b;
+    const bool codes = takes_codes(&next->qkv);
+    j->w = next->attn_norm;
+    if (codes) j->codes = b->codes, j->x8 = x8_in(&b->row8, next->qkv.n_in, r->n_row);
+    if (!codes || !cu_norm_holds(next->qkv.n_in)) j->xn = b->xn;
+}
+
 /* x += experts + shared, rows row0..row0+n-1. */
 static void moe_ffn(const run *r, const cu_layer *w, int32_t layer, int32_t row0, int32_t n) {
     cu_backend *b = r->b;
@@ -247,32 +256,37 @@ static void moe_ffn(const run *r, const cu_layer *w, int32_t layer, int32_t row0
         CU_DO(b, cu_moe_few(b->stream, &whole));
         return;
     }
-    const bool codes = takes_codes(&w->shape.up) || (w->has_shared && takes_codes(&w->ffn.up));
+    const bool up_codes = takes_codes(&w->shape.up), shared_codes = w->has_shared && takes_codes(&w->ffn.up);
+    const bool codes = up_codes || shared_codes;
     const bool together = n <= CU_ROUTE_FEW_MAX; /* norm, codes and router in one launch */
-    /* the norm is told the places */
-    const bool spread = !codes && !CU_PORTABLE && routes.tile_rows == 128 && cu_norm_spreads(D);
+    const bool spread =                          /* the norm is told the places */
+        !together && up_codes == codes && routes.tile_rows == 128 && cu_norm_spreads(D);
     cu_x8 x8 = {0};
+    if (codes) x8 = x8_in(&b->row8, D, n);
     if (together) {
-        if (codes) x8 = x8_in(&b->row8, D, n);
         CU_DO(b, cu_route_few(b->stream, &route, &routes, &x8, codes ? b->codes : CU_CODES_NONE, b->xn));
-    } else if (spread) {
-        CU_DO(b, cu_route(b->stream, &route, &routes));
-        CU_DO(b, cu_norm_spread(b->stream, b->xn, (cu_bf16 *)b->expert_y, &routes, x, w->ffn_norm, n, D, m->rms_eps));
     } else {
-        CU_DO(b, cu_norm(b->stream, b->xn, x, NULL, w->ffn_norm, n, D, m->rms_eps));
-        if (codes) x8 = to_codes(r, &b->row8, b->xn, D, n);
+        const bool all_codes = up_codes && (shared_codes || !w->has_shared) && cu_norm_holds(D) && !b->probe;
+        const cu_norm_job norm = {.w = w->ffn_norm,
+                                  .eps = m->rms_eps,
+                                  .xn = all_codes ? NULL : b->xn,
+                                  .codes = codes ? b->codes : CU_CODES_NONE,
+                                  .x8 = x8,
+                                  .by_place = spread ? b->expert_y : NULL, /* free until down */
+                                  .routes = &routes};
+        CU_DO(b, cu_route(b->stream, &route, &routes));
+        CU_DO(b, cu_norm_run(b->stream, &norm, x, n, D));
     }
     show_bf16(r, "ffn_norm", layer, row0, b->xn, n, D);
-    if (w->has_shared) run_shared(r, w, n, &x8);
-    if (!together && !spread) CU_DO(b, cu_route(b->stream, &route, &routes));
     show(r, "router", layer, row0, routes.logit, n, m->n_expert);
+    if (w->has_shared) run_shared(r, w, n, &x8);
     run_experts(r, w, &routes, n, &x8, spread);
     if (w->has_shared) shared_join(r, n);
     float *out = b->probe ? b->qkv : NULL; /* free by now, and large enough */
-    const bool norm = normed_before(r, layer + 1);
-    const cu_norm_after after = {b->xn, norm ? b->weights.layer[layer + 1].attn_norm : NULL, m->rms_eps};
+    cu_norm_job after = {.eps = m->rms_eps};
+    if (normed_before(r, layer + 1)) norm_after(r, &after, &b->weights.layer[layer + 1]);
     CU_DO(b, cu_combine(b->stream, x, out, b->expert_y, w->has_shared ? b->shared_y : NULL, &routes, n, D,
-                        norm ? &after : NULL));
+                        after.w ? &after : NULL));
     if (out) show(r, "experts", layer, row0, out, n, D);
 }
 
@@ -283,10 +297,10 @@ static void run_layer(const run *r, const cu_layer *w, int32_t layer) {
     cu_job qkv = job_of(&w->qkv, CU_STORE, b->xn, r->n_row);
     qkv.y = b->qkv;
     qkv.ldy = w->qkv.n_out;
-    if (normed_before(r, layer))
-        rows_to_codes(r, &qkv, &b->row8);
-    else
+    if (!normed_before(r, layer))
         norm_into(r, &qkv, b->x, NULL, w->attn_norm, r->n_row);
+    else if (takes_codes(&w->qkv))
+        qkv.x8 = x8_in(&b->row8, m->n_hidden, r->n_row);
     show_bf16(r, "attn_norm", layer, 0, b->xn, r->n_row, m->n_hidden);
     CU_DO(b, cu_linear_run(b->stream, &qkv));
     const bool apart = !r->decode || b->probe;
