@@ -508,6 +508,40 @@ static void many_case(const shape *s) {
     step_free(w), step_free(alone);
 }
 
+/* What comes out as codes: those of what comes out as bf16. */
+static void codes_case(const shape *s, cu_codes codes) {
+    const char *name = case_name(codes == CU_CODES_F8 ? "prefill to fp8" : "prefill to int8", s);
+    if (!check_begin(name)) return;
+    const int32_t content[] = {30, 31, 32}, len[] = {70, 200, 331}, rows[] = {33, 17, 331};
+    step *w = step_new(s, 3, content, len, rows);
+    device_step d = device_new(w);
+    const int32_t n = s->H * s->C;
+    const int64_t ld = (w->n_row + 3) / 4 * 4, ldx = n + CU_SEGMENT;
+    const size_t code_bytes = (size_t)w->n_row * (size_t)ldx,
+                 scale_bytes = (size_t)(n / CU_SEGMENT * ld) * sizeof(float);
+    cu_bf16 *q = check_new(w->q, (size_t)w->n_row * (size_t)n * 2);
+    cu_bf16 *out = check_new(NULL, (size_t)w->n_row * (size_t)n * 2);
+    const int64_t scratch_bytes = cu_attn_scratch_bytes(&d.c, w->n_row, w->n_seq, 3000, BIG);
+    void *scratch = zeros_new((size_t)scratch_bytes);
+    CHECK_CUDA(cu_attend(0, out, q, NULL, &d.c, LAYER, &d.seqs, scratch, scratch_bytes, false));
+    unsigned char *code[2];
+    float *scale[2];
+    for (int k = 0; k < 2; k++) {
+        const cu_x8 to = {check_new(NULL, code_bytes), ldx, check_new(NULL, scale_bytes), ld};
+        CHECK_CUDA(k == 0 ? cu_quant_x8(0, &to, codes, out, n, w->n_row, n)
+                          : cu_attend_codes(0, &to, codes, q, &d.c, LAYER, &d.seqs));
+        check_get(code[k] = must(code_bytes), to.code, code_bytes);
+        check_get(scale[k] = must(scale_bytes), to.scale, scale_bytes);
+        check_free(to.code), check_free(to.scale);
+    }
+    check_that(name, memcmp(code[0], code[1], code_bytes) == 0 && memcmp(scale[0], scale[1], scale_bytes) == 0,
+               "other codes than those of bf16");
+    for (int k = 0; k < 2; k++) free(code[k]), free(scale[k]);
+    check_free(q), check_free(out), check_free(scratch);
+    device_free(&d);
+    step_free(w);
+}
+
 /* ---- rotation and store ------------------------------------------------------------------------------------------ */
 
 /* docs/model.md 10, on the numbers that the device rotated. */
@@ -659,7 +693,9 @@ static void fused_uneven_case(const shape *s) {
 static void speed_case(const char *what, int32_t H, int32_t G, ern_kv_dtype dtype, int32_t n_seq, int32_t len,
                        int32_t rows) {
     enum { P = 64, C = 128, BLOCK = 8 << 20, TIMES = 20 };
-    if (!check_begin("attention speed")) return;
+    char name[96];
+    snprintf(name, sizeof name, "attention speed %s", what);
+    if (!check_begin(name)) return;
     const int32_t pages = (len + P - 1) / P, T = n_seq * rows, n_page = pages * n_seq;
     cu_cache c = {.n_page_cell = P, .n_kv_head = G, .n_head = H, .n_head_dim = C, .dtype = dtype};
     c.plane_bytes = P * (ern_kv_has_codes(dtype) ? C + 4 : C * 2);
@@ -768,6 +804,7 @@ void check_attention(void) {
         verify_case(&s);
         fused_case(&s);
         prefill_case(&s);
+        for (int k = CU_CODES_F8; k <= CU_CODES_I8 && s.C == CU_SEGMENT; k++) codes_case(&s, (cu_codes)k);
     }
     const shape many = {.C = 16, .H = 64, .G = 16, .P = 64, .dtype = ERN_KV_I8},
                 wide = {.C = 128, .H = 20, .G = 4, .P = 64};

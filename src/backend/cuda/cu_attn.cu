@@ -278,7 +278,7 @@ static __global__ void __launch_bounds__(PLANNERS) plan_kernel(const plan_args a
     __shared__ int64_t warp_sum[32];
     if (blockIdx.x == 0) {
         const bool wide = plan_short(&a, warp_sum);
-        if (threadIdx.x == 0) a.work[ATTN_N_WIDE] = a.work[ATTN_WIDE_TAKEN] = 0;
+        if (threadIdx.x == 0) a.work[ATTN_N_WIDE] = a.work[ATTN_WIDE_TAKEN] = a.work[ATTN_WIDE_DONE] = 0;
         if (wide) plan_wide(&a, warp_sum);
         __threadfence();
         return;
@@ -375,4 +375,15 @@ cudaError_t cu_attend(cudaStream_t s, cu_bf16 *out, const cu_bf16 *q, const floa
     cudaError_t e = attn_decode(s, &a, c->n_head_dim, codes);
     if (e == cudaSuccess && !decode) e = attn_prefill(s, &a, c->n_head_dim, codes);
     return e;
+}
+
+cudaError_t cu_attend_codes(cudaStream_t s, const cu_x8 *out, cu_codes codes, const cu_bf16 *q, const cu_cache *c,
+                            int32_t layer, const cu_seqs *seqs) {
+    attn_args a;
+    if (!cu_attend_codes_fits(c) || codes == CU_CODES_NONE || !attn_args_of(&a, c, layer, seqs))
+        return cudaErrorInvalidValue;
+    a.q = q;
+    a.out8 = *out;
+    a.out_codes = codes;
+    return attn_prefill(s, &a, c->n_head_dim, attn_codes_of(c->dtype));
 }

@@ -37,7 +37,8 @@ enum {
     ATTN_N_TILE,     /* tiles of keys of all short sequences and heads */
     ATTN_ROW_MAX,    /* most packed rows of a short sequence */
     ATTN_N_WIDE = 4, /* (sequence, tile of ATTN_ROWS rows) of the others */
-    ATTN_WIDE_TAKEN,
+    ATTN_WIDE_TAKEN, /* of these, beyond one a block; blocks that are done: zeros before and after every launch */
+    ATTN_WIDE_DONE,
     ATTN_HEAD = 16
 };
 
@@ -62,6 +63,9 @@ typedef struct attn_args {
     uint32_t per_group, per_page; /* 2^8 / group and 2^31 / P, rounded up */
     const float2 *turn;
     const int32_t *cell;
+    /* Of cu_attend_codes: instead of out */
+    cu_x8 out8;
+    cu_codes out_codes;
 } attn_args;
 
 /* ---- lists ------------------------------------------------------------------------------------------------------ */
@@ -127,6 +131,11 @@ static __host__ __device__ __forceinline__ attn_start *attn_starts(const float2 
 }
 
 /* ---- small things ------------------------------------------------------------------------------------------------ */
+
+/* The last act of a block that takes from the list, by one thread. */
+static __device__ __forceinline__ void attn_wide_done(int32_t *work) {
+    if (atomicAdd(work + ATTN_WIDE_DONE, 1) == (int32_t)gridDim.x - 1) work[ATTN_WIDE_TAKEN] = work[ATTN_WIDE_DONE] = 0;
+}
 
 /* The first act of a kernel that has nothing to do early. */
 static __device__ __forceinline__ void attn_wait_launch(void) {

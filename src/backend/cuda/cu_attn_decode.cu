@@ -425,10 +425,7 @@ static __global__ void __launch_bounds__(THREADS *GROUPS, (groups_each(C, CODES)
         bar_init(b.bar[0], 1), bar_init(b.bar[1], 1);
         bar_init_end();
     }
-    if (!makes) {
-        cu_wait_previous();
-        if (blockIdx.x == 0 && tid == 0 && group == 0) a.work[ATTN_WIDE_TAKEN] = 0;
-    }
+    if (!makes) cu_wait_previous();
     stretch s = stretch_of(&a, C);
     const int4 pages = __ldcg((const int4 *)s.start->page);
     const unit end_unit = unit_of(&s.start->last);

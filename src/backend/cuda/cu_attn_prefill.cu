@@ -305,6 +305,7 @@ template <int C, int CODES> static __global__ void __launch_bounds__(THREADS, 1)
         __syncthreads(); /* also: nobody reads the last tile any more */
         item = *handed;
     }
+    if (tid == 0) attn_wide_done(a.work);
 }
 
 /* ---- launches ---------------------------------------------------------------------------------------------------- */
@@ -332,7 +333,7 @@ template <int C> static cudaError_t run(cudaStream_t s, const attn_args *a, int 
 
 template <int CODES> static cudaError_t run_wide(cudaStream_t s, const attn_args *a) {
     static uint64_t ready;
-    constexpr int bytes = wide_bytes(CODES);
+    constexpr int bytes = wide_room<CODES>::bytes;
     cudaError_t e = cu_shared_bytes(&ready, (const void *)wide_kernel<CODES>, bytes);
     CUtensorMap map = {};
     int32_t run = 64; /* cells of a page that a tile takes together */

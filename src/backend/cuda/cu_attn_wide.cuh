@@ -7,16 +7,16 @@
  * A block stays on its multiprocessor. Warpgroup 2 takes (sequence, 128 packed rows, head) from the list, longest walks
  * first, and fills a ring: keys and values of a tile in turn. Warpgroups 0 and 1 have 64 rows each:
  *   S = q K, both from shared memory, 64 x 128; weights stay in registers, as the A operand of
- *   O = P V in two halves of 64 dimensions, V as it lies (dimensions along a row); BF16: eight columns of ones beside
- *   the second half give the sum of the weights
- * Per tile a warpgroup has a turn at the tensor cores, O of the tile before and S of this one, one behind the other:
- * the first half of O is joined under the second, the second under S. Then it makes weights while the other has its
- * turn. Only by halves do S, O, the totals and the weights fit the registers: S takes those of the first half.
+ *   O = P V, 64 x 128, V as it lies (dimensions along a row); BF16: eight columns of ones behind it give the sum of the
+ *   weights (mma.sync waits for the other's products)
+ * A warpgroup has a turn at the tensor cores: O of a tile, then S of the next, which it waits for when the turn is the
+ * other's. Meanwhile it joins O, under S, and makes weights of S, under the other's products. Registers hold the
+ * totals, S and O, or S and the weights, not all of them: S begins when O is there.
  *
- * Shared memory: 4 slots (keys, values, keys, values) of [2 halves of the dimensions][128 keys][128 bytes]; q [2
- * warpgroups][2 halves][64 rows][128 bytes]; ones; codes on their way, [2][128 keys][128 bytes]. Piece i of 16
- * bytes of a row sits at i ^ (row & 7): the 128-byte swizzle of the descriptors, keys and q read along a row, values
- * across.
+ * Shared memory: 4 slots (keys, values, keys, values) of [2 halves of the dimensions][128 keys][128 bytes], BF16:
+ * behind values a third such half, of ones; q [2 warpgroups][2 halves][64 rows][128 bytes]; codes on their way, [2][128
+ * keys][128 bytes]. Piece i of 16 bytes of a row sits at i ^ (row & 7): the 128-byte swizzle of the descriptors, keys
+ * and q read along a row, values across.
  *
  * After any change look at what nvcc -Xptxas -v says: "C7511 ... wgmma.mma_async instructions are serialized" costs a
  * quarter of the speed, and small things bring it about, here as in what warpgroup 2 does (unrolled loops, addresses
@@ -26,18 +26,18 @@
 
 #include <cuda.h>
 
+#include "backend/cuda/cu_a8_device.cuh"
 #include "backend/cuda/cu_attn.cuh"
-#include "backend/cuda/cu_tensor.cuh"
 
 enum { WIDE_C = 128, WIDE_THREADS = 384, WIDE_HALF = CU_KEYS * 128, WIDE_SIDE = 2 * WIDE_HALF, WIDE_SLOTS = 4 };
-enum {
-    WIDE_Q_AT = WIDE_SLOTS * WIDE_SIDE,
-    WIDE_ONES_AT = WIDE_Q_AT + ATTN_ROWS * WIDE_C * 2,
-    WIDE_CODE_AT = WIDE_ONES_AT + 2048,
+/* Where things are in shared memory, from a multiple of 1024 on. */
+template <int CODES> struct wide_room {
+    static constexpr int ones = CODES ? 0 : WIDE_HALF; /* behind values */
+    static constexpr int pair = 2 * WIDE_SIDE + ones;
+    static constexpr int q = WIDE_SLOTS / 2 * pair, code = q + ATTN_ROWS * WIDE_C * 2;
+    static constexpr int bytes = code + (CODES ? 2 * CU_KEYS * WIDE_C : 0) + 1024;
+    static __device__ __forceinline__ uint32_t slot(uint32_t n) { return n / 2 * pair + n % 2 * WIDE_SIDE; }
 };
-static constexpr int wide_bytes(int codes) {
-    return WIDE_CODE_AT + (codes ? 2 * CU_KEYS * WIDE_C : 0) + 1024; /* the slots start at a multiple of 1024 */
-}
 
 typedef struct wide_item {
     int32_t n_tile; /* 0: no more */
@@ -73,53 +73,49 @@ static __device__ __forceinline__ void wide_score(float *d, uint64_t a, uint64_t
                  : CU_D64(d)
                  : "l"(a), "l"(b), "r"(add));
 }
-/* The same: 64 rows, 64 dimensions, 16 keys; a key's dimensions lie along a row. */
+/* The same of 128 dimensions and 16 keys: a from registers; a key's dimensions lie along a row. */
 static __device__ __forceinline__ void wide_weigh(float *d, const uint32_t a[4], uint64_t b, int add) {
-    asm volatile("{.reg .pred p; setp.ne.b32 p, %37, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
-                 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-                 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
-                 "{%32, %33, %34, %35}, %36, p, 1, 1, 1;}\n"
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
-                   "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),
-                   "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]),
-                   "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]),
-                   "+f"(d[30]), "+f"(d[31])
+    asm volatile("{.reg .pred p; setp.ne.b32 p, %69, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" CU_D64_NAMES
+                 "{%64, %65, %66, %67}, %68, p, 1, 1, 1;}\n"
+                 : CU_D64(d)
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
 }
-/* With eight columns more, which b's second block of columns (its offset for 64 of them) is to point at. */
+/* With eight columns more, behind the dimensions. */
 static __device__ __forceinline__ void wide_weigh_sum(float *d, const uint32_t a[4], uint64_t b, int add) {
-    asm volatile("{.reg .pred p; setp.ne.b32 p, %41, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n72k16.f32.bf16.bf16 {"
-                 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-                 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35}, "
-                 "{%36, %37, %38, %39}, %40, p, 1, 1, 1;}\n"
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
-                   "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),
-                   "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]),
-                   "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]),
-                   "+f"(d[30]), "+f"(d[31]), "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35])
+    asm volatile("{.reg .pred p; setp.ne.b32 p, %73, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n136k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, "
+                 "%11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, "
+                 "%31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, "
+                 "%51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, %64, %65, %66, %67}, "
+                 "{%68, %69, %70, %71}, %72, p, 1, 1, 1;}\n"
+                 : CU_D64(d), "+f"((d)[64]), "+f"((d)[65]), "+f"((d)[66]), "+f"((d)[67])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
+}
+/* What these registers hold is not wanted any more: they are free until they are written. Products that begin from zero
+ * seem to read them. */
+template <int N> static __device__ __forceinline__ void wide_forget(float *d) {
+#pragma unroll
+    for (int i = 0; i < N; i++) asm volatile("" : "=f"(d[i]));
 }
 static __device__ __forceinline__ void wide_scores(float *s, uint32_t q, uint32_t k) {
     const uint64_t a = wide_matrix(q), b = wide_matrix(k);
+    wide_forget<64>(s);
 #pragma unroll
     for (int i = 0; i < 8; i++)
         wide_score(s, a + (i / 4) * (64 * 128 / 16) + (i % 4) * 2, b + (i / 4) * (WIDE_HALF / 16) + (i % 4) * 2, i > 0);
     wide_commit();
 }
-/* v: half of the dimensions. SUM: the sums of the weights are o[32] and, of row g + 8, o[34]. */
-template <bool SUM>
-static __device__ __forceinline__ void wide_values(float *o, const uint32_t p[8][4], uint32_t v, uint32_t ones) {
-    const uint64_t b = wide_matrix(v) + (SUM ? (uint64_t)(((ones - v) >> 4) - 1) << 16 : 0);
+/* SUM: the ones lie behind the values; the sums of the weights are o[64] and, of row g + 8, o[66]. */
+template <bool SUM> static __device__ __forceinline__ void wide_values(float *o, const uint32_t p[8][4], uint32_t v) {
+    const uint64_t b = wide_matrix(v) + ((uint64_t)(WIDE_HALF / 16 - 1) << 16); /* halves of the dimensions apart */
+    wide_forget<SUM ? 68 : 64>(o);
 #pragma unroll
-    for (int i = 0; i < 8; i++) {
-        const uint64_t step = (uint64_t)i * (16 * 128 / 16);
+    for (int i = 0; i < 8; i++)
         if (SUM)
-            wide_weigh_sum(o, p[i], b + step - (step << 16), i > 0); /* the ones stay where they are */
+            wide_weigh_sum(o, p[i], b + i * (16 * 128 / 16), i > 0);
         else
-            wide_weigh(o, p[i], b + step, i > 0);
-    }
+            wide_weigh(o, p[i], b + i * (16 * 128 / 16), i > 0);
     wide_commit();
 }
 
@@ -222,9 +218,10 @@ static __device__ __forceinline__ void wide_widen(const unsigned char *codes, un
     }
 }
 /* q in the order of inputs that codes have, by way of the place for codes. */
+template <int CODES>
 static __device__ __forceinline__ void wide_turn_q(const attn_args *a, const wide_item *it, unsigned char *smem,
                                                    uint32_t q_free, uint32_t parity, int thread) {
-    unsigned char *mine = smem + WIDE_CODE_AT + thread * 16;
+    unsigned char *mine = smem + wide_room<CODES>::code + thread * 16;
     wide_meet(); /* all threads are done with what was there */
     const int row = thread / 8, unit = thread % 8;
 #pragma unroll 1
@@ -241,10 +238,10 @@ static __device__ __forceinline__ void wide_turn_q(const attn_args *a, const wid
     for (int i = 0; i < 8; i++) {
         const uint4 lo = *(const uint4 *)(mine + i * 4096), hi = *(const uint4 *)(mine + i * 4096 + 2048);
         const uint32_t r = i * 16 + row;
-        *(uint4 *)(smem + WIDE_Q_AT + wide_q_at(r, 2 * unit)) =
+        *(uint4 *)(smem + wide_room<CODES>::q + wide_q_at(r, 2 * unit)) =
             make_uint4(__byte_perm(lo.x, lo.y, 0x5410), __byte_perm(lo.z, lo.w, 0x5410),
                        __byte_perm(hi.x, hi.y, 0x5410), __byte_perm(hi.z, hi.w, 0x5410));
-        *(uint4 *)(smem + WIDE_Q_AT + wide_q_at(r, 2 * unit + 1)) =
+        *(uint4 *)(smem + wide_room<CODES>::q + wide_q_at(r, 2 * unit + 1)) =
             make_uint4(__byte_perm(lo.x, lo.y, 0x7632), __byte_perm(lo.z, lo.w, 0x7632),
                        __byte_perm(hi.x, hi.y, 0x7632), __byte_perm(hi.z, hi.w, 0x7632));
     }
@@ -273,16 +270,16 @@ static __device__ __forceinline__ void wide_fill(const attn_args *a, const CUten
         it.n = (a->row0[seq + 1] - it.row0) * a->group;
         it.n_tile = (it.pos0 + (min(it.first + ATTN_ROWS, it.n) - 1) / a->group) / CU_KEYS + 1;
 
-        if (CODES) wide_turn_q(a, &it, smem, attn_smem(&sh->q_free), q_parity, thread);
+        if (CODES) wide_turn_q<CODES>(a, &it, smem, attn_smem(&sh->q_free), q_parity, thread);
         const int64_t plane = it.head * a->plane_bytes;
-        if (CODES) wide_copy_codes(a, plane, seq, 0, len, run, ring + WIDE_CODE_AT, codes, thread);
+        if (CODES) wide_copy_codes(a, plane, seq, 0, len, run, ring + wide_room<CODES>::code, codes, thread);
         for (int32_t tile = 0; tile < it.n_tile; tile++) {
             const uint32_t slot = wide_slot(piece), parity = wide_parity(piece) ^ 1;
-            const uint32_t to = ring + slot * WIDE_SIDE;
+            const uint32_t to = ring + wide_room<CODES>::slot(slot);
             if (CODES) {
                 /* the values' codes are asked for before the keys are made, the next keys' before the values are */
                 wide_copy_codes(a, plane + a->value, seq, tile * CU_KEYS, len, run,
-                                ring + WIDE_CODE_AT + CU_KEYS * WIDE_C, codes + 8, thread);
+                                ring + wide_room<CODES>::code + CU_KEYS * WIDE_C, codes + 8, thread);
                 const int32_t key = tile * CU_KEYS + thread, page = attn_page_of<false>(a, seq, key, len);
                 bar_wait(empty + slot * 8, parity);
                 if (tile == 0 && thread == 0) sh->item[slot / 2] = it;
@@ -292,14 +289,16 @@ static __device__ __forceinline__ void wide_fill(const attn_args *a, const CUten
                 attn_copy4(scale + CU_KEYS * 4, a->kv + a->value + (at < 0 ? 0 : at), at >= 0);
                 attn_copy_commit();
                 bar_wait(codes, piece >> 1 & 1);
-                wide_widen<CODES, false>(smem + WIDE_CODE_AT, smem + slot * WIDE_SIDE, thread);
+                wide_widen<CODES, false>(smem + wide_room<CODES>::code, smem + wide_room<CODES>::slot(slot), thread);
                 attn_copy_wait<0>();
                 wide_give(full + slot * 8);
                 if (tile + 1 < it.n_tile)
-                    wide_copy_codes(a, plane, seq, (tile + 1) * CU_KEYS, len, run, ring + WIDE_CODE_AT, codes, thread);
+                    wide_copy_codes(a, plane, seq, (tile + 1) * CU_KEYS, len, run, ring + wide_room<CODES>::code, codes,
+                                    thread);
                 bar_wait(empty + slot * 8 + 8, parity);
                 bar_wait(codes + 8, piece >> 1 & 1);
-                wide_widen<CODES, true>(smem + WIDE_CODE_AT + CU_KEYS * WIDE_C, smem + (slot + 1) * WIDE_SIDE, thread);
+                wide_widen<CODES, true>(smem + wide_room<CODES>::code + CU_KEYS * WIDE_C,
+                                        smem + wide_room<CODES>::slot(slot + 1), thread);
                 wide_give(full + slot * 8 + 8);
             } else {
                 const int32_t key0 = tile * CU_KEYS;
@@ -331,7 +330,8 @@ static __device__ __forceinline__ void wide_fill(const attn_args *a, const CUten
                     for (int i = 0; i < 16; i++) {
                         const int r = i * 8 + thread / 16, part = thread % 16;
                         const cu_bf16 *q = wide_q_row(a, &it, r);
-                        attn_copy16(ring + WIDE_Q_AT + wide_q_at(r, part), q ? q + part * 8 : a->q, q != NULL);
+                        attn_copy16(ring + wide_room<CODES>::q + wide_q_at(r, part), q ? q + part * 8 : a->q,
+                                    q != NULL);
                     }
                 }
                 attn_copy_commit();
@@ -356,6 +356,7 @@ static __device__ __forceinline__ void wide_fill(const attn_args *a, const CUten
         item = sh->handed;
         wide_meet();
     }
+    if (thread == 0) attn_wide_done(a->work);
     const uint32_t slot = wide_slot(piece);
     bar_wait(empty + slot * 8, wide_parity(piece) ^ 1);
     if (thread == 0) sh->item[slot / 2].n_tile = 0;
@@ -440,7 +441,38 @@ static __device__ __forceinline__ void wide_soften(float *s, uint32_t p[8][4], w
 }
 static __device__ __forceinline__ void wide_join(float *acc, const float *o, const wide_rows *w) {
 #pragma unroll
-    for (int i = 0; i < 32; i++) acc[i] = attn_join(acc[i], o[i], w->f[i >> 1 & 1], w->b[i >> 1 & 1]);
+    for (int i = 0; i < 64; i++) acc[i] = attn_join(acc[i], o[i], w->f[i >> 1 & 1], w->b[i >> 1 & 1]);
+}
+
+/* A row's head is a segment: codes of its 128 numbers, which four lanes have, pairs 8 j + 2 c a lane. Those of four j
+ * change places until a lane has eight in a row. there: the row is. All lanes call. */
+template <cu_codes K>
+static __device__ __forceinline__ void wide_put_codes(const attn_args *a, const uint32_t two[16], int32_t row,
+                                                      int32_t head, bool there) {
+    const int c = threadIdx.x & 3;
+    uint32_t top = 0, word[8];
+#pragma unroll
+    for (int j = 0; j < 16; j++) top = max(top, max(two[j] << 16 & 0x7fffffffu, two[j] & 0x7fff0000u));
+    top = max(top, __shfl_xor_sync(0xffffffffu, top, 1));
+    top = max(top, __shfl_xor_sync(0xffffffffu, top, 2));
+    float scale;
+    const float f = a8_factor<K>(&scale, top);
+#pragma unroll
+    for (int n = 0; n < 8; n++) { /* j = 2 n + c % 2, dimensions 8 j + 4 (c / 2) .. */
+        const float v[4] = {__uint_as_float(two[2 * n] << 16), __uint_as_float(two[2 * n] & 0xffff0000u),
+                            __uint_as_float(two[2 * n + 1] << 16), __uint_as_float(two[2 * n + 1] & 0xffff0000u)};
+        const uint32_t both = f == 0.0f ? 0 : a8_code4<K>(v, f);
+        const uint32_t got = __shfl_xor_sync(0xffffffffu, both, 1);
+        word[n] = c & 1 ? __byte_perm(got, both, 0x7632) : __byte_perm(both, got, 0x5410);
+    }
+    uint8_t *to = a->out8.code + row * a->out8.ldx + head * WIDE_C + c * 8;
+#pragma unroll
+    for (int n = 0; n < 4; n++) { /* j = 4 n + c */
+        const uint32_t got = __shfl_xor_sync(0xffffffffu, c & 2 ? word[2 * n] : word[2 * n + 1], 2);
+        const uint2 v = c & 2 ? make_uint2(got, word[2 * n + 1]) : make_uint2(word[2 * n], got);
+        if (there) *(uint2 *)(to + n * 32) = v;
+    }
+    if (there && c == 0) a->out8.scale[head * a->out8.ld_scale + row] = scale;
 }
 
 template <int CODES>
@@ -448,7 +480,7 @@ static __device__ __forceinline__ void wide_walk(const attn_args *a, wide_shared
                                                  int thread) {
     const int warp = thread / 32, lane = thread % 32, g = lane >> 2, c = lane & 3;
     const uint32_t full = attn_smem(sh->full), empty = attn_smem(sh->empty), q_free = attn_smem(&sh->q_free);
-    const uint32_t q = ring + WIDE_Q_AT + group * (64 * 256), ones = ring + WIDE_ONES_AT;
+    const uint32_t q = ring + wide_room<CODES>::q + group * (64 * 256);
     uint32_t piece = 0;
     if (group == 1) wide_your_turn(group);
     for (;;) {
@@ -467,86 +499,70 @@ static __device__ __forceinline__ void wide_walk(const attn_args *a, wide_shared
             w.M[i] = -INFINITY;
             w.L[i] = 0.0f;
         }
-        float acc[64] = {}, s[64] = {}, upper[CODES ? 32 : 36] = {}, *lower = s;
+        float acc[64] = {}, s[64], o[CODES ? 64 : 68];
         uint32_t p[8][4];
-
         wide_my_turn(group);
         wide_fence();
-        wide_scores(s, q, ring + slot * WIDE_SIDE);
+        wide_scores(s, q, wide_uniform(ring + wide_room<CODES>::slot(slot)));
         wide_your_turn(group);
-        wide_wait<0>();
-        wide_hold<64>(s);
-        wide_soften<CODES>(s, p, &w, sh->scale[slot / 2][0], sh->scale[slot / 2][1], 0, CU_KEYS - 1 > low, a->scale);
-        __syncwarp();
-        if (lane == 0) {
-            bar_arrive(empty + slot * 8);
-            if (it.n_tile == 1) bar_arrive(q_free);
-        }
 #pragma unroll 1
-        for (int32_t tile = 1; tile < it.n_tile; tile++) {
-            const uint32_t next = slot ^ 2, keys = wide_uniform(ring + next * WIDE_SIDE),
-                           values = wide_uniform(ring + slot * WIDE_SIDE + WIDE_SIDE);
-            bar_wait(full + slot * 8 + 8, wide_parity(piece));
-            piece += 2;
-            bar_wait(full + next * 8, wide_parity(piece));
-            wide_my_turn(group);
-            wide_hold_codes<8>(p);
-            wide_fence();
-            wide_values<false>(lower, p, values, ones);
-            wide_values<!CODES>(upper, p, values + WIDE_HALF, ones);
-            wide_wait<1>();
-            wide_hold<32>(lower);
-            wide_join(acc, lower, &w);
-            wide_fence();
-            wide_scores(s, q, keys);
-            wide_your_turn(group);
-            wide_wait<1>();
-            wide_hold<CODES ? 32 : 36>(upper);
-            wide_hold_codes<8>(p);
-            __syncwarp();
-            if (lane == 0) bar_arrive(empty + slot * 8 + 8);
-            wide_join(acc + 32, upper, &w);
-            if (!CODES) wide_join_sum(&w, upper + 32);
+        for (int32_t tile = 0;; tile++) {
+            const uint32_t keys = wide_uniform(ring + wide_room<CODES>::slot(slot ^ 2)),
+                           values = wide_uniform(ring + wide_room<CODES>::slot(slot) + WIDE_SIDE);
+            const bool last = tile + 1 == it.n_tile;
             wide_wait<0>();
             wide_hold<64>(s);
-            slot = next;
+            __syncwarp();
             if (!CODES && lane == 0) bar_arrive(empty + slot * 8);
-            if (lane == 0 && tile + 1 == it.n_tile) bar_arrive(q_free);
+            if (lane == 0 && last) bar_arrive(q_free);
             wide_soften<CODES>(s, p, &w, sh->scale[slot / 2][0], sh->scale[slot / 2][1], tile * CU_KEYS,
                                tile * CU_KEYS + CU_KEYS - 1 > low, a->scale);
             if (CODES) {
                 __syncwarp();
                 if (lane == 0) bar_arrive(empty + slot * 8);
             }
+            bar_wait(full + slot * 8 + 8, wide_parity(piece));
+            piece += 2;
+            if (!last) bar_wait(full + (slot ^ 2) * 8, wide_parity(piece));
+            wide_my_turn(group);
+            wide_hold_codes<8>(p);
+            wide_fence();
+            wide_values<!CODES>(o, p, values);
+            wide_wait<0>();
+            wide_hold<CODES ? 64 : 68>(o);
+            wide_hold_codes<8>(p);
+            __syncwarp();
+            if (lane == 0) bar_arrive(empty + slot * 8 + 8);
+            if (last) {
+                wide_your_turn(group);
+                wide_join(acc, o, &w);
+                if (!CODES) wide_join_sum(&w, o + 64);
+                break;
+            }
+            wide_fence();
+            wide_scores(s, q, keys);
+            wide_your_turn(group);
+            wide_join(acc, o, &w);
+            if (!CODES) wide_join_sum(&w, o + 64);
+            wide_hold<64>(acc);
+            slot ^= 2;
         }
-        const uint32_t values = ring + slot * WIDE_SIDE + WIDE_SIDE;
-        bar_wait(full + slot * 8 + 8, wide_parity(piece));
-        piece += 2;
-        wide_my_turn(group);
-        wide_hold_codes<8>(p);
-        wide_fence();
-        wide_values<false>(lower, p, values, ones);
-        wide_values<!CODES>(upper, p, values + WIDE_HALF, ones);
-        wide_your_turn(group);
-        wide_wait<1>();
-        wide_hold<32>(lower);
-        wide_join(acc, lower, &w);
-        wide_wait<0>();
-        wide_hold<CODES ? 32 : 36>(upper);
-        __syncwarp();
-        if (lane == 0) bar_arrive(empty + slot * 8 + 8);
-        wide_join(acc + 32, upper, &w);
-        if (!CODES) wide_join_sum(&w, upper + 32);
 #pragma unroll
         for (int i = 0; i < 2; i++) {
-            if (w.pos[i] < 0) continue;
-            const int32_t r = mine + warp * 16 + g + 8 * i, t = r / a->group;
-            cu_bf16 *out = a->out + (int64_t)(it.row0 + t) * a->ldo +
-                           (int64_t)(it.head * a->group + r - t * a->group) * WIDE_C + 2 * c;
+            const int32_t r = mine + warp * 16 + g + 8 * i, t = r / a->group, row = it.row0 + t;
+            const int32_t head = it.head * a->group + r - t * a->group;
+            uint32_t two[16]; /* dimensions 8 j + 2 c and the next */
 #pragma unroll
             for (int j = 0; j < 16; j++)
-                *(uint32_t *)(out + j * 8) =
-                    cu_round2(__fdiv_rn(acc[4 * j + 2 * i], w.L[i]), __fdiv_rn(acc[4 * j + 2 * i + 1], w.L[i]));
+                two[j] = cu_round2(__fdiv_rn(acc[4 * j + 2 * i], w.L[i]), __fdiv_rn(acc[4 * j + 2 * i + 1], w.L[i]));
+            if (a->out_codes == CU_CODES_F8)
+                wide_put_codes<CU_CODES_F8>(a, two, row, head, w.pos[i] >= 0);
+            else if (a->out_codes == CU_CODES_I8)
+                wide_put_codes<CU_CODES_I8>(a, two, row, head, w.pos[i] >= 0);
+            else if (w.pos[i] >= 0)
+#pragma unroll
+                for (int j = 0; j < 16; j++)
+                    *(uint32_t *)(a->out + row * a->ldo + head * WIDE_C + j * 8 + 2 * c) = two[j];
         }
     }
     if (group == 0) wide_my_turn(group); /* the last one that the other gave */
@@ -568,7 +584,10 @@ static __global__ void __launch_bounds__(WIDE_THREADS, 1)
         for (int i = 0; i < 2; i++) bar_init(attn_smem(&sh.codes[i]), 1);
         bar_init_end();
     }
-    for (int i = threadIdx.x; i < 512; i += WIDE_THREADS) ((uint32_t *)(smem + WIDE_ONES_AT))[i] = 0x3f803f80u;
+    for (int i = threadIdx.x; i < 2 * wide_room<CODES>::ones / 4; i += WIDE_THREADS) {
+        const int at = i * 4; /* in either of both */
+        *(uint32_t *)(smem + wide_room<CODES>::slot(at / WIDE_HALF * 2 + 1) + WIDE_SIDE + at % WIDE_HALF) = 0x3f803f80u;
+    }
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
     __syncthreads();
     attn_wait_launch();

@@ -365,6 +365,11 @@ cudaError_t cu_attn_plan(cudaStream_t s, const cu_cache *c, const cu_seqs *seqs,
 cudaError_t cu_attend(cudaStream_t s, cu_bf16 *out, const cu_bf16 *q, const float *qkv, const cu_cache *c,
                       int32_t layer, const cu_seqs *seqs, void *scratch, int64_t scratch_bytes, bool decode);
 
+/* cu_attend where every sequence has more than 16 / (H/G) rows, with its out quantized. */
+cudaError_t cu_attend_codes(cudaStream_t s, const cu_x8 *out, cu_codes codes, const cu_bf16 *q, const cu_cache *c,
+                            int32_t layer, const cu_seqs *seqs);
+static inline bool cu_attend_codes_fits(const cu_cache *c) { return c->n_head_dim == CU_SEGMENT; }
+
 /* ---- all layers at once (cu_chain.cu) ------------------------------------------------------------------------------
  *
  * A step of few rows of a dense model, each row the next token of a sequence of its own, from x to x behind the last

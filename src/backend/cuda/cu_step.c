@@ -24,6 +24,7 @@ typedef struct run {
     const ern_batch *in; /* NULL: padding rows alone */
     int32_t n_row, n_seq, n_want;
     bool decode;         /* few rows of every sequence: cu_attend's promise */
+    bool wide;           /* many: cu_attend_codes' */
     bool chain;          /* one row of every sequence, and few: all layers in one kernel */
     bool greedy;         /* all rules are plain arg-max */
     bool staged;         /* all rules are in the block; else they come pass by pass */
@@ -306,10 +307,19 @@ static void run_layer(const run *r, const cu_layer *w, int32_t layer) {
     const bool apart = !r->decode || b->probe;
     if (apart) CU_DO(b, cu_rope_store(b->stream, b->qkv, b->probe != NULL, b->q, &b->cache, layer, &r->seqs));
     show_qkv(r, layer);
-    CU_DO(b, cu_attend(b->stream, b->att, apart ? b->q : NULL, b->qkv, &b->cache, layer, &r->seqs, b->attn,
-                       (int64_t)b->attn_bytes, r->decode));
-    show_bf16(r, "attn", layer, 0, b->att, r->n_row, m->n_head * m->n_head_dim);
-    linear(r, &w->o, CU_ADD, b->x, b->att, r->n_row, &b->row8);
+    if (r->wide && r->n_row > CU_SKINNY_MAX && takes_codes(&w->o) && cu_attend_codes_fits(&b->cache) && !b->probe) {
+        cu_job o = job_of(&w->o, CU_ADD, NULL, r->n_row);
+        o.y = b->x;
+        o.ldy = w->o.n_out;
+        o.x8 = x8_in(&b->row8, w->o.n_in, r->n_row);
+        CU_DO(b, cu_attend_codes(b->stream, &o.x8, b->codes, b->q, &b->cache, layer, &r->seqs));
+        CU_DO(b, cu_linear_run(b->stream, &o));
+    } else {
+        CU_DO(b, cu_attend(b->stream, b->att, apart ? b->q : NULL, b->qkv, &b->cache, layer, &r->seqs, b->attn,
+                           (int64_t)b->attn_bytes, r->decode));
+        show_bf16(r, "attn", layer, 0, b->att, r->n_row, m->n_head * m->n_head_dim);
+        linear(r, &w->o, CU_ADD, b->x, b->att, r->n_row, &b->row8);
+    }
     for (int32_t row0 = 0; row0 < r->n_row; row0 += b->n_ffn_row) {
         const int32_t rest = r->n_row - row0, n = rest < b->n_ffn_row ? rest : b->n_ffn_row;
         if (w->is_moe)
@@ -469,12 +479,16 @@ static void rows_fill(run *r) {
         ERN_ASSERT(in->cell[t] >= 0 && in->cell[t] / P < b->o.n_page && in->pos[t] < b->o.n_len_max);
         ERN_ASSERT(in->token[t] < b->model->config.n_vocab && -1 - in->token[t] < b->n_prev_want);
     }
+    r->wide = true;
     for (int64_t q = 0; q < in->n_seq; q++) {
         const int32_t n = (in->kv_len[q] + P - 1) / P;
         ERN_ASSERT(in->kv_len[q] <= b->o.n_len_max && n <= in->n_page_max);
         copy_ints(h->page + q * b->n_page_max, in->page + q * in->n_page_max, n);
         if (n > r->n_page_used) r->n_page_used = n;
-        if (in->row0[q + 1] - in->row0[q] > most) r->decode = false;
+        if (in->row0[q + 1] - in->row0[q] > most)
+            r->decode = false;
+        else
+            r->wide = false;
     }
     for (int32_t w = 0; w < in->n_want; w++)
         if (!is_plain(&in->sample[w])) r->greedy = false;
@@ -597,6 +611,7 @@ static void warm_prefill(cu_backend *b) {
     if (n_seq < 1) n_seq = 1;
     run r = run_of(b, &b->slot[0], n_seq * len, n_seq, n_seq < b->o.n_want_max ? n_seq : b->o.n_want_max);
     r.decode = len <= decode_rows(&b->model->config);
+    r.wide = !r.decode;
     pads_fill(&r, 0, len);
     feed(&r);
     run_kernels(&r);
