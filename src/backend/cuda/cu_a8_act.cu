@@ -71,7 +71,7 @@ cudaError_t cu_quant_x8(cudaStream_t s, const cu_x8 *out, cu_codes codes, const 
     const int32_t warps = n_share == 1 ? WARPS : WARPS / 4; /* few: as many multiprocessors as there are */
     const bool f8 = codes == CU_CODES_F8;
     return cu_launch_args(s,
-                          n_share == 1 ? f8 ? quant_rows<CU_CODES_F8, 4> : quant_rows<CU_CODES_I8, 4>
+                          n_share == 1 ? f8 ? quant_rows<CU_CODES_F8, 6> : quant_rows<CU_CODES_I8, 6>
                           : f8 ? quant_rows<CU_CODES_F8, 1>
                                        : quant_rows<CU_CODES_I8, 1>,
                           dim3((unsigned)((n_row * n_share + warps - 1) / warps)), (unsigned)warps * 32, true, *out, x,
