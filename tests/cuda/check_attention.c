@@ -544,6 +544,63 @@ static void codes_case(const shape *s, cu_codes codes) {
 
 /* ---- rotation and store ------------------------------------------------------------------------------------------ */
 
+/* A large linear that rotates and stores what comes out: the bits of the two kernels. */
+static void rope_linear_case(const shape *s, cu_format f) {
+    enum { IN = 256 };
+    char name[96];
+    snprintf(name, sizeof name, "linear of format %d, then rope and store: C %d H %d G %d P %d", f, s->C, s->H, s->G,
+             s->P);
+    if (!check_begin(name)) return;
+    const int32_t content[] = {50, 51, 52, 53}, len[] = {1, 70, 200, 331}, rows[] = {1, 33, 5, 231};
+    step *w = step_new(s, 4, content, len, rows);
+    w->cell[5] = -1; /* a row that only fills a graph */
+    memset(w->kv, 0xff, (size_t)(w->page_bytes * w->n_page));
+    const int32_t T = w->n_row, n_out = (s->H + 2 * s->G) * s->C;
+    const size_t q_bytes = (size_t)T * (size_t)(s->H * s->C) * 2, kv_bytes = (size_t)(w->page_bytes * w->n_page);
+    check_weights o =
+        check_weights_new((cu_linear){.format = f, .n_out = n_out, .n_in = IN, .n_band = CU_BANDS(n_out), .n_seg = 2});
+    cu_bf16 *x = must((size_t)T * IN * sizeof *x), *pack = (cu_bf16 *)(void *)o.pack;
+    for (int32_t i = 0; i < T * IN; i++) x[i] = ern_bf16_from_f32(check_random());
+    if (f == CU_BF16) { /* numbers, not any bits */
+        for (int32_t i = 0; i < n_out * IN; i++) pack[i] = ern_bf16_from_f32(check_random());
+        CHECK_CUDA(cudaMemcpy(o.d_pack, pack, (size_t)n_out * IN * sizeof *pack, cudaMemcpyHostToDevice));
+    }
+    cu_bf16 *dx = check_new(x, (size_t)T * IN * sizeof *x);
+    const int64_t ld = (T + 3) / 4 * 4;
+    const cu_x8 x8 = {check_new(NULL, (size_t)T * IN), IN, check_new(NULL, 2 * (size_t)ld * sizeof(float)), ld};
+    if (f != CU_BF16) CHECK_CUDA(cu_quant_x8(0, &x8, cu_codes_of(f), dx, IN, T, IN));
+    unsigned char *q[3], *kv[3];
+    for (int k = 0; k < 3; k++) { /* one by one; at once; as the step asks */
+        device_step d = device_new(w);
+        float *y = check_new(NULL, (size_t)T * (size_t)n_out * sizeof *y);
+        cu_bf16 *q_out = check_new(NULL, q_bytes);
+        const cu_rope rope = {q_out, &d.c, &d.seqs, LAYER};
+        const cu_job j = {.w = o.w,
+                          .epilogue = CU_STORE,
+                          .x = dx,
+                          .ldx = IN,
+                          .n_row = T,
+                          .y = y,
+                          .ldy = n_out,
+                          .x8 = x8,
+                          .rope = k == 0 || (k == 1 && !cu_rope_fits(&rope)) ? NULL : &rope};
+        CHECK_CUDA(k == 2 ? cu_linear_run(0, &j) : f == CU_BF16 ? cu_large_run(0, &j) : cu_a8_large_run(0, &j));
+        if (!j.rope) CHECK_CUDA(cu_rope_store(0, y, false, &rope));
+        check_get(q[k] = must(q_bytes), q_out, q_bytes);
+        check_get(kv[k] = must(kv_bytes), d.kv, kv_bytes);
+        check_free(y), check_free(q_out);
+        device_free(&d);
+    }
+    bool same = true;
+    for (int k = 1; k < 3; k++) same &= memcmp(q[0], q[k], q_bytes) == 0 && memcmp(kv[0], kv[k], kv_bytes) == 0;
+    check_that(name, same, "other bits than one by one");
+    for (int k = 0; k < 3; k++) free(q[k]), free(kv[k]);
+    check_free(dx), check_free(x8.code), check_free(x8.scale);
+    check_weights_free(&o);
+    free(x);
+    step_free(w);
+}
+
 /* docs/model.md 10, on the numbers that the device rotated. */
 static void put_codes(ern_kv_dtype t, unsigned char *to, unsigned char *scale_to, const float *x, int32_t n) {
     float amax = t == ERN_KV_I8 ? 0.0f : 1e-10f;
@@ -584,7 +641,7 @@ static void rope_case(const shape *s) {
     frequencies(inv, s->C);
     float *qkv = check_new(in, count * 4);
     cu_bf16 *q_out = check_new(NULL, q_count * 2);
-    CHECK_CUDA(cu_rope_store(0, qkv, true, q_out, &d.c, LAYER, &d.seqs));
+    CHECK_CUDA(cu_rope_store(0, qkv, true, &(cu_rope){q_out, &d.c, &d.seqs, LAYER}));
     check_get(turned, qkv, count * 4);
     check_get(q, q_out, q_count * 2);
     unsigned char *got = must((size_t)(w->page_bytes * w->n_page));
@@ -657,7 +714,7 @@ static void fused(const char *name, const shape *s, int32_t n, const int32_t *co
         const int64_t scratch_bytes = cu_attn_scratch_bytes(&d.c, w->n_row, w->n_seq, 3000, BIG);
         void *scratch = zeros_new((size_t)scratch_bytes);
         cu_bf16 *y = check_new(NULL, out_bytes);
-        if (k == 0) CHECK_CUDA(cu_rope_store(0, qkv, false, q, &d.c, LAYER, &d.seqs));
+        if (k == 0) CHECK_CUDA(cu_rope_store(0, qkv, false, &(cu_rope){q, &d.c, &d.seqs, LAYER}));
         CHECK_CUDA(cu_attend(0, y, k == 0 ? q : NULL, qkv, &d.c, LAYER, &d.seqs, scratch, scratch_bytes, true));
         check_get(out[k] = must(out_bytes), y, out_bytes);
         check_get(kv[k] = must(kv_bytes), d.kv, kv_bytes);
@@ -806,6 +863,13 @@ void check_attention(void) {
         prefill_case(&s);
         for (int k = CU_CODES_F8; k <= CU_CODES_I8 && s.C == CU_SEGMENT; k++) codes_case(&s, (cu_codes)k);
     }
+    static const shape heads[] = {{.C = 128, .H = 5, .G = 1, .P = 64, .dtype = ERN_KV_BF16},
+                                  {.C = 128, .H = 16, .G = 2, .P = 16, .dtype = ERN_KV_BF16},
+                                  {.C = 128, .H = 5, .G = 1, .P = 64, .dtype = ERN_KV_I8},
+                                  {.C = 64, .H = 4, .G = 2, .P = 64, .dtype = ERN_KV_BF16}};
+    static const cu_format formats[] = {CU_BF16, CU_F8A8, CU_I8A8};
+    for (size_t i = 0; i < sizeof heads / sizeof *heads; i++)
+        for (size_t k = 0; k < sizeof formats / sizeof *formats; k++) rope_linear_case(&heads[i], formats[k]);
     const shape many = {.C = 16, .H = 64, .G = 16, .P = 64, .dtype = ERN_KV_I8},
                 wide = {.C = 128, .H = 20, .G = 4, .P = 64};
     crowd_case(&many);

@@ -3,33 +3,23 @@
  * order of their sums is drawn in cu_attn.cuh.
  *
  * Lists are made on the device, because a captured graph runs with lengths that its capture did not know. */
-#include "backend/cuda/cu_attn.cuh"
+#include "backend/cuda/cu_rope.cuh"
 
 #include <math.h>
 
 /* ---- rotation and store ------------------------------------------------------------------------------------------ */
 
-typedef struct rope_args {
-    float *qkv;
-    cu_bf16 *q_out;
-    const float2 *turn;
-    unsigned char *kv; /* keys of the layer, head 0 */
-    int64_t page_bytes, plane_bytes, value;
-    int32_t scale_at, n_page_cell, n_head, n_kv_head;
-    const int32_t *cell;
-    bool write_back;
-} rope_args;
-
 /* A block a row, a warp a head, `per` neighbouring dimensions a lane; BATCH heads of a warp are on their way at once.
  */
-template <int C, int CODES> static __global__ void __launch_bounds__(256) rope_kernel(const rope_args a) {
+template <int C, int CODES>
+static __global__ void __launch_bounds__(256) rope_kernel(const rope_args a, float *qkv, bool write_back) {
     constexpr int per = C >= 128 ? 4 : 2, BATCH = 4;
     __shared__ float2 turn[C / 2];
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     const int32_t row = blockIdx.x, H = a.n_head, G = a.n_kv_head, n = H + 2 * G;
     const bool mine = lane * per < C;
     const int first = mine ? lane * per : 0;
-    float *from = a.qkv + (int64_t)row * n * C + first, x[BATCH][per];
+    float *from = qkv + (int64_t)row * n * C + first, x[BATCH][per];
     const auto load = [&](int h0) {
 #pragma unroll
         for (int k = 0; k < BATCH; k++)
@@ -40,13 +30,8 @@ template <int C, int CODES> static __global__ void __launch_bounds__(256) rope_k
     if (threadIdx.x < C / 2) turn[threadIdx.x] = a.turn[(int64_t)row * (C / 2) + threadIdx.x];
     const int32_t cell = a.cell[row];
     __syncthreads();
-    unsigned char *page = NULL;
-    int64_t at = 0;
-    if (cell >= 0) {
-        const int32_t nth = cell / a.n_page_cell;
-        at = cell - nth * a.n_page_cell;
-        page = a.kv + nth * a.page_bytes;
-    }
+    int64_t at;
+    unsigned char *page = rope_page(&a, cell, &at);
     for (int h0 = warp; h0 < n; h0 += 8 * BATCH) {
         if (h0 > warp) load(h0);
 #pragma unroll
@@ -59,7 +44,7 @@ template <int C, int CODES> static __global__ void __launch_bounds__(256) rope_k
                     const float2 turned = attn_turn(x[k][i], x[k][i + 1], turn[(first + i) / 2]);
                     x[k][i] = turned.x, x[k][i + 1] = turned.y;
                 }
-                if (a.write_back && mine)
+                if (write_back && mine)
                     for (int i = 0; i < per; i++) from[(int64_t)h * C + i] = x[k][i];
             }
             if (!mine)
@@ -68,9 +53,8 @@ template <int C, int CODES> static __global__ void __launch_bounds__(256) rope_k
             if (h < H) {
                 to = (unsigned char *)(a.q_out + ((int64_t)row * H + h) * C + first);
             } else {
-                if (!page) continue; /* a row that only fills a graph */
-                unsigned char *plane =
-                    page + (h < H + G ? (h - H) * a.plane_bytes : (h - H - G) * a.plane_bytes + a.value);
+                if (!page) continue;
+                unsigned char *plane = rope_plane(&a, page, h - H);
                 if (CODES) {
                     float scale;
                     const uint32_t word = attn_codes<per, CODES>(x[k], &scale);
@@ -85,24 +69,9 @@ template <int C, int CODES> static __global__ void __launch_bounds__(256) rope_k
     }
 }
 
-static int32_t plane_cells(const cu_cache *c) { return (c->n_page_cell + 15) / 16 * 16; }
-
-cudaError_t cu_rope_store(cudaStream_t s, float *qkv, bool write_back, cu_bf16 *q_out, const cu_cache *c, int32_t layer,
-                          const cu_seqs *seqs) {
-    rope_args a = {};
-    a.qkv = qkv;
-    a.q_out = q_out;
-    a.turn = attn_turns(seqs->work, seqs->n_row, seqs->n_seq);
-    a.kv = c->kv + (int64_t)layer * 2 * c->n_kv_head * c->plane_bytes;
-    a.page_bytes = c->page_bytes;
-    a.plane_bytes = c->plane_bytes;
-    a.value = c->n_kv_head * c->plane_bytes;
-    a.scale_at = plane_cells(c) * c->n_head_dim;
-    a.n_page_cell = c->n_page_cell;
-    a.n_head = c->n_head;
-    a.n_kv_head = c->n_kv_head;
-    a.cell = seqs->cell;
-    a.write_back = write_back;
+cudaError_t cu_rope_store(cudaStream_t s, float *qkv, bool write_back, const cu_rope *r) {
+    const cu_cache *c = r->cache;
+    rope_args a = rope_args_of(r);
     static const void *const kernels[][3] = {
         {(const void *)rope_kernel<16, 0>, (const void *)rope_kernel<16, ATTN_I8>,
          (const void *)rope_kernel<16, ATTN_F8>},
@@ -114,8 +83,8 @@ cudaError_t cu_rope_store(cudaStream_t s, float *qkv, bool write_back, cu_bf16 *
     const int32_t C = c->n_head_dim;
     if (C != 16 && C != 64 && C != 128) return cudaErrorInvalidValue;
     const void *fn = kernels[C / 64][attn_codes_of(c->dtype)];
-    void *args[] = {&a};
-    return cu_launch(s, fn, dim3((unsigned)seqs->n_row), 256, 0, true, 1, args);
+    void *args[] = {&a, &qkv, &write_back};
+    return cu_launch(s, fn, dim3((unsigned)r->seqs->n_row), 256, 0, true, 1, args);
 }
 
 /* ---- the step's lists -------------------------------------------------------------------------------------------- */
@@ -339,7 +308,7 @@ bool attn_args_of(attn_args *out, const cu_cache *c, int32_t layer, const cu_seq
     a.page_bytes = c->page_bytes;
     a.plane_bytes = c->plane_bytes;
     a.value = c->n_kv_head * c->plane_bytes;
-    a.scale_at = plane_cells(c) * c->n_head_dim;
+    a.scale_at = attn_plane_cells(c) * c->n_head_dim;
     a.n_page_cell = c->n_page_cell;
     a.per_group = (255 + (uint32_t)(c->n_head / c->n_kv_head)) / (uint32_t)(c->n_head / c->n_kv_head);
     a.per_page = (0x7fffffffu + (uint32_t)c->n_page_cell) / (uint32_t)c->n_page_cell;

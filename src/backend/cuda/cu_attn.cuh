@@ -303,6 +303,8 @@ template <int chunks> static __device__ __forceinline__ uint32_t attn_at(uint32_
     return (row * chunks + (chunk ^ attn_swirl<chunks>(row))) * 16;
 }
 
+/* Cells of a plane, P rounded up. */
+static inline int32_t attn_plane_cells(const cu_cache *c) { return (c->n_page_cell + 15) / 16 * 16; }
 /* Bytes from a->kv to the key of a position and to its scale; -1: the position is not below len. */
 typedef struct attn_cell {
     int64_t key, scale;

@@ -171,6 +171,8 @@ typedef struct cu_job {
     float eps;
     cu_x8 x8;   /* A8 of more than CU_SKINNY_MAX rows: instead of x. Fewer rows: quantized from x or x_f32 inside */
     bool alone; /* comes after something else than a kernel of its stream: is not launched before that ends */
+    /* STORE, y [n_row, n_out] without gaps: y is qkv, and cu_rope_store comes of it; y itself is left open. */
+    const struct cu_rope *rope;
 } cu_job;
 
 /* Picks the kernel by n_row: the bits do not depend on the choice. */
@@ -178,7 +180,7 @@ cudaError_t cu_linear_run(cudaStream_t s, const cu_job *j);
 /* The three behind it: rows 1..CU_SKINNY_MAX; the others any number of rows. For tests and tuning. */
 cudaError_t cu_skinny_run(cudaStream_t s, const cu_job *j);
 cudaError_t cu_mid_run(cudaStream_t s, const cu_job *j);
-cudaError_t cu_large_run(cudaStream_t s, const cu_job *j);
+cudaError_t cu_large_run(cudaStream_t s, const cu_job *j); /* rope: only where cu_rope_fits */
 
 /* ---- experts (cu_moe.cu; grouped linears where the plain ones are) -------------------------------------------------
  *
@@ -259,7 +261,7 @@ cudaError_t cu_large_grouped(cudaStream_t s, const cu_grouped_job *j);  /* tile_
 /* The same for A8, which cu_linear_run and cu_grouped_run turn to. */
 cudaError_t cu_a8_skinny_run(cudaStream_t s, const cu_job *j);            /* rows 1..CU_SKINNY_MAX, x or x_f32 */
 cudaError_t cu_a8_mid_run(cudaStream_t s, const cu_job *j);               /* x8, any number of rows */
-cudaError_t cu_a8_large_run(cudaStream_t s, const cu_job *j);             /* x8, any number of rows */
+cudaError_t cu_a8_large_run(cudaStream_t s, const cu_job *j);             /* the same; rope: only where cu_rope_fits */
 cudaError_t cu_a8_mid_grouped(cudaStream_t s, const cu_grouped_job *j);   /* tile_rows 8..64 */
 cudaError_t cu_a8_large_grouped(cudaStream_t s, const cu_grouped_job *j); /* tile_rows 128 */
 
@@ -344,8 +346,17 @@ typedef struct cu_seqs {
  * arithmetic), q is written to q_out bf16 [T, H*C] scaled by nothing, k and v to their cells. I8, F8: per row and head
  * as quant_act_int8 or quant_act_fp8 with one group of C (docs/model.md 10). write_back: the rotated q and k go back to
  * qkv as well. */
-cudaError_t cu_rope_store(cudaStream_t s, float *qkv, bool write_back, cu_bf16 *q_out, const cu_cache *c, int32_t layer,
-                          const cu_seqs *seqs);
+typedef struct cu_rope {
+    cu_bf16 *q_out;
+    const cu_cache *cache;
+    const cu_seqs *seqs;
+    int32_t layer;
+} cu_rope;
+cudaError_t cu_rope_store(cudaStream_t s, float *qkv, bool write_back, const cu_rope *r);
+/* Whether the large linears can do it: a tile of outputs is a head. */
+static inline bool cu_rope_fits(const cu_rope *r) {
+    return r->cache->n_head_dim == 128 && r->cache->dtype == ERN_KV_BF16;
+}
 
 /* Numbers of `work` for steps of at most these sizes. */
 int64_t cu_attn_work_count(const cu_cache *c, int32_t n_row_max, int32_t n_seq_max);

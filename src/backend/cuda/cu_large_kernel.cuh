@@ -7,6 +7,7 @@
 #define ERN_BACKEND_CUDA_CU_LARGE_KERNEL_CUH
 
 #include "backend/cuda/cu_device.cuh"
+#include "backend/cuda/cu_rope.cuh"
 #include "backend/cuda/cu_tensor.cuh"
 
 enum {
@@ -29,6 +30,7 @@ typedef struct large_args {
     int64_t ldy;
     cu_bf16 *h;
     int64_t ldh;
+    rope_args rope; /* q_out NULL: y */
 } large_args;
 
 typedef struct large_tile {
@@ -182,6 +184,7 @@ static inline large_args large_plain(const cu_job *j) {
     a.x = j->x, a.ldx = j->ldx;
     a.y = j->y, a.ldy = j->ldy;
     a.h = j->h, a.ldh = j->ldh;
+    if (j->rope) a.rope = rope_args_of(j->rope);
     return a;
 }
 static inline large_args large_experts(const cu_grouped_job *j) {

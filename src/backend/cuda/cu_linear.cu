@@ -17,15 +17,20 @@ static bool large_pays(const cu_job *j) {
     return (int64_t)j->n_row * j->w.n_band * 100 > room * (j->w.format == CU_BF16 ? 75 : 45);
 }
 
-static cudaError_t a8_run(cudaStream_t s, const cu_job *j) {
-    return j->n_row <= CU_SKINNY_MAX ? cu_a8_skinny_run(s, j)
-           : large_pays(j)           ? cu_a8_large_run(s, j)
-                                     : cu_a8_mid_run(s, j);
+static cudaError_t run(cudaStream_t s, const cu_job *j) {
+    const bool a8 = cu_codes_of(j->w.format) != CU_CODES_NONE;
+    if (j->n_row <= CU_SKINNY_MAX) return a8 ? cu_a8_skinny_run(s, j) : cu_skinny_run(s, j);
+    if (large_pays(j)) return a8 ? cu_a8_large_run(s, j) : cu_large_run(s, j);
+    return a8 ? cu_a8_mid_run(s, j) : cu_mid_run(s, j);
 }
 
+/* The large kernels rotate and store heads of y themselves. */
 cudaError_t cu_linear_run(cudaStream_t s, const cu_job *j) {
-    if (cu_codes_of(j->w.format) != CU_CODES_NONE) return a8_run(s, j);
-    return j->n_row <= CU_SKINNY_MAX ? cu_skinny_run(s, j) : large_pays(j) ? cu_large_run(s, j) : cu_mid_run(s, j);
+    if (!j->rope || (j->n_row > CU_SKINNY_MAX && large_pays(j) && cu_rope_fits(j->rope))) return run(s, j);
+    cu_job one = *j;
+    one.rope = NULL;
+    const cudaError_t e = run(s, &one);
+    return e == cudaSuccess ? cu_rope_store(s, j->y, false, j->rope) : e;
 }
 
 cudaError_t cu_grouped_run(cudaStream_t s, const cu_grouped_job *j) {

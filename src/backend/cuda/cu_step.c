@@ -303,9 +303,11 @@ static void run_layer(const run *r, const cu_layer *w, int32_t layer) {
     else if (takes_codes(&w->qkv))
         qkv.x8 = x8_in(&b->row8, m->n_hidden, r->n_row);
     show_bf16(r, "attn_norm", layer, 0, b->xn, r->n_row, m->n_hidden);
-    CU_DO(b, cu_linear_run(b->stream, &qkv));
     const bool apart = !r->decode || b->probe;
-    if (apart) CU_DO(b, cu_rope_store(b->stream, b->qkv, b->probe != NULL, b->q, &b->cache, layer, &r->seqs));
+    const cu_rope rope = {.q_out = b->q, .cache = &b->cache, .seqs = &r->seqs, .layer = layer};
+    if (apart && !b->probe) qkv.rope = &rope;
+    CU_DO(b, cu_linear_run(b->stream, &qkv));
+    if (b->probe) CU_DO(b, cu_rope_store(b->stream, b->qkv, true, &rope));
     show_qkv(r, layer);
     if (r->wide && r->n_row > CU_SKINNY_MAX && takes_codes(&w->o) && cu_attend_codes_fits(&b->cache) && !b->probe) {
         cu_job o = job_of(&w->o, CU_ADD, NULL, r->n_row);

@@ -163,6 +163,64 @@ static __device__ __forceinline__ void wide_put_swiglu(const large_args *a, cons
     }
 }
 
+/* Rows of head h of qkv: cu_rope_store of them. Four dimensions a lane; nothing branches, so that rows do not wait for
+ * one another. TURNED: q or k; STORED: k or v. */
+template <bool SCALED, bool TURNED, bool STORED>
+static __device__ __forceinline__ void wide_put_head(const large_args *a, const large_tile *t, const float *sums,
+                                                     int32_t h, int first, int lane) {
+    enum { BATCH = 4, C = LARGE_BANDS * CU_BAND };
+    const rope_args *rope = &a->rope;
+    const int32_t n = t->row_end - t->row, H = rope->n_head;
+    const float2 *turns = rope->turn + t->row * (int64_t)(C / 2) + lane * 2;
+    unsigned char *out = STORED ? rope_plane(rope, rope->kv, h - H) + lane * 8
+                                : (unsigned char *)(rope->q_out + ((int64_t)t->row * H + h) * C) + lane * 8;
+    float scale[4];
+#pragma unroll
+    for (int k = 0; k < 4; k++) scale[k] = SCALED ? __ldg(t->scale + t->band0 * CU_BAND + lane * 4 + k) : 1.0f;
+    for (int from = first; from < n; from += BATCH * WIDE_STORERS) {
+        float4 turn[BATCH]; /* of both pairs */
+        int32_t cell[BATCH];
+#pragma unroll
+        for (int i = 0; i < BATCH; i++) {
+            const int at = min(from + i * WIDE_STORERS, n - 1);
+            if (TURNED) turn[i] = *(const float4 *)(turns + at * (C / 2));
+            if (STORED) cell[i] = rope->cell[t->row + at];
+        }
+#pragma unroll
+        for (int i = 0; i < BATCH; i++) {
+            const int row = from + i * WIDE_STORERS, at = min(row, n - 1);
+            float x[4];
+            *(float4 *)x = *(const float4 *)(sums + wide_sum_at(at, lane * 4));
+#pragma unroll
+            for (int k = 0; k < 4; k++)
+                if (SCALED) x[k] = __fmul_rn(x[k], scale[k]);
+            if (TURNED) {
+                const float2 lo = attn_turn(x[0], x[1], make_float2(turn[i].x, turn[i].y));
+                const float2 hi = attn_turn(x[2], x[3], make_float2(turn[i].z, turn[i].w));
+                x[0] = lo.x, x[1] = lo.y, x[2] = hi.x, x[3] = hi.y;
+            }
+            const bool there = row < n && (!STORED || cell[i] >= 0);
+            unsigned char *to = out + at * (H * C * 2);
+            if (STORED) {
+                const int32_t nth = cell[i] / rope->n_page_cell;
+                to = out + nth * rope->page_bytes + (cell[i] - nth * rope->n_page_cell) * (C * 2);
+            }
+            if (there) attn_put_bf16<4>(to, x);
+        }
+    }
+}
+template <bool SCALED>
+static __device__ __forceinline__ void wide_put_rope(const large_args *a, const large_tile *t, const float *sums,
+                                                     int first, int lane) {
+    const int32_t h = t->band0 / LARGE_BANDS, H = a->rope.n_head, G = a->rope.n_kv_head;
+    if (h < H)
+        wide_put_head<SCALED, true, false>(a, t, sums, h, first, lane);
+    else if (h < H + G)
+        wide_put_head<SCALED, true, true>(a, t, sums, h, first, lane);
+    else if (h < H + 2 * G)
+        wide_put_head<SCALED, false, true>(a, t, sums, h, first, lane);
+}
+
 /* SCALED: the scales of outputs are still to be multiplied with. */
 template <bool SCALED>
 static __device__ __forceinline__ void wide_store(const large_args *a, uint32_t n_tile, const float *sums,
@@ -176,6 +234,8 @@ static __device__ __forceinline__ void wide_store(const large_args *a, uint32_t 
         parity ^= 1;
         if (a->epilogue == CU_SWIGLU)
             wide_put_swiglu<SCALED>(a, &t, sums, storer, lane);
+        else if (a->rope.q_out)
+            wide_put_rope<SCALED>(a, &t, sums, storer, lane);
         else
             wide_put<SCALED>(a, &t, sums, storer, lane);
         __syncwarp();
