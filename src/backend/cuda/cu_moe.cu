@@ -15,7 +15,7 @@ enum {
     EXPERTS_MAX = 512,
     USED_MAX = 16,
     LIST_THREADS = 256,   /* of a block of choose_many and of place_entries */
-    CHOOSE_ROWS = 8,      /* rows of a block of choose_many */
+    CHOOSE_ROWS = 16,     /* rows of a block of choose_many */
     PLACE_ENTRIES = 1024, /* entries of a block of place_entries */
     FEW_WARPS = 32,       /* most warps of choose_few's one block */
     FEW_ROWS_A_WARP = 4,
@@ -186,16 +186,16 @@ static __global__ void __launch_bounds__(32 * WR * WX, 4)
 /* ---- logits of very many rows ------------------------------------------------------------------------------------
  *
  * A warp is a slice; a lane has R x X logits, of 4 R rows and 8 X experts of the block: row group bits 1 and 4 of the
- * lane, expert group bits 0, 2, 3, so that neighbouring lanes read the same pieces. Columns pass in steps of 32 through
- * STAGES buffers in shared memory, piece p of a row (four columns) at piece p ^ (row & 7). A thread multiplies the
- * numbers of x that it copied by norm_w before the others read them, and adds their squares: it has one slice of its
- * rows all the way. At the end of a part the slices meet in shared memory. Rows and experts beyond the last are the
- * last once more. Grid: rows, experts. */
+ * lane, expert group bits 0, 2, 3, so that neighbouring lanes read the same pieces. Columns pass in steps of N runs of
+ * 32 through STAGES buffers in shared memory, piece p of a row (four columns) at piece p ^ (row & 7). A thread
+ * multiplies the numbers of x that it copied by norm_w before the others read them, and adds their squares: it has one
+ * slice of its rows all the way. At the end of a part the slices meet in shared memory. Rows and experts beyond the
+ * last are the last once more. Grid: rows, experts. */
 enum { WIDE_STAGES = 3, WIDE_X = 8, WIDE_EXPERTS = 8 * WIDE_X, WIDE_THREADS = 32 * SLICES };
 
 static __device__ __forceinline__ int piece_at(int row, int piece) { return row * 32 + (piece ^ (row & 7)) * 4; }
 
-template <int R>
+template <int R, int N>
 static __global__ void __launch_bounds__(WIDE_THREADS, R > 8 ? 1 : 2)
     wide_logits(cu_route_job j, float *logit, int32_t *scratch, int32_t n_expert) {
     enum {
@@ -203,17 +203,17 @@ static __global__ void __launch_bounds__(WIDE_THREADS, R > 8 ? 1 : 2)
         COPY_ROWS = WIDE_THREADS / SLICES, /* rows that all threads copy at once */
         X_COPIES = ROWS / COPY_ROWS,
         W_COPIES = WIDE_EXPERTS / COPY_ROWS,
-        STAGE = (ROWS + WIDE_EXPERTS) * 32,
+        RUN = (ROWS + WIDE_EXPERTS) * 32,
         SUMS = R * WIDE_X,
         EACH = SUMS / SLICES
     };
     extern __shared__ __align__(128) float memory[]; /* [WIDE_STAGES][rows, experts][32], [SLICES][SUMS][32] */
     __shared__ float scales[ROWS];
-    float *meet = memory + WIDE_STAGES * STAGE;
+    float *meet = memory + WIDE_STAGES * N * RUN;
     cu_launch_next();
     cu_wait_previous();
     clear_scratch(scratch, n_expert);
-    const int32_t D = j.n_hidden, n_step = (D + 31) / 32, part_steps = part_columns(D) / 32;
+    const int32_t D = j.n_hidden, part_steps = part_columns(D) / (32 * N), n_step = (D + 32 * N - 1) / (32 * N);
     const int thread = threadIdx.x, lane = thread & 31, slice = thread >> 5;
     const int row_group = (lane >> 1 & 1) | (lane >> 3 & 2), expert_group = (lane & 1) | (lane >> 1 & 6);
     const int32_t row0 = (int32_t)blockIdx.x * ROWS, expert0 = (int32_t)blockIdx.y * WIDE_EXPERTS;
@@ -228,10 +228,13 @@ static __global__ void __launch_bounds__(WIDE_THREADS, R > 8 ? 1 : 2)
     for (int k = 0; k < W_COPIES; k++)
         w_from[k] = j.router + (int64_t)min(expert0 + of + COPY_ROWS * k, n_expert - 1) * D + piece * 4;
     const auto copy_step = [&](int32_t step, int stage) {
-        if (step < n_step) {
-            const bool in = step * 32 + piece * 4 < D;
-            const int32_t at = in ? step * 32 : -piece * 4;
-            float *to = memory + stage * STAGE + own;
+#pragma unroll
+        for (int n = 0; n < N; n++) {
+            if (step >= n_step) break;
+            const int32_t run = (step * N + n) * 32;
+            const bool in = run + piece * 4 < D;
+            const int32_t at = in ? run : -piece * 4;
+            float *to = memory + (stage * N + n) * RUN + own;
 #pragma unroll
             for (int k = 0; k < X_COPIES; k++) copy16(to + COPY_ROWS * k * 32, x_from[k] + at, in);
 #pragma unroll
@@ -239,8 +242,8 @@ static __global__ void __launch_bounds__(WIDE_THREADS, R > 8 ? 1 : 2)
         }
         asm volatile("cp.async.commit_group;" ::: "memory"); /* an empty group counts as well */
     };
-    const auto norm_of = [&](int32_t step) {
-        const int32_t column = step * 32 + piece * 4;
+    const auto norm_of = [&](int32_t run) {
+        const int32_t column = run * 32 + piece * 4;
         return column < D ? *(const uint2 *)(j.norm_w + column) : make_uint2(0u, 0u);
     };
 
@@ -253,31 +256,40 @@ static __global__ void __launch_bounds__(WIDE_THREADS, R > 8 ? 1 : 2)
     for (int k = 0; k < X_COPIES; k++) square[k] = square_total[k] = 0.0f;
 
     for (int step = 0; step < WIDE_STAGES - 1; step++) copy_step(step, step);
-    uint2 norm = norm_of(0);
+    uint2 norm[N];
+#pragma unroll
+    for (int n = 0; n < N; n++) norm[n] = norm_of(n);
     int32_t left = part_steps; /* of the part */
     int stage = 0;
     for (int32_t step = 0; step < n_step; step++) {
-        float *at = memory + stage * STAGE;
+        float *at = memory + stage * N * RUN;
         asm volatile("cp.async.wait_group %0;" ::"n"(WIDE_STAGES - 2) : "memory");
 #pragma unroll
-        for (int k = 0; k < X_COPIES; k++) {
-            float4 *x_own = (float4 *)(at + own + COPY_ROWS * k * 32);
-            const float4 v = *x_own;
-            square[k] = cu_add_squares(v, square[k]);
-            *x_own = times(v, norm);
-        }
+        for (int n = 0; n < N; n++)
+#pragma unroll
+            for (int k = 0; k < X_COPIES; k++) {
+                float4 *x_own = (float4 *)(at + n * RUN + own + COPY_ROWS * k * 32);
+                const float4 v = *x_own;
+                square[k] = cu_add_squares(v, square[k]);
+                *x_own = times(v, norm[n]);
+            }
         __syncthreads(); /* the step is whole; nobody reads the buffer of the step before any more */
         copy_step(step + WIDE_STAGES - 1, stage == 0 ? WIDE_STAGES - 1 : stage - 1);
-        norm = norm_of(step + 1);
+#pragma unroll
+        for (int n = 0; n < N; n++) norm[n] = norm_of((step + 1) * N + n);
         stage = stage == WIDE_STAGES - 1 ? 0 : stage + 1;
-        float4 w[WIDE_X];
 #pragma unroll
-        for (int e = 0; e < WIDE_X; e++) w[e] = *(const float4 *)(at + piece_at(ROWS + 8 * e + expert_group, slice));
+        for (int n = 0; n < N; n++, at += RUN) {
+            float4 w[WIDE_X];
 #pragma unroll
-        for (int r = 0; r < R; r++) {
-            const float4 x = *(const float4 *)(at + piece_at(4 * r + row_group, slice));
+            for (int e = 0; e < WIDE_X; e++)
+                w[e] = *(const float4 *)(at + piece_at(ROWS + 8 * e + expert_group, slice));
 #pragma unroll
-            for (int e = 0; e < WIDE_X; e++) sum[r * WIDE_X + e] = add_products(x, w[e], sum[r * WIDE_X + e]);
+            for (int r = 0; r < R; r++) {
+                const float4 x = *(const float4 *)(at + piece_at(4 * r + row_group, slice));
+#pragma unroll
+                for (int e = 0; e < WIDE_X; e++) sum[r * WIDE_X + e] = add_products(x, w[e], sum[r * WIDE_X + e]);
+            }
         }
         if (--left > 0 && step + 1 < n_step) continue;
         left = part_steps;
@@ -319,16 +331,17 @@ static __global__ void __launch_bounds__(WIDE_THREADS, R > 8 ? 1 : 2)
     }
 }
 
-template <int R> static cudaError_t launch_wide(cudaStream_t s, const cu_route_job *j, const cu_routes *r) {
+template <int R, int N> static cudaError_t launch_wide(cudaStream_t s, const cu_route_job *j, const cu_routes *r) {
     static uint64_t ready;
-    constexpr int BYTES = (WIDE_STAGES * (4 * R + WIDE_EXPERTS) * 32 + SLICES * R * WIDE_X * 32) * (int)sizeof(float);
-    const cudaError_t e = cu_shared_bytes(&ready, (const void *)wide_logits<R>, BYTES);
+    constexpr int BYTES =
+        (WIDE_STAGES * N * (4 * R + WIDE_EXPERTS) * 32 + SLICES * R * WIDE_X * 32) * (int)sizeof(float);
+    const cudaError_t e = cu_shared_bytes(&ready, (const void *)wide_logits<R, N>, BYTES);
     if (e != cudaSuccess) return e;
     cu_route_job job = *j;
     float *logit = r->logit;
     int32_t *scratch = r->scratch, n_expert = r->n_expert;
     void *args[] = {&job, &logit, &scratch, &n_expert};
-    return cu_launch(s, (const void *)wide_logits<R>, dim3(pieces(j->n_row, 4 * R), pieces(n_expert, WIDE_EXPERTS)),
+    return cu_launch(s, (const void *)wide_logits<R, N>, dim3(pieces(j->n_row, 4 * R), pieces(n_expert, WIDE_EXPERTS)),
                      WIDE_THREADS, BYTES, true, 1, args);
 }
 
@@ -504,7 +517,8 @@ cudaError_t cu_route(cudaStream_t s, const cu_route_job *j, const cu_routes *r) 
         e = cu_launch_args(s, many_logits<4, 4, 2, 2, 8>, dim3(pieces(T, 16), pieces(E, 16)), 128, true, *j, r->logit,
                            r->scratch, E);
     else
-        e = T < WIDEST_ROWS ? launch_wide<8>(s, j, r) : launch_wide<16>(s, j, r);
+        e = T < WIDEST_ROWS || part_columns(j->n_hidden) % 64 != 0 ? launch_wide<8, 1>(s, j, r)
+                                                                   : launch_wide<16, 2>(s, j, r);
     if (e != cudaSuccess) return e;
     if (T <= FEW_ROWS) {
         const unsigned threads = (unsigned)(T < 16 ? 16 : T < FEW_WARPS ? T : FEW_WARPS) * 32u;
