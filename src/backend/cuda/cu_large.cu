@@ -231,7 +231,7 @@ __global__ void __launch_bounds__(WIDE_THREADS, 1)
     asm volatile("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;" ::: "memory");
 
     if (group == 2) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 72;");
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 88;");
         const int warp = thread / 32, lane = thread % 32;
         cu_wait_previous();
         if (warp > 0)
@@ -239,7 +239,7 @@ __global__ void __launch_bounds__(WIDE_THREADS, 1)
         else if (lane == 0)
             wide_fill<F>(&a, &x, n_tile, ring_at, &bars);
     } else {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 216;");
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 208;");
         wide_multiply<F>(&a, n_tile, ring_at, ring, sums, &bars, group, thread);
     }
     /* The other block writes to this one's memory and barriers to its own end. */

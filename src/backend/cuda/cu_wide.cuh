@@ -57,19 +57,19 @@ static __device__ __forceinline__ void wide_copy_x(const CUtensorMap *x, int32_t
 /* ---- the warps that store -----------------------------------------------------------------------------------------
  */
 
-/* Word of a tile's sums: output ^ 8 (row / 2 % 4), so that the products' squares meet all banks. Rows beyond the tile,
- * which end a batch, are read as others and not stored. */
+/* Word of a tile's sums: outputs in eights, moved among four so that rows 0, 1, 2, 3 of eight meet all banks, and rows
+ * 0, 2, 4, 6. Rows beyond the tile, which end a batch, are read as others and not stored. */
 static __device__ __forceinline__ int wide_sum_at(int row, int out) {
-    return row % WIDE_ROWS * 128 + (out ^ (row << 2 & 24));
+    return row % WIDE_ROWS * 128 + (out ^ ((row << 3 & 24) ^ (row << 1 & 8)));
 }
 
 /* The totals of a warp's band, half [i] of the rows as eight cu_mma accs, to their places. */
 static __device__ __forceinline__ void wide_keep(float *sums, const float total[2][32], int in_tile, int lane) {
-    float *to[2]; /* of outputs g and g + 8, row 2c */
+    float *to[2]; /* of outputs g and g + 8, row 2c; the other way round of row 2c + 1 */
 #pragma unroll
     for (int k = 0; k < 2; k++) to[k] = sums + wide_sum_at(2 * (lane & 3), in_tile * CU_BAND + k * 8 + lane / 4);
 #pragma unroll
-    for (int i = 0; i < 64; i++) to[i / 2 & 1][(i / 4 * 8 + (i & 1)) * 128] = total[i / 32][i % 32];
+    for (int i = 0; i < 64; i++) to[(i / 2 ^ i) & 1][(i / 4 * 8 + (i & 1)) * 128] = total[i / 32][i % 32];
 }
 
 /* Four numbers at y, of which `left` are there. whole: all four are, at a multiple of 16 bytes. */
@@ -90,40 +90,80 @@ static __device__ __forceinline__ void wide_new(float *y, float4 v, int32_t left
     for (int k = 0; k < 4; k++)
         if (k < left) y[k] = f[k];
 }
+/* What y holds where the tile will be added, to L2: while the tile is being multiplied. */
+static __device__ __forceinline__ void wide_put_early(const large_args *a, const large_tile *t, int first, int lane) {
+    const int32_t n = (t->row_end - t->row) * 4, out0 = t->band0 * CU_BAND;
+    for (int i = first * 32 + lane; i < n; i += WIDE_STORERS * 32) {
+        const int32_t out = out0 + i % 4 * 32;
+        if (out < a->w.n_out)
+            asm volatile("prefetch.global.L2 [%0];" ::"l"(a->y + (int64_t)(t->row + i / 4) * a->ldy + out));
+    }
+}
 /* y = or += rows first, first + WIDE_STORERS, ... of the tile; four outputs a lane. SCALED: times the output's scale
- * first. */
+ * first. Several rows at once and without a branch where all of them are there: what y holds comes from far, and
+ * products hold up reads of shared memory. */
 template <bool SCALED>
 static __device__ __forceinline__ void wide_put(const large_args *a, const large_tile *t, const float *sums, int first,
                                                 int lane) {
-    enum { BATCH = 4 };
+    enum { BATCH = 6 };
     const int32_t out = t->band0 * CU_BAND + lane * 4, left = a->w.n_out - out, n = t->row_end - t->row;
     const bool add = a->epilogue == CU_ADD, whole = left >= 4 && ((uintptr_t)a->y | a->ldy * 4) % 16 == 0;
     if (left <= 0) return;
-    float *y = a->y + (int64_t)t->row * a->ldy + out, scale[4];
-#pragma unroll
-    for (int k = 0; k < 4; k++) scale[k] = SCALED ? __ldg(t->scale + out + k) : 1.0f;
-    for (int from = first; from < n; from += BATCH * WIDE_STORERS) {
+    const int64_t step = WIDE_STORERS * a->ldy;
+    float *y = a->y + (int64_t)(t->row + first) * a->ldy + out;
+    float4 scale = make_float4(1.0f, 1.0f, 1.0f, 1.0f);
+    if (SCALED) scale = wide_old(t->scale + out, left, false);
+    const auto sum_of = [&](int row) {
+        float4 v = *(const float4 *)(sums + wide_sum_at(row, lane * 4));
+        if (SCALED)
+            v = make_float4(__fmul_rn(v.x, scale.x), __fmul_rn(v.y, scale.y), __fmul_rn(v.z, scale.z),
+                            __fmul_rn(v.w, scale.w));
+        return v;
+    };
+    const auto plus = [](float4 p, float4 q) {
+        return make_float4(__fadd_rn(p.x, q.x), __fadd_rn(p.y, q.y), __fadd_rn(p.z, q.z), __fadd_rn(p.w, q.w));
+    };
+    int row = first;
+    for (; whole && row + (BATCH - 1) * WIDE_STORERS < n; row += BATCH * WIDE_STORERS, y += BATCH * step) {
         float4 old[BATCH], v[BATCH];
+        if (add) {
 #pragma unroll
-        for (int i = 0; i < BATCH; i++)
-            if (add && from + i * WIDE_STORERS < n)
-                old[i] = wide_old(y + (from + i * WIDE_STORERS) * a->ldy, left, whole);
-#pragma unroll
-        for (int i = 0; i < BATCH; i++) v[i] = *(const float4 *)(sums + wide_sum_at(from + i * WIDE_STORERS, lane * 4));
-#pragma unroll
-        for (int i = 0; i < BATCH; i++) {
-            if (from + i * WIDE_STORERS >= n) break;
-            if (SCALED) {
-                v[i].x = __fmul_rn(v[i].x, scale[0]), v[i].y = __fmul_rn(v[i].y, scale[1]);
-                v[i].z = __fmul_rn(v[i].z, scale[2]), v[i].w = __fmul_rn(v[i].w, scale[3]);
-            }
-            if (add) {
-                v[i].x = __fadd_rn(old[i].x, v[i].x), v[i].y = __fadd_rn(old[i].y, v[i].y);
-                v[i].z = __fadd_rn(old[i].z, v[i].z), v[i].w = __fadd_rn(old[i].w, v[i].w);
-            }
-            wide_new(y + (from + i * WIDE_STORERS) * a->ldy, v[i], left, whole);
+            for (int i = 0; i < BATCH; i++) old[i] = *(const float4 *)(y + i * step);
         }
+#pragma unroll
+        for (int i = 0; i < BATCH; i++) v[i] = sum_of(row + i * WIDE_STORERS);
+        if (add) {
+#pragma unroll
+            for (int i = 0; i < BATCH; i++) v[i] = plus(old[i], v[i]);
+        }
+#pragma unroll
+        for (int i = 0; i < BATCH; i++) *(float4 *)(y + i * step) = v[i];
     }
+    for (; row < n; row += WIDE_STORERS, y += step) {
+        float4 v = sum_of(row);
+        if (add) v = plus(wide_old(y, left, whole), v);
+        wide_new(y, v, left, whole);
+    }
+}
+/* cu_swiglu of N numbers side by side: its division has a branch, behind which the next number waits for this one. The
+ * steps are those the division takes where no number on the way is subnormal or beyond f32; others are divided one by
+ * one. */
+template <int N>
+static __device__ __forceinline__ void wide_swiglu(float h[N], const float gate[N], const float up[N]) {
+    bool plain = true;
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+        const float n = gate[i], d = __fadd_rn(1.0f, expf(-n));
+        float r;
+        plain = plain && n > -80.0f && n < 0x1p100f && fabsf(n) > 0x1p-64f;
+        asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(d));
+        r = __fmaf_rn(r, __fmaf_rn(-d, r, 1.0f), r);
+        const float q = __fmul_rn(n, r);
+        h[i] = __fmul_rn(__fmaf_rn(r, __fmaf_rn(-d, q, n), q), up[i]);
+    }
+    if (plain) return;
+#pragma unroll
+    for (int i = 0; i < N; i++) h[i] = cu_swiglu(gate[i], up[i]);
 }
 /* h = silu(gate) * up; two outputs a lane. */
 template <bool SCALED>
@@ -134,31 +174,34 @@ static __device__ __forceinline__ void wide_put_swiglu(const large_args *a, cons
     const int32_t out = t->band0 / 2 * CU_BAND + lane * 2, n = t->row_end - t->row;
     if (out >= a->w.n_out) return;
     const bool two = out + 1 < a->w.n_out;
-    cu_bf16 *h = a->h + (int64_t)t->row * a->ldh + out;
+    cu_bf16 *to = a->h + (int64_t)t->row * a->ldh + out;
     float scale[4]; /* of both gates, of both ups */
 #pragma unroll
     for (int k = 0; k < 4; k++)
         scale[k] = SCALED ? __ldg(t->scale + t->band0 * CU_BAND + gate_at + k / 2 * CU_BAND + k % 2) : 1.0f;
     for (int from = first; from < n; from += BATCH * WIDE_STORERS) {
-        float2 gate[BATCH], up[BATCH];
+        float gate[2 * BATCH], up[2 * BATCH], h[2 * BATCH];
 #pragma unroll
         for (int i = 0; i < BATCH; i++) {
-            gate[i] = *(const float2 *)(sums + wide_sum_at(from + i * WIDE_STORERS, gate_at));
-            up[i] = *(const float2 *)(sums + wide_sum_at(from + i * WIDE_STORERS, gate_at + CU_BAND));
+            const int at = wide_sum_at(min(from + i * WIDE_STORERS, n - 1), gate_at);
+            const float2 g = *(const float2 *)(sums + at), u = *(const float2 *)(sums + (at ^ CU_BAND));
+            gate[2 * i] = g.x, gate[2 * i + 1] = g.y, up[2 * i] = u.x, up[2 * i + 1] = u.y;
+#pragma unroll
+            for (int k = 0; k < 2; k++)
+                if (SCALED)
+                    gate[2 * i + k] = __fmul_rn(gate[2 * i + k], scale[k]),
+                                 up[2 * i + k] = __fmul_rn(up[2 * i + k], scale[2 + k]);
         }
+        wide_swiglu<2 * BATCH>(h, gate, up);
 #pragma unroll
         for (int i = 0; i < BATCH; i++) {
             const int row = from + i * WIDE_STORERS;
-            if (SCALED) {
-                gate[i].x = __fmul_rn(gate[i].x, scale[0]), gate[i].y = __fmul_rn(gate[i].y, scale[1]);
-                up[i].x = __fmul_rn(up[i].x, scale[2]), up[i].y = __fmul_rn(up[i].y, scale[3]);
-            }
-            const uint32_t v = cu_round2(cu_swiglu(gate[i].x, up[i].x), cu_swiglu(gate[i].y, up[i].y));
+            const uint32_t v = cu_round2(h[2 * i], h[2 * i + 1]);
             if (row >= n) break;
             if (two)
-                *(uint32_t *)(h + row * a->ldh) = v;
+                *(uint32_t *)(to + row * a->ldh) = v;
             else
-                h[row * a->ldh] = (cu_bf16)v;
+                to[row * a->ldh] = (cu_bf16)v;
         }
     }
 }
@@ -230,6 +273,7 @@ static __device__ __forceinline__ void wide_store(const large_args *a, uint32_t 
     for (uint32_t index = blockIdx.x / WIDE_RANKS; index < n_tile; index += gridDim.x / WIDE_RANKS) {
         large_tile t;
         if (!wide_find(a, index, rank, &t)) continue;
+        if (a->epilogue == CU_ADD) wide_put_early(a, &t, storer, lane);
         bar_wait(full, parity);
         parity ^= 1;
         if (a->epilogue == CU_SWIGLU)
