@@ -114,19 +114,21 @@ static void packed_free(packed *p) {
 
 /* ---- pack -------------------------------------------------------------------------------------------------------- */
 
-/* Put a code of output r (0..15) and input k (0..63) where the drawing says. The group was zeroed. */
-static void draw(unsigned char *group, cu_format f, int32_t r, int32_t k, uint32_t code) {
+/* Put a code of output r (0..15) and input i where the drawing says, in two groups that were zeroed. */
+static void draw(unsigned char *segment, cu_format f, int32_t r, int32_t i, uint32_t code) {
     static const int order[8][2] = {{0, 0}, {0, 1}, {8, 0}, {8, 1}, {0, 2}, {0, 3}, {8, 2}, {8, 3}}; /* (output, j) */
     static const int byte_order[8] = {0, 2, 1, 3, 4, 6, 5, 7}, nibble_order[8] = {0, 2, 4, 6, 1, 3, 5, 7};
+    unsigned char *group = segment + i % CU_SEGMENT / 64 * cu_group_bytes(f);
+    const int32_t k = i % 64, piece = i % CU_SEGMENT / 16;
     const int32_t g = r % 8, s = k / 16, c = k % 8 / 2, j = k % 16 / 8 * 2 + k % 2, lane = 4 * g + c;
     int e = 0;
-    if (cu_codes_of(f)) {
-        /* product k / 32; registers a0, a1: the first 16 inputs of outputs g, g + 8; a2, a3: the last */
+    if (f == CU_I4A8) { /* registers a0, a1: the first 16 inputs of outputs g, g + 8; a2, a3: the last */
         const int reg = k % 32 / 16 * 2 + r / 8, vector = 4 * g + k % 16 / 4;
-        if (f == CU_I4A8)
-            group[vector * 16 + reg * 4 + k % 4] |= (unsigned char)(code << (k < 32 ? 4 : 0));
-        else
-            group[k / 32 * 512 + vector * 16 + reg * 4 + k % 4] = (unsigned char)code;
+        group[vector * 16 + reg * 4 + k % 4] |= (unsigned char)(code << (k < 32 ? 4 : 0));
+        return;
+    }
+    if (cu_codes_of(f)) {
+        segment[r * CU_SEGMENT + (piece ^ g) * 16 + i % 16] = (unsigned char)code;
         return;
     }
     while (order[e][0] != r / 8 * 8 || order[e][1] != j) e++;
@@ -174,7 +176,7 @@ static void check_pack(cu_format f, ern_order order, int32_t n_out, int32_t n_in
         for (int32_t r = 0; r < CU_BAND; r++) {
             const int32_t o = b / step * CU_BAND + r;
             for (int32_t i = 0; i < p.w.n_seg * CU_SEGMENT; i++)
-                draw(want + (size_t)(segment_at(&p.w, blocks, b, i / CU_SEGMENT) * 2 + i / 64 % 2) * each, f, r, i % 64,
+                draw(want + (size_t)segment_at(&p.w, blocks, b, i / CU_SEGMENT) * 2 * each, f, r, i,
                      stored_code(of, o, i));
             const float by = o < n_out && f != CU_BF16 ? quant_scale_at(&of->of, o, 0) : 0.0f;
             if ((f == CU_I8 || f == CU_I4 || f == CU_I8A8 || f == CU_I4A8) &&

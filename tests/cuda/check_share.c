@@ -57,10 +57,10 @@ int64_t check_a8_segment(const cu_linear *w, int32_t band, int32_t seg) {
 }
 
 int64_t check_a8_place(const cu_linear *w, int32_t band, int32_t r, int32_t i) {
-    const int32_t t = i % 64 / 32, k = i % 32, lane = 4 * (r % 8) + k % 16 / 4;
-    const int64_t group = check_a8_segment(w, band, i / CU_SEGMENT) * 2 + i % CU_SEGMENT / 64;
-    return group * cu_group_bytes(w->format) + (w->format == CU_I4A8 ? 0 : t * 512) + lane * 16 + k / 16 * 8 +
-           r / 8 * 4 + k % 4;
+    const int64_t segment = check_a8_segment(w, band, i / CU_SEGMENT);
+    const int32_t in = i % CU_SEGMENT, k = i % 32, lane = 4 * (r % 8) + k % 16 / 4;
+    if (w->format != CU_I4A8) return segment * 2048 + r * 128 + ((in / 16) ^ (r % 8)) * 16 + in % 16;
+    return (segment * 2 + in / 64) * 512 + lane * 16 + k / 16 * 8 + r / 8 * 4 + k % 4;
 }
 
 double check_a8_code(const cu_linear *w, const unsigned char *pack, int32_t band, int32_t r, int32_t i) {

@@ -34,6 +34,7 @@ static __device__ __forceinline__ float a8_number(int32_t sum) { /* 3 * 2^22 + s
 #define A8_D8(c, d) A8_D4(c, d), A8_D4(c, (d) + 4)
 #define A8_D16(c, d) A8_D8(c, d), A8_D8(c, (d) + 8)
 #define A8_D32(c, d) A8_D16(c, d), A8_D16(c, (d) + 16)
+#define A8_D64(c, d) A8_D32(c, d), A8_D32(c, (d) + 32)
 #define A8_PRODUCT(n, types, signs, names, from, on, list, c)                                          \
     asm volatile("{.reg .pred p; setp.ne.b32 p, " on ", 0;\n"                                          \
                  "wgmma.mma_async.sync.aligned.m64n" n "k32." types " {" names from ", p" signs ";}\n" \
@@ -67,29 +68,40 @@ template <int N> static __device__ __forceinline__ void a8_hold(int32_t *d) {
     for (int i = 0; i < N; i++) asm volatile("" : "+r"(d[i])::"memory");
 }
 
-/* The A operand of a segment's four products. band: its bytes of the warp's band. I4A8: times 16. */
+/* The A operand of a segment's four products. band: the warp's bytes of it, in shared memory. I4A8: times 16. */
 template <cu_format F>
 static __device__ __forceinline__ void a8_codes(uint32_t a[4][4], const unsigned char *band, int lane) {
+    if constexpr (F == CU_I4A8) {
 #pragma unroll
-    for (int t = 0; t < (F == CU_I4A8 ? 2 : 4); t++) {
-        const uint4 v = *(const uint4 *)(band + t * 512 + lane * 16);
-        const uint32_t word[4] = {v.x, v.y, v.z, v.w};
+        for (int t = 0; t < 2; t++) {
+            const uint4 v = *(const uint4 *)(band + t * 512 + lane * 16);
+            const uint32_t word[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
-        for (int k = 0; k < 4; k++)
-            if (F == CU_I4A8)
+            for (int k = 0; k < 4; k++)
                 a[2 * t][k] = word[k] & 0xf0f0f0f0u, a[2 * t + 1][k] = word[k] << 4 & 0xf0f0f0f0u;
-            else
-                a[t][k] = word[k];
+        }
+    } else { /* lanes 8 k .. 8 k + 7 say where register k's eight outputs lie */
+        const uint32_t output = (uint32_t)__cvta_generic_to_shared(band) + lane % 16 * CU_SEGMENT;
+#pragma unroll
+        for (int t = 0; t < 4; t++)
+            asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                         : "=r"(a[t][0]), "=r"(a[t][1]), "=r"(a[t][2]), "=r"(a[t][3])
+                         : "r"(output + (((2 * t + lane / 16) ^ (lane & 7)) << 4))
+                         : "memory");
     }
 }
 
 /* A segment of N rows in shared memory: 128 bytes a row, eight rows at a multiple of 1024. The eight pieces of 16 bytes
  * of a row sit at piece ^ (row & 7). */
 static __device__ __forceinline__ int a8_piece_at(int row, int piece) { return row * 128 + ((piece ^ (row & 7)) << 4); }
+/* Describes such rows to a product: its first 32 inputs; 2 more for the next. */
+static __device__ __forceinline__ uint64_t a8_rows_at(uint32_t x) {
+    return (uint64_t)((x & 0x3ffffu) >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62;
+}
 /* A segment, from zero. x: its rows. The sums are there after wide_wait and a8_hold. */
 template <int N, typename SUM>
 static __device__ __forceinline__ void a8_segment(SUM *d, const uint32_t a[4][4], uint32_t x) {
-    const uint64_t b = (uint64_t)((x & 0x3ffffu) >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62;
+    const uint64_t b = a8_rows_at(x);
     a8_hold<N / 2>(d);
     wide_fence();
 #pragma unroll

@@ -69,13 +69,14 @@ typedef uint16_t cu_bf16; /* bits */
  *
  * Weights that meet rows of 8 bits (A8) lie in blocks of 8 bands by one segment, so that a tile's codes of a segment
  * are one copy: [ceil(n_band / 8)][n_seg][8 bands][segment of a band]. What is stored for bands beyond n_band is open.
- * A segment of a band is two groups, each the A operand of the m64nNk32 products of its inputs 32 t .. 32 t + 31, t =
- * 0, 1: lane 4 g + c owns, of product t, in registers a0 a1 a2 a3, outputs g, g + 8, g, g + 8 of inputs 32 t + 4 c +
- * {0, 1, 2, 3} (the first two) and 16 more (the last two), a byte each. Four bands that follow one another are 64
- * outputs.
- * F8A8, I8A8: 1024 bytes a group: [t][lane][a0 a1 a2 a3], the e4m3 byte, or two's complement.
- * I4A8:       512 bytes a group: [lane][4 words]; word k holds register a_k of product 0 in the high nibbles of its
- *             bytes and that of product 1 in the low ones, two's complement: word & 0xf0f0f0f0 and
+ * Products are m64nNk32. With weights as the A operand four bands that follow one another are 64 outputs; lane 4 g + c
+ * owns, of product t (inputs 32 t .. 32 t + 31 of the segment), in registers a0 a1 a2 a3, outputs g, g + 8, g, g + 8 of
+ * inputs 32 t + 4 c + {0, 1, 2, 3} (the first two) and 16 more (the last two), a byte each.
+ * F8A8, I8A8: 2048 bytes a segment of a band: [16 outputs][128 inputs], the e4m3 byte, or two's complement. Piece p of
+ *             16 inputs of output r sits at p ^ (r & 7), the 128-byte swizzle: eight bands at a multiple of 1024 bytes
+ *             of shared memory are a B operand of 128 outputs; as the A operand ldmatrix reads them.
+ * I4A8:       512 bytes a group: [lane][4 words]; word k holds register a_k of the group's first product in the high
+ *             nibbles of its bytes and that of its second in the low ones, two's complement: word & 0xf0f0f0f0 and
  *             word << 4 & 0xf0f0f0f0 are the registers, times 16.
  *
  * scale: I8, I4 f32 [16 * n_band] per output; F8 f32 [n_band, n_seg] per band and segment (a band of 16 lies in one

@@ -49,8 +49,8 @@ template <cu_format F> static __host__ __device__ __forceinline__ void pack_word
 }
 
 /* All of a lane's words of the group at inputs i0.., outputs o0..; word k of the result goes to 16-byte vector
- * k / 4 * 32 + lane of the group: that is [s][lane] for bf16, [s/2][lane] for bytes, [t][lane] for bytes of A8, [lane]
- * for nibbles. */
+ * k / 4 * 32 + lane of the group: that is [s][lane] for bf16, [s/2][lane] for bytes, [lane] for nibbles. Of A8 word k
+ * is that of product k / 4 and register k % 4; pack_place says where it goes. */
 template <cu_format F, bool OUT_IN>
 static __host__ __device__ __forceinline__ void pack_lane(uint32_t *word, const pack_source *src, int32_t o0,
                                                           int32_t i0, int lane) {
@@ -78,6 +78,12 @@ static __host__ __device__ __forceinline__ void pack_lane(uint32_t *word, const 
     }
 }
 
+/* The byte of a band's segment where word k of a lane goes, in codes of bytes of A8. */
+static __host__ __device__ __forceinline__ int pack_place(int32_t group, int k, int lane) {
+    const int r = k % 2 * 8 + lane / 4, piece = group % 2 * 4 + k / 2;
+    return r * CU_SEGMENT + (piece ^ (r & 7)) * 16 + lane % 4 * 4;
+}
+
 /* Block: 8 warps, 8 groups of a band. Grid: x groups, y bands in turns. */
 template <cu_format F, bool OUT_IN>
 static __global__ void pack_kernel(unsigned char *pack, float *scale, pack_source src, const void *raw_scale,
@@ -92,10 +98,16 @@ static __global__ void pack_kernel(unsigned char *pack, float *scale, pack_sourc
         /* groups before this one, segments before its own */
         const int64_t seg_at = pack_a8(F) ? (band / CU_A8_BANDS * n_seg + group / 2) * CU_A8_BANDS + band % CU_A8_BANDS
                                           : band * n_seg + group / 2;
-        uint4 *out = (uint4 *)(pack + (seg_at * 2 + group % 2) * (512 * vectors));
+        if (F == CU_F8A8 || F == CU_I8A8) {
 #pragma unroll
-        for (int v = 0; v < vectors; v++)
-            out[v * 32 + lane] = make_uint4(word[4 * v], word[4 * v + 1], word[4 * v + 2], word[4 * v + 3]);
+            for (int k = 0; k < 8; k++)
+                *(uint32_t *)(pack + seg_at * (CU_BAND * CU_SEGMENT) + pack_place(group, k, lane)) = word[k];
+        } else {
+            uint4 *out = (uint4 *)(pack + (seg_at * 2 + group % 2) * (512 * vectors));
+#pragma unroll
+            for (int v = 0; v < vectors; v++)
+                out[v * 32 + lane] = make_uint4(word[4 * v], word[4 * v + 1], word[4 * v + 2], word[4 * v + 3]);
+        }
         if ((F == CU_F8 || F == CU_F8A8) && group % 2 == 0 && lane == 0)
             scale[seg_at] = ((const float *)raw_scale)[(int64_t)(b * CU_BAND / ERN_F8_BLOCK) * n_seg + group / 2];
         if (F != CU_BF16 && F != CU_F8 && F != CU_F8A8 && group == 0 && lane < CU_BAND) {
