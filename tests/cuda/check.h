@@ -82,6 +82,7 @@ void check_a8_few(void);    /* few rows of 8 bits: router, linears (check_a8_few
 void check_attention(void); /* check_attention.c */
 void check_sampling(void);  /* check_sampling.c */
 void check_layers(void);    /* all layers in one kernel (check_chain.c) */
+void check_attn_one(void);  /* the attention half of a layer in one kernel (check_attn_one.c) */
 void check_rows(void);      /* embed, norm, mtp_in, route, combine (check_rows.c) */
 
 #endif

@@ -408,6 +408,34 @@ cudaError_t cu_chain_open(cudaStream_t s, const cu_chain *c, const cu_chain_laye
  * last it sees. Steps of one cu_chain come one after the other; none may fail half way. */
 cudaError_t cu_chain_run(cudaStream_t s, const cu_chain *c, float *x, const cu_cache *cache, const cu_seqs *seqs);
 
+/* ---- the attention half of a layer at once (cu_attn_one.cu) --------------------------------------------------------
+ *
+ * Of few rows, each the next token of a sequence of its own, and weights that meet rows of 8 bits: x = x + o(attention(
+ * qkv(norm(x)))) in one launch, keys and values to their cells; the bits of cu_norm, cu_linear_run and cu_attend. One
+ * block a multiprocessor, which wait for one another: nothing else may hold a multiprocessor until all have begun. */
+typedef struct cu_attn_one {
+    int32_t n_hidden, n_head, n_kv_head, n_head_dim;
+    ern_kv_dtype kv_dtype;
+    int32_t n_row_max, n_len_max; /* most rows of a launch, longest sequence */
+    unsigned char *memory;        /* device [cu_attn_one_bytes] */
+} cu_attn_one;
+typedef struct cu_attn_one_layer {
+    cu_linear qkv, o;
+    const cu_bf16 *norm;
+    float eps;
+} cu_attn_one_layer;
+
+/* Whether a model of this shape can go this way (memory is not looked at), and whether a linear of it can. */
+bool cu_attn_one_fits(const cu_attn_one *c);
+bool cu_attn_one_takes(const cu_linear *w);
+int64_t cu_attn_one_bytes(const cu_attn_one *c);
+/* Fill c->memory, once. */
+cudaError_t cu_attn_one_open(cudaStream_t s, const cu_attn_one *c);
+/* After cu_attn_plan. x f32 [n_row, D]. Every sequence has one row, the last it sees. Both linears are of one format.
+ * Launches of one cu_attn_one come one after the other; none may fail half way. */
+cudaError_t cu_attn_one_run(cudaStream_t s, const cu_attn_one *c, const cu_attn_one_layer *l, float *x,
+                            const cu_cache *cache, int32_t layer, const cu_seqs *seqs);
+
 /* ---- sampling (cu_sample.cu) ---------------------------------------------------------------------------------------
  *
  * The rule is model/sample.c's, and so are the bits: given the same logits, ern_sampled is equal. */

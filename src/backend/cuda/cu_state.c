@@ -170,6 +170,20 @@ static cu_chain chain_of(const cu_backend *b) {
     return cu_chain_fits(&k) ? k : none;
 }
 
+/* The kernel of the attention half of a layer, where the model's rows of 8 bits and shape fit it; without memory. */
+static cu_attn_one attn_one_of(const cu_backend *b) {
+    const ern_backend_options *o = &b->o;
+    const ern_config *c = &b->model->config;
+    const cu_attn_one none = {0}, k = {.n_hidden = c->n_hidden,
+                                       .n_head = c->n_head,
+                                       .n_kv_head = c->n_kv_head,
+                                       .n_head_dim = c->n_head_dim,
+                                       .kv_dtype = o->kv_dtype,
+                                       .n_row_max = o->n_seq_max < CU_ATTN_ONE_ROWS ? o->n_seq_max : CU_ATTN_ONE_ROWS,
+                                       .n_len_max = o->n_len_max};
+    return b->codes != CU_CODES_NONE && cu_attn_one_fits(&k) ? k : none;
+}
+
 /* Words of aux for one row that asks for everything. */
 static int64_t row_aux_words(const ern_config *c, const ern_backend_options *o) {
     static const int32_t some_id = 0;
@@ -260,6 +274,7 @@ ern_status cu_state_init(cu_backend *b, const ern_model *m, const ern_backend_op
     b->n_aux = (int32_t)(row_aux_words(c, o) + smaller(each * o->n_seq_max, AUX_WORDS));
     b->attn_bytes = (size_t)cu_attn_scratch_bytes(&b->cache, o->n_row_max, o->n_seq_max, o->n_len_max, ATTN_BYTES);
     b->chain = chain_of(b);
+    b->attn_one = attn_one_of(b);
     return ERN_OK;
 }
 
@@ -369,6 +384,7 @@ static void scratch_layout(cu_backend *b) {
     if (m->n_expert > 0) routes_layout(b, c);
     if (b->codes != CU_CODES_NONE) codes_layout(b, c);
     b->chain.memory = cu_cut_take(c, b->chain.n_row_max > 0 ? (size_t)cu_chain_bytes(&b->chain) : 0, 1);
+    b->attn_one.memory = cu_cut_take(c, b->attn_one.n_row_max > 0 ? (size_t)cu_attn_one_bytes(&b->attn_one) : 0, 1);
     b->logits = cu_cut_take(c, I * (size_t)m->n_vocab, f);
     b->sampler = cu_cut_take(c, (size_t)cu_sample_scratch_bytes(b->n_logit_row, m->n_vocab), 1);
     b->ids = cu_cut_take(c, W, id);

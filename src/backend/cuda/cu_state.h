@@ -34,6 +34,7 @@ enum {
     CU_GRAPH_MOST = 256,    /* largest batch that has a graph */
     CU_GRAPHS_MAX = 64,     /* sizes of batches that have them */
     CU_CHAIN_ROWS = 4,      /* most rows of a step that runs all layers in one kernel */
+    CU_ATTN_ONE_ROWS = 4,   /* most rows of a step that runs the attention half of a layer in one kernel */
     CU_EXPERTS_MAX = 512,   /* as cu_route can */
     CU_USED_MAX = 16,
 };
@@ -138,15 +139,16 @@ typedef struct cu_backend {
     void *attn;                             /* [attn_bytes] */
     cu_bf16 *hid, *shared_hid, *expert_hid; /* [R, CU_PAD(F)], [R, ..], [R*K, ..] */
     float *expert_y, *shared_y;             /* [R*K, CU_PAD(D)] (used as rows of D; before: x by place), [R, D] */
-    cu_rows8 row8, hid8; /* where codes: xn or att (or mtp_in) as codes; hid, shared_hid or expert_hid */
-    cu_routes routes;    /* for R rows */
-    cu_chain chain;      /* all layers of a step of few rows; n_row_max 0: not of this model */
-    int32_t *few_count;  /* cu_few_job's, zero between steps */
-    float *logits;       /* [I, V] */
-    void *sampler;       /* cu_sample's */
-    int32_t *ids;        /* [W] sampled last: ERN_PREV of the next step */
-    cu_bf16 *mtp_in;     /* [T, CU_PAD(2D)] */
-    int32_t *mtp_next;   /* [T] */
+    cu_rows8 row8, hid8;  /* where codes: xn or att (or mtp_in) as codes; hid, shared_hid or expert_hid */
+    cu_routes routes;     /* for R rows */
+    cu_chain chain;       /* all layers of a step of few rows; n_row_max 0: not of this model */
+    cu_attn_one attn_one; /* the attention half of a layer of few rows; n_row_max 0: not of this model */
+    int32_t *few_count;   /* cu_few_job's, zero between steps */
+    float *logits;        /* [I, V] */
+    void *sampler;        /* cu_sample's */
+    int32_t *ids;         /* [W] sampled last: ERN_PREV of the next step */
+    cu_bf16 *mtp_in;      /* [T, CU_PAD(2D)] */
+    int32_t *mtp_next;    /* [T] */
 
     /* what the last wait returned, pinned */
     ern_sampled *sampled; /* [W] */

@@ -196,6 +196,7 @@ static ern_status take_all(cu_backend *b, const ern_model *m, const ern_backend_
     ERN_TRY(cu_weights_fill(b, b->cache.kv, raw_bytes, all_bytes, err));
     ERN_TRY(clear(b, err));
     ERN_TRY(chain_open(b, err));
+    if (b->attn_one.n_row_max > 0) CU_TRY(cu_attn_one_open(b->stream, &b->attn_one), err);
     return cu_step_warm(b, err);
 }
 

@@ -1,0 +1,751 @@
+/* The attention half of a layer in one launch, for few rows, each the next token of a sequence of its own, and weights
+ * that meet rows of 8 bits (CU_F8A8, CU_I8A8): the bits of cu_norm, cu_linear_run, cu_attend and cu_linear_run.
+ *
+ *   x -> norm, codes -> bands of q, k, v -> tiles of attention -> joins, codes -> bands of o -> x +=
+ *
+ * One block a multiprocessor, all there at once. A block has at most two bands of qkv and two of o, three in all: their
+ * codes are asked for when it begins and all lie in shared memory, beside a tile of keys and values. Eight warps
+ * compute: a warpgroup a band, four segments at a time; a row's segments are different columns of one product, of which
+ * each warp takes that of its own segment. Four warps serve: they ask for codes, sum up squares, and join tiles.
+ *
+ * Between blocks the data is its own flag (cu_chain_words.cuh). There are two sets of places; a launch uses one and
+ * fills the other for the next. Results of tiles have one reader, who fills their places again.
+ *
+ *   shared: weights [slot][segment][2048] | x [four segments][segment][ROWS][128], swizzled (cu_a8_device.cuh)
+ *           | tile (cu_attn_tile.cuh) | sums [band][segment][ROWS][16] f32 */
+#include "backend/cuda/cu_a8_device.cuh"
+#include "backend/cuda/cu_attn_tile.cuh"
+#include "backend/cuda/cu_chain_words.cuh"
+#include "backend/cuda/cu_launch.cuh"
+
+#ifdef ONE_STAMPS
+__device__ long long one_stamps[256][32];
+#define STAMP(i) \
+    if (threadIdx.x == 0 || threadIdx.x == 256) one_stamps[blockIdx.x][i] = clock64()
+#define STAMP_TIME(i)                                                              \
+    {                                                                              \
+        long long t;                                                               \
+        asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(t));                      \
+        if (threadIdx.x == 0 || threadIdx.x == 256) one_stamps[blockIdx.x][i] = t; \
+    }
+extern "C" __attribute__((visibility("default"))) void *cu_attn_one_stamps(void);
+void *cu_attn_one_stamps(void) {
+    void *p = NULL;
+    cudaGetSymbolAddress(&p, one_stamps);
+    return p;
+}
+#else
+#define STAMP(i)
+#define STAMP_TIME(i)
+#endif
+
+enum {
+    WARPS = 8, /* that compute */
+    GROUPS = 2,
+    SERVANTS = 4,
+    COMPUTERS = WARPS * 32,
+    THREADS = (WARPS + SERVANTS) * 32,
+    HIDDEN = 2560, /* D, and H C */
+    SEGS = HIDDEN / CU_SEGMENT,
+    QUADS = SEGS / 4,
+    HEAD = 128, /* C: a segment of o */
+    SLOTS = 3,
+    BAND_BYTES = 2048, /* of a segment of a band */
+    SLOT_BYTES = SEGS * BAND_BYTES,
+    OWN_SEGS = (SEGS + WARPS - 1) / WARPS, /* of a row, a warp's */
+    ONCE = 32,                             /* tiles that a join reads at once */
+};
+enum { BAR_ALL = 1, BAR_GROUP = 2 /* and 3 */, BAR_SERVE = 4 };
+
+typedef struct one_args {
+    attn_args att;
+    cu_linear qkv, o;
+    const cu_bf16 *norm_w;
+    float eps;
+    float *x;                  /* [n_row, D] */
+    unsigned long long *count; /* of blocks begun, in all launches */
+    uint32_t *set[2];          /* places: qkv f32 [R, (H + 2G) C], codes of attention [R, H C / 4], scales f32 [R, H] */
+    int32_t code_at, scale_at, n_set; /* words */
+    float *piece;                     /* results of tiles: [R, H, n_tile_max, C] */
+    float2 *piece_ml;                 /* [R, H, n_tile_max] M and L */
+    int32_t n_row, n_tile_max;
+} one_args;
+
+/* Shared memory, in bytes. */
+template <int ROWS> struct one_shape {
+    typedef tile_shape<HEAD, 0, WARPS> tile;
+    static constexpr int COLUMNS = 4 * ROWS; /* of a product: four segments of all rows */
+    static constexpr int x_at = SLOTS * SLOT_BYTES, tile_at = x_at + QUADS * COLUMNS * CU_SEGMENT;
+    static constexpr int part_at = tile_at + tile::end_at;
+    static constexpr int end_at = part_at + GROUPS * SEGS * ROWS * CU_BAND * 4;
+};
+
+template <int ID, int N> static __device__ __forceinline__ void one_sync(void) {
+    asm volatile("bar.sync %0, %1;" ::"n"(ID), "n"(N) : "memory");
+}
+static __device__ __forceinline__ void group_sync(int group) {
+    asm volatile("bar.sync %0, 128;" ::"r"(BAR_GROUP + group) : "memory");
+}
+
+/* A block's bands of qkv and o and the slots that hold them; -1: none. Blocks with two of qkv are the first, those with
+ * two of o the last. */
+static __host__ __device__ __forceinline__ int32_t qkv_band(const one_args *a, int32_t block, int32_t n_block,
+                                                            int group) {
+    const int32_t band = block + group * n_block;
+    return band < a->qkv.n_band ? band : -1;
+}
+static __host__ __device__ __forceinline__ int32_t o_band(const one_args *a, int32_t block, int32_t n_block,
+                                                          int group) {
+    const int32_t band = group ? 2 * n_block - 1 - block : block;
+    return band < a->o.n_band ? band : -1;
+}
+static __host__ __device__ __forceinline__ int32_t n_qkv_of(const one_args *a, int32_t block, int32_t n_block) {
+    return (qkv_band(a, block, n_block, 0) >= 0) + (qkv_band(a, block, n_block, 1) >= 0);
+}
+
+/* Attention's codes on their way: none is CHAIN_NONE. int8 has no -128, e4m3's 0xff is no number. */
+template <cu_format F> static __device__ __forceinline__ uint32_t disguise(uint32_t code) {
+    return F == CU_I8A8 ? code ^ 0x7f7f7f7fu : code;
+}
+
+/* ---- weights ----------------------------------------------------------------------------------------------------- */
+
+/* By a warp. full: barriers of the slots' quarters of segments. */
+static __device__ __forceinline__ void ask_band(const cu_linear *w, int32_t band, int slot, uint32_t memory,
+                                                uint32_t full, int lane) {
+    const unsigned char *from = (const unsigned char *)w->pack + a8_at(band, lane, SEGS) * BAND_BYTES;
+    if (lane < QUADS) bar_arrive_expect(full + (slot * QUADS + lane) * 8, 4 * BAND_BYTES);
+    __syncwarp();
+    if (lane < SEGS)
+        copy_bulk(memory + slot * SLOT_BYTES + lane * BAND_BYTES, from, BAND_BYTES,
+                  full + (slot * QUADS + lane / 4) * 8);
+}
+
+typedef struct band_codes {
+    uint32_t a[QUADS][4][4];
+} band_codes;
+template <cu_format F>
+static __device__ __forceinline__ void take_band(band_codes *c, const unsigned char *memory, int slot, uint32_t full,
+                                                 int warp, int lane) {
+#pragma unroll
+    for (int k = 0; k < QUADS; k++) {
+        chain_wait(full + (slot * QUADS + k) * 8, 0);
+        a8_codes<F>(c->a[k], memory + slot * SLOT_BYTES + (4 * k + warp) * BAND_BYTES, lane);
+    }
+}
+
+/* All segments of a warpgroup's band: sums to part [segment][ROWS][16]. x: of all quarters. */
+template <cu_format F, int ROWS>
+static __device__ __forceinline__ void multiply(const band_codes *c, float *part, uint32_t x, int warp, int lane) {
+    typedef one_shape<ROWS> sh;
+    a8_sum<F> acc[QUADS][sh::COLUMNS / 2];
+#pragma unroll
+    for (int k = 0; k < QUADS; k++) a8_segment<sh::COLUMNS>(acc[k], c->a[k], x + k * (sh::COLUMNS * CU_SEGMENT));
+    wide_wait<0>();
+#pragma unroll
+    for (int k = 0; k < QUADS; k++) a8_hold<sh::COLUMNS / 2>(acc[k]);
+    const int g = lane / 4, column = warp * ROWS, square = column / 8, row = 2 * (lane % 4) - column % 8;
+    if (row < 0 || row >= ROWS) return; /* of another segment */
+#pragma unroll
+    for (int k = 0; k < QUADS; k++) {
+        float *to = part + ((4 * k + warp) * ROWS + row) * CU_BAND + g;
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+            const float v = a8_number(sh::COLUMNS == 16 && square ? acc[k][sh::COLUMNS / 2 - 4 + e] : acc[k][e]);
+            to[e % 2 * CU_BAND + e / 2 * 8] = v;
+        }
+    }
+}
+
+/* The total of one output and row, first segment first. by_band: fp8's. */
+template <cu_format F, int ROWS>
+static __device__ __forceinline__ float total_of(const float *part, const float *by_row, const float *by_band,
+                                                 float by_out) {
+    float v[SEGS], s[SEGS], sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < SEGS; i++) {
+        v[i] = part[i * ROWS * CU_BAND];
+        s[i] = by_row[i * ROWS];
+        if (F == CU_F8A8) s[i] = __fmul_rn(s[i], by_band[i]);
+    }
+#pragma unroll
+    for (int i = 0; i < SEGS; i++) sum = __fmaf_rn(s[i], v[i], sum);
+    return F == CU_F8A8 ? sum : __fmul_rn(sum, by_out);
+}
+
+/* Where four codes of a row's segment lie. */
+template <int ROWS> static __device__ __forceinline__ int code_place(int32_t row, int32_t seg, int lane) {
+    return seg / 4 * (4 * ROWS * CU_SEGMENT) + a8_piece_at(seg % 4 * ROWS + row, lane / 4) + lane % 4 * 4;
+}
+
+/* ---- the norm ---------------------------------------------------------------------------------------------------- */
+
+/* 1 / sqrt(mean of squares) of a row by a warp: cu_sum_squares' order. */
+static __device__ __forceinline__ float row_scale_of(const float *x, float eps, int lane) {
+    float4 v[SEGS];
+    float sum = 0.0f;
+#pragma unroll
+    for (int k = 0; k < SEGS; k++) v[k] = __ldcg((const float4 *)(x + k * CU_SEGMENT + lane * 4));
+#pragma unroll
+    for (int k = 0; k < SEGS; k++) sum = cu_add_squares(v[k], sum);
+    return cu_norm_scale(cu_warp_sum(sum), HIDDEN, eps);
+}
+
+/* The warp's segments of a row of x to codes. */
+template <cu_format F, int ROWS>
+static __device__ __forceinline__ void norm_row(const float4 x[OWN_SEGS], const uint2 w[OWN_SEGS], float scale,
+                                                unsigned char *to, float *by_row, int32_t row, int warp, int lane) {
+#pragma unroll
+    for (int k = 0; k < OWN_SEGS; k++) {
+        const int seg = warp + k * WARPS;
+        const float f[4] = {x[k].x, x[k].y, x[k].z, x[k].w};
+        const uint32_t weight[4] = {w[k].x & 0xffff, w[k].x >> 16, w[k].y & 0xffff, w[k].y >> 16};
+        float v[4], of_codes;
+        if (seg >= SEGS) break;
+#pragma unroll
+        for (int e = 0; e < 4; e++) v[e] = cu_f32(cu_round(cu_normed(f[e], scale, (cu_bf16)weight[e])));
+        *(uint32_t *)(to + code_place<ROWS>(row, seg, lane)) = a8_quantize<a8_codes_of(F)>(&of_codes, v);
+        if (lane == 0) by_row[seg * ROWS + row] = of_codes;
+    }
+}
+
+/* ---- attention --------------------------------------------------------------------------------------------------- */
+
+/* A place in the line of all rows' heads' tiles. */
+typedef struct one_tile {
+    int32_t row, head, tile, pos;
+} one_tile;
+
+static __device__ __forceinline__ int32_t tiles_of(int32_t pos) { return pos / CU_KEYS + 1; }
+static __device__ __forceinline__ one_tile tile_nth(const attn_args *a, const int32_t *pos, int32_t x) {
+    one_tile t = {};
+    int32_t n = tiles_of(pos[0]);
+#pragma unroll 1
+    while (x >= n * a->n_kv_head) {
+        x -= n * a->n_kv_head;
+        n = tiles_of(pos[++t.row]);
+    }
+    t.head = x / n;
+    t.tile = x - t.head * n;
+    t.pos = pos[t.row];
+    return t;
+}
+static __device__ __forceinline__ int32_t tile_page(const attn_args *a, const one_tile *t) {
+    const int32_t at = t->tile * CU_KEYS + (int32_t)threadIdx.x;
+    return threadIdx.x < CU_KEYS ? attn_page_of<true>(a, t->row, at, t->pos + 1) : -1;
+}
+/* The cells of a tile's keys. */
+static __device__ __forceinline__ void tile_put_cells(const attn_args *a, unsigned char *smem, const one_tile *t,
+                                                      int32_t page) {
+    typedef tile_shape<HEAD, 0, WARPS> sh;
+    if (threadIdx.x >= CU_KEYS) return;
+    const attn_cell cell = attn_cell_of<HEAD, 0, true>(a, page, t->head, t->tile * CU_KEYS + (int32_t)threadIdx.x);
+    ((int64_t *)(smem + sh::cell_at))[threadIdx.x] = max(cell.key, (int64_t)0);
+}
+static __device__ __forceinline__ void tile_ask(const attn_args *a, unsigned char *smem, int which, const one_tile *t) {
+    const int32_t own = t->pos - t->tile * CU_KEYS;
+    tile_load<HEAD, 0, WARPS>(a, a->kv, smem, which, own + 1, own);
+    attn_copy_commit();
+}
+
+static __device__ __forceinline__ void turn_four(float x[4], uint4 v, float4 turn) {
+    const float2 lo = attn_turn(__uint_as_float(v.x), __uint_as_float(v.y), make_float2(turn.x, turn.y));
+    const float2 hi = attn_turn(__uint_as_float(v.z), __uint_as_float(v.w), make_float2(turn.z, turn.w));
+    x[0] = lo.x, x[1] = lo.y, x[2] = hi.x, x[3] = hi.y;
+}
+
+/* The group's rows of q (where they are not there yet), a warp a row, and with the row's own tile its key and value:
+ * warp 0 and 1. */
+static __device__ __forceinline__ void make_rows(const attn_args *a, unsigned char *smem, const uint32_t *qkv,
+                                                 const one_tile *t, bool q, int warp, int lane) {
+    typedef tile_shape<HEAD, 0, WARPS> sh;
+    const bool own = t->tile == t->pos / CU_KEYS && warp < 2, makes_q = q && warp < a->group;
+    const uint32_t *row = qkv + (int64_t)t->row * (a->n_head + 2 * a->n_kv_head) * HEAD + lane * 4;
+    if (!own && !makes_q) return;
+    const float4 turn = *(const float4 *)(a->turn + (int64_t)t->row * (HEAD / 2) + lane * 2);
+    const int32_t cell = a->cell[t->row], nth = cell / a->n_page_cell, in_page = cell - nth * a->n_page_cell;
+    const uint32_t *own_at = row + (a->n_head + warp * a->n_kv_head + t->head) * HEAD;
+    const uint32_t *q_at = row + (t->head * a->group + warp) * HEAD;
+    uint4 v[2];
+    const void *const from[2] = {own ? own_at : q_at, makes_q ? q_at : own_at};
+    chain_await<2>(v, from, 2);
+    float x[4];
+    if (own) {
+        const int32_t in_tile = t->pos % CU_KEYS;
+        if (warp == 0)
+            turn_four(x, v[0], turn);
+        else
+            x[0] = __uint_as_float(v[0].x), x[1] = __uint_as_float(v[0].y), x[2] = __uint_as_float(v[0].z),
+            x[3] = __uint_as_float(v[0].w);
+        attn_put_bf16<4>(smem + (warp ? sh::v_at : sh::k_at) + attn_at<sh::chunks>(in_tile, lane / 2) + lane % 2 * 8,
+                         x);
+        if (cell >= 0)
+            attn_put_bf16<4>(a->kv + nth * a->page_bytes + t->head * a->plane_bytes + warp * a->value +
+                                 (int64_t)in_page * sh::row_bytes + lane * 8,
+                             x);
+    }
+#pragma unroll 1
+    for (int32_t r = warp; makes_q && r < a->group; r += WARPS) {
+        if (r > warp) {
+            const void *const next[1] = {row + (t->head * a->group + r) * HEAD};
+            chain_await<1>(v + 1, next, 1);
+        }
+        turn_four(x, v[1], turn);
+        *(uint2 *)(smem + sh::q_at + attn_at<sh::q_chunks>(r, lane / 2) + lane % 2 * 8) =
+            make_uint2(cu_round2(x[0], x[1]), cu_round2(x[2], x[3]));
+    }
+}
+
+/* O of a tile, and its M and L. */
+static __device__ __forceinline__ int64_t piece_at(const one_args *a, int32_t row, int32_t head, int32_t tile) {
+    return ((int64_t)row * a->att.n_head + head) * a->n_tile_max + tile;
+}
+static __device__ __forceinline__ void put_tile(const one_args *a, const one_tile *t, const float o[2][4],
+                                                const float m[2], const float l[4], int warp, int lane) {
+    const int g = lane / 4, c = lane % 4;
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const int32_t r = g + 8 * i;
+        if (r >= a->att.group) continue;
+        const int64_t at = piece_at(a, t->row, t->head * a->att.group + r, t->tile);
+        float *piece = a->piece + at * HEAD + warp * 16 + 2 * c;
+        chain_write2(piece, o[0][2 * i], o[0][2 * i + 1]);
+        chain_write2(piece + 8, o[1][2 * i], o[1][2 * i + 1]);
+        if (warp == 0 && c == 0) chain_write2(a->piece_ml + at, m[i], l[2 * i]);
+    }
+}
+
+/* The block's tiles first..end-1 of the line; keys and values of the first were asked for. */
+static __device__ __forceinline__ void attend(const one_args *args, unsigned char *smem, const uint32_t *qkv,
+                                              const int32_t *pos, int32_t first, int32_t end, int warp, int lane) {
+    typedef tile_shape<HEAD, 0, WARPS> sh;
+    constexpr int J = sh::warp_keys / 8;
+    const attn_args *a = &args->att;
+    const int g = lane / 4, c = lane % 4;
+    float *top = (float *)(smem + sh::top_at);
+    int32_t have = -1; /* whose q is there */
+    one_tile t = tile_nth(a, pos, first);
+#pragma unroll 1
+    for (int32_t x = first; x < end; x++) {
+        const bool more = x + 1 < end;
+        const int32_t whose = t.row * a->n_kv_head + t.head;
+        const one_tile next = tile_nth(a, pos, more ? x + 1 : x);
+        const int32_t page = more ? tile_page(a, &next) : -1; /* asked for early */
+        make_rows(a, smem, qkv, &t, have != whose, warp, lane);
+        STAMP(6);
+        have = whose;
+        attn_copy_wait<1>();
+        one_sync<BAR_ALL, COMPUTERS>(); /* keys and q are there; nobody reads the cells any more */
+        STAMP(7);
+        float s[J][4], m[2] = {-INFINITY, -INFINITY};
+        tile_scores<HEAD, 0, WARPS>(s, smem, warp, lane);
+#pragma unroll
+        for (int j = 0; j < J; j++) {
+            const int in_tile = warp * sh::warp_keys + j * 8 + 2 * c;
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                s[j][e] = attn_score<0>(s[j][e], 1.0f, a->scale);
+                if (t.tile * CU_KEYS + in_tile + (e & 1) > t.pos) s[j][e] = -INFINITY;
+                m[e >> 1] = fmaxf(m[e >> 1], s[j][e]);
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            m[i] = fmaxf(m[i], __shfl_xor_sync(0xffffffffu, m[i], 1));
+            m[i] = fmaxf(m[i], __shfl_xor_sync(0xffffffffu, m[i], 2));
+            if (c == 0) top[warp * ATTN_FEW + g + 8 * i] = m[i];
+        }
+        if (more) tile_put_cells(a, smem, &next, page);
+        one_sync<BAR_ALL, COMPUTERS>(); /* maxima are there; keys and q may be overwritten */
+        if (more)
+            tile_ask(a, smem, 0, &next);
+        else
+            attn_copy_commit();
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            m[i] = top[g + 8 * i];
+#pragma unroll
+            for (int w = 1; w < WARPS; w++) m[i] = fmaxf(m[i], top[w * ATTN_FEW + g + 8 * i]);
+        }
+#pragma unroll
+        for (int j = 0; j < J; j++) {
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                const float p0 = attn_ex2(__fsub_rn(s[j][2 * i], m[i]));
+                const float p1 = attn_ex2(__fsub_rn(s[j][2 * i + 1], m[i]));
+                *(uint32_t *)(smem + sh::l_at + attn_at<16>(g + 8 * i, warp * J + j) + c * 4) = cu_round2(p0, p1);
+            }
+        }
+        attn_copy_wait<1>();
+        one_sync<BAR_ALL, COMPUTERS>(); /* values and weights are there */
+        STAMP(8);
+        float o[sh::warp_units][2][4], l[4];
+        tile_weigh<HEAD, 0, WARPS>(o, l, smem, warp, lane);
+        put_tile(args, &t, o[0], m, l, warp, lane);
+        STAMP(9);
+        if (!more) break;
+        one_sync<BAR_ALL, COMPUTERS>(); /* values and weights may be overwritten */
+        tile_ask(a, smem, 1, &next);
+        t = next;
+    }
+    attn_copy_wait<0>();
+}
+
+/* Join the tiles of a row's head, a servant 32 dimensions, a lane a dimension; then its codes, for o. room: f32 [128]
+ */
+template <cu_format F>
+static __device__ __forceinline__ void join(const one_args *a, const int32_t *pos, uint32_t *set, float *room,
+                                            int32_t row, int32_t head, int servant, int lane) {
+    const int32_t n_tile = tiles_of(pos[row]), dim = servant * 32 + lane;
+    const int64_t at = piece_at(a, row, head, 0);
+    float *piece = a->piece + at * HEAD + dim;
+    float2 *piece_ml = a->piece_ml + at;
+    float M = -INFINITY, L = 0.0f, acc = 0.0f;
+#pragma unroll 1
+    for (int32_t from = 0; from < n_tile; from += ONCE) {
+        const int32_t count = min((int32_t)ONCE, n_tile - from);
+        uint32_t o[ONCE];
+        uint2 ml;
+        int looks = 0;
+        for (;;) {
+            uint32_t most = 0;
+            ml = make_uint2(__float_as_uint(-INFINITY), 0);
+            if (lane < count) ml = cu_look2(piece_ml + from + lane);
+#pragma unroll
+            for (int j = 0; j < ONCE; j++) {
+                o[j] = 0;
+                if (j < count) o[j] = chain_read(piece + (from + j) * HEAD);
+            }
+            most = max(ml.x, ml.y);
+#pragma unroll
+            for (int j = 0; j < ONCE; j++) most = max(most, o[j]);
+            if (!__any_sync(0xffffffffu, most == CHAIN_NONE)) break;
+            chain_again(&looks);
+        }
+        /* The lane's tile: M after it, before it, and its factors. */
+        const float m = __uint_as_float(ml.x);
+        float after = fmaxf(M, m);
+#pragma unroll
+        for (int d = 1; d < 32; d *= 2) {
+            const float other = __shfl_up_sync(0xffffffffu, after, d);
+            if (lane >= d) after = fmaxf(after, other);
+        }
+        float before = __shfl_up_sync(0xffffffffu, after, 1);
+        if (lane == 0) before = M;
+        const float f = attn_ex2(__fsub_rn(before, after)), by = attn_ex2(__fsub_rn(m, after));
+        M = __shfl_sync(0xffffffffu, after, 31);
+#pragma unroll
+        for (int j = 0; j < ONCE; j++) {
+            const float fj = __shfl_sync(0xffffffffu, f, j), bj = __shfl_sync(0xffffffffu, by, j);
+            const float lj = __shfl_sync(0xffffffffu, __uint_as_float(ml.y), j);
+            if (j >= count) continue;
+            L = attn_join(L, lj, fj, bj);
+            acc = attn_join(acc, __uint_as_float(o[j]), fj, bj);
+        }
+    }
+    STAMP(18);
+    room[dim] = cu_f32(cu_round(__fdiv_rn(acc, L)));
+    one_sync<BAR_SERVE, SERVANTS * 32>(); /* the segment is there; M and L were read */
+    if (servant == 0) {
+        const float4 y = *(const float4 *)(room + lane * 4);
+        const float v[4] = {y.x, y.y, y.z, y.w};
+        float scale;
+        const uint32_t code = a8_quantize<a8_codes_of(F)>(&scale, v);
+        chain_write(set + a->code_at + ((int64_t)row * a->att.n_head + head) * 32 + lane, disguise<F>(code));
+        if (lane == 0) chain_write(set + a->scale_at + row * a->att.n_head + head, __float_as_uint(scale));
+    }
+    STAMP(19);
+#pragma unroll 1
+    for (int32_t j = 0; j < n_tile; j++) chain_write(piece + j * HEAD, CHAIN_NONE);
+    if (servant == 1)
+#pragma unroll 1
+        for (int32_t j = lane; j < n_tile; j += 32)
+            chain_write2(piece_ml + j, __uint_as_float(CHAIN_NONE), __uint_as_float(CHAIN_NONE));
+}
+
+/* ---- o's rows ---------------------------------------------------------------------------------------------------- */
+
+/* Codes of all rows and segments, and their scales, when they are there. */
+template <cu_format F, int ROWS>
+static __device__ __forceinline__ void bring_codes(const one_args *a, const uint32_t *set, unsigned char *to,
+                                                   float *by_row, int warp, int lane) {
+    const int32_t n = a->n_row * SEGS * 8; /* pieces of 16 bytes */
+    if (warp == WARPS - 1) {
+#pragma unroll 1
+        for (int32_t i = lane; i < a->n_row * SEGS; i += 32) {
+            uint32_t v = CHAIN_NONE;
+            for (int looks = 0; (v = chain_read(set + a->scale_at + i)) == CHAIN_NONE;) chain_again(&looks);
+            by_row[i % SEGS * ROWS + i / SEGS] = __uint_as_float(v);
+        }
+        __syncwarp();
+    }
+#pragma unroll 1
+    for (int32_t i0 = warp * 32; i0 < n; i0 += COMPUTERS) {
+        const int32_t i = i0 + lane, piece = i % 8, seg = i / 8 % SEGS, row = i / 8 / SEGS;
+        uint4 v[1];
+        const void *const from[1] = {set + a->code_at + i * 4};
+        chain_await<1>(v, from, i < n);
+        if (i < n)
+            *(uint4 *)(to + seg / 4 * (4 * ROWS * CU_SEGMENT) + a8_piece_at(seg % 4 * ROWS + row, piece)) =
+                make_uint4(disguise<F>(v[0].x), disguise<F>(v[0].y), disguise<F>(v[0].z), disguise<F>(v[0].w));
+    }
+}
+
+/* ---- the kernel -------------------------------------------------------------------------------------------------- */
+
+/* What a block's threads share beside the large pieces. */
+typedef struct one_shared {
+    uint64_t full[SLOTS * QUADS], ready; /* ready: row_scale, set and by_band are there */
+    float row_scale[4], by_row[SEGS * 4], by_band[SLOTS][SEGS], room[HEAD];
+    int32_t pos[4], set;
+} one_shared;
+
+template <cu_format F, int ROWS>
+static __device__ __forceinline__ void serve(const one_args *a, one_shared *s, uint32_t memory, int servant, int lane) {
+    const uint32_t full = attn_smem(s->full), ready = attn_smem(&s->ready);
+    const int32_t block = blockIdx.x, n_block = gridDim.x, n_qkv = n_qkv_of(a, block, n_block);
+    if (servant == 1) {
+        if (lane < a->n_row) s->pos[lane] = a->att.pos[lane];
+        if (lane == 0) {
+            /* All blocks of the launch before had counted when they let others begin. */
+            s->set = (int32_t)(atomicAdd(a->count, 1ull) / (uint32_t)n_block & 1);
+            cu_launch_next();
+        }
+    } else if (servant == 2 && F == CU_F8A8) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const int32_t band = i < 2 ? qkv_band(a, block, n_block, i) : o_band(a, block, n_block, i - 2);
+            if (band >= 0 && lane < SEGS)
+                s->by_band[i < 2 ? i : n_qkv + i - 2][lane] =
+                    __ldg((i < 2 ? a->qkv.scale : a->o.scale) + a8_at(band, lane, SEGS));
+        }
+    } else if (servant == 3) {
+        for (int i = 0; i < n_qkv * QUADS; i++) chain_wait(full + i * 8, 0); /* those come first */
+        for (int g = 0; g < GROUPS; g++) {
+            const int32_t band = o_band(a, block, n_block, g);
+            if (band >= 0) ask_band(&a->o, band, n_qkv + g, memory, full, lane);
+        }
+    }
+    cu_wait_previous();
+    __syncwarp();
+    if (servant < a->n_row) {
+        const float scale = row_scale_of(a->x + (int64_t)servant * HIDDEN, a->eps, lane);
+        if (lane == 0) s->row_scale[servant] = scale;
+    }
+    if (lane == 0) bar_arrive(ready);
+    STAMP(16);
+    chain_wait(ready, 0);
+    uint32_t *const other = a->set[s->set ^ 1];
+#pragma unroll 1
+    for (int32_t i = block * (SERVANTS * 32) + servant * 32 + lane; i < a->n_set; i += n_block * (SERVANTS * 32))
+        other[i] = CHAIN_NONE;
+    const int32_t task = n_block - 1 - block;
+    if (task < a->n_row * a->att.n_head) {
+        STAMP(17);
+        join<F>(a, s->pos, a->set[s->set], s->room, task / a->att.n_head, task % a->att.n_head, servant, lane);
+    }
+}
+
+template <cu_format F, int ROWS>
+__global__ void __launch_bounds__(THREADS, 1) attn_one(const __grid_constant__ one_args a) {
+    typedef one_shape<ROWS> sh;
+    extern __shared__ __align__(1024) unsigned char memory[];
+    __shared__ one_shared s;
+    const int thread = threadIdx.x, lane = thread % 32, warp = __shfl_sync(0xffffffffu, thread / 32, 0);
+    const int32_t block = blockIdx.x, n_block = gridDim.x, n_qkv = n_qkv_of(&a, block, n_block);
+    const uint32_t full = attn_smem(s.full), memory_at = attn_smem(memory);
+    STAMP_TIME(30);
+    STAMP(0);
+    if (warp == WARPS) {
+        if (lane == 0) {
+            for (int i = 0; i < SLOTS * QUADS; i++) bar_init(full + i * 8, 1);
+            bar_init(attn_smem(&s.ready), SERVANTS);
+            bar_init_end();
+        }
+        __syncwarp();
+        for (int g = 0; g < n_qkv; g++) ask_band(&a.qkv, qkv_band(&a, block, n_block, g), g, memory_at, full, lane);
+    }
+    __syncthreads();
+    if (warp >= WARPS) {
+        serve<F, ROWS>(&a, &s, memory_at, warp - WARPS, lane);
+        STAMP(20);
+        return;
+    }
+
+    const int group = warp / 4;
+    unsigned char *const tile = memory + sh::tile_at;
+    int32_t first, end;
+    {
+        int32_t n_tile = 0;
+#pragma unroll 1
+        for (int32_t r = 0; r < a.n_row; r++) n_tile += tiles_of(__ldg(a.att.pos + r)) * a.att.n_kv_head;
+        const int32_t each = n_tile / n_block, rest = n_tile - each * n_block;
+        first = block * each + min(block, rest);
+        end = first + each + (block < rest);
+    }
+    if (first < end) {
+        typedef tile_shape<HEAD, 0, WARPS> ts;
+        const one_tile t = tile_nth(&a.att, a.att.pos, first);
+        tile_put_cells(&a.att, tile, &t, tile_page(&a.att, &t));
+        for (int i = thread; i < (ATTN_FEW - a.att.group) * (HEAD / 8); i += COMPUTERS)
+            ((uint4 *)(tile + ts::q_at))[a.att.group * (HEAD / 8) + i] = make_uint4(0, 0, 0, 0); /* no rows */
+        one_sync<BAR_ALL, COMPUTERS>();
+        tile_ask(&a.att, tile, 0, &t);
+        tile_ask(&a.att, tile, 1, &t);
+    }
+    /* What a thread adds up: an output of a row. */
+    const int32_t mine = thread % 128, row = mine / CU_BAND, out_in = mine % CU_BAND;
+    const int32_t bands[2] = {qkv_band(&a, block, n_block, group), o_band(&a, block, n_block, group)};
+    const bool adds = row < a.n_row;
+    const int32_t out[2] = {bands[0] * CU_BAND + out_in, bands[1] * CU_BAND + out_in};
+    float by_out[2] = {1.0f, 1.0f}, old = 0.0f;
+#pragma unroll
+    for (int i = 0; i < 2; i++)
+        if (F != CU_F8A8 && adds && bands[i] >= 0) by_out[i] = __ldg((i ? a.o.scale : a.qkv.scale) + out[i]);
+    uint2 norm_w[OWN_SEGS];
+#pragma unroll
+    for (int k = 0; k < OWN_SEGS; k++)
+        norm_w[k] = __ldg((const uint2 *)(a.norm_w + min(warp + k * WARPS, SEGS - 1) * CU_SEGMENT + lane * 4));
+    STAMP(1);
+    cu_wait_previous();
+    STAMP(2);
+    STAMP_TIME(31);
+
+    float *const part = (float *)(memory + sh::part_at) + group * (SEGS * ROWS * CU_BAND);
+    const float *const part_mine = part + row * CU_BAND + out_in;
+    const uint32_t x_at = memory_at + sh::x_at;
+    if (adds && bands[1] >= 0) old = __ldcg(a.x + row * HIDDEN + out[1]);
+    {
+        float4 v[ROWS][OWN_SEGS];
+        band_codes codes;
+#pragma unroll
+        for (int r = 0; r < ROWS; r++)
+#pragma unroll
+            for (int k = 0; k < OWN_SEGS; k++)
+                v[r][k] = __ldcg((const float4 *)(a.x + (r < a.n_row ? r : 0) * HIDDEN +
+                                                  min(warp + k * WARPS, SEGS - 1) * CU_SEGMENT + lane * 4));
+        if (bands[0] >= 0) take_band<F>(&codes, memory, group, full, warp % 4, lane);
+        STAMP(3);
+        chain_wait(attn_smem(&s.ready), 0);
+        STAMP(4);
+#pragma unroll
+        for (int r = 0; r < ROWS; r++)
+            if (r < a.n_row)
+                norm_row<F, ROWS>(v[r], norm_w, s.row_scale[r], memory + sh::x_at, s.by_row, r, warp, lane);
+        a8_show();
+        one_sync<BAR_ALL, COMPUTERS>();
+        if (bands[0] >= 0) multiply<F, ROWS>(&codes, part, x_at, warp % 4, lane);
+    }
+    uint32_t *const set = a.set[s.set];
+    if (bands[0] >= 0) {
+        group_sync(group);
+        if (adds)
+            chain_write(set + row * a.qkv.n_out + out[0],
+                        __float_as_uint(total_of<F, ROWS>(part_mine, s.by_row + row, s.by_band[group], by_out[0])));
+    }
+    STAMP(5);
+    if (first < end) attend(&a, tile, set, s.pos, first, end, warp, lane);
+
+    {
+        band_codes codes;
+        if (bands[1] >= 0) take_band<F>(&codes, memory, n_qkv + group, full, warp % 4, lane);
+        one_sync<BAR_ALL, COMPUTERS>(); /* nobody reads the rows of qkv, their scales and sums any more */
+        STAMP(10);
+        bring_codes<F, ROWS>(&a, set, memory + sh::x_at, s.by_row, warp, lane);
+        STAMP(11);
+        a8_show();
+        one_sync<BAR_ALL, COMPUTERS>();
+        if (bands[1] < 0) return;
+        multiply<F, ROWS>(&codes, part, x_at, warp % 4, lane);
+    }
+    STAMP(12);
+    group_sync(group);
+    if (adds)
+        a.x[row * HIDDEN + out[1]] =
+            __fadd_rn(old, total_of<F, ROWS>(part_mine, s.by_row + row, s.by_band[n_qkv + group], by_out[1]));
+    STAMP(13);
+}
+
+/* ---- host -------------------------------------------------------------------------------------------------------- */
+
+enum { CUT = 512, ROWS_MAX = 4 };
+
+static int64_t cut(int64_t n) { return (n + CUT - 1) / CUT * CUT; }
+
+/* count | two sets of places | pieces | their M and L */
+typedef struct one_memory {
+    int64_t set[2], piece, piece_ml, bytes; /* bytes before */
+    int32_t code_at, scale_at, n_set, n_tile_max;
+} one_memory;
+static one_memory memory_of(const cu_attn_one *c) {
+    const int32_t R = c->n_row_max, Q = c->n_head * c->n_head_dim, KV = c->n_kv_head * c->n_head_dim;
+    one_memory m = {};
+    m.code_at = R * (Q + 2 * KV);
+    m.scale_at = m.code_at + R * Q / 4;
+    m.n_set = m.scale_at + R * c->n_head;
+    m.n_tile_max = (c->n_len_max + CU_KEYS - 1) / CU_KEYS;
+    const int64_t set = cut(m.n_set * 4), n_piece = (int64_t)R * c->n_head * m.n_tile_max;
+    m.set[0] = CUT, m.set[1] = m.set[0] + set;
+    m.piece = m.set[1] + set;
+    m.piece_ml = m.piece + cut(n_piece * c->n_head_dim * 4);
+    m.bytes = m.piece_ml + cut(n_piece * 8);
+    return m;
+}
+
+bool cu_attn_one_fits(const cu_attn_one *c) {
+    const int32_t n = attn_sm_count(), Q = c->n_head * c->n_head_dim;
+    const int32_t n_qkv = (Q + 2 * c->n_kv_head * c->n_head_dim) / CU_BAND, n_o = c->n_hidden / CU_BAND;
+    return c->n_hidden == HIDDEN && c->n_head_dim == HEAD && Q == HIDDEN && c->n_head % c->n_kv_head == 0 &&
+           c->n_head / c->n_kv_head <= ATTN_FEW && c->kv_dtype == ERN_KV_BF16 && c->n_row_max >= 1 &&
+           c->n_row_max <= ROWS_MAX && c->n_row_max * c->n_head <= n && n_qkv <= 2 * n && n_o <= 2 * n &&
+           (n_qkv > n ? n_qkv - n : 0) + (n_o > n ? n_o - n : 0) <= n;
+}
+
+int64_t cu_attn_one_bytes(const cu_attn_one *c) { return memory_of(c).bytes; }
+
+cudaError_t cu_attn_one_open(cudaStream_t s, const cu_attn_one *c) {
+    const one_memory m = memory_of(c);
+    const cudaError_t e = cudaMemsetAsync(c->memory, 0, CUT, s);
+    return e != cudaSuccess ? e : cudaMemsetAsync(c->memory + CUT, 0xff, (size_t)(m.bytes - CUT), s);
+}
+
+template <cu_format F, int ROWS> static cudaError_t run(cudaStream_t s, one_args *a) {
+    static uint64_t ready;
+    const void *fn = (const void *)attn_one<F, ROWS>;
+    const cudaError_t e = cu_shared_bytes(&ready, fn, one_shape<ROWS>::end_at);
+    void *args[] = {a};
+    return e != cudaSuccess ? e
+                            : cu_launch(s, fn, dim3((unsigned)attn_sm_count()), THREADS,
+                                        (size_t)one_shape<ROWS>::end_at, true, 1, args);
+}
+template <cu_format F> static cudaError_t run_rows(cudaStream_t s, one_args *a) {
+    return a->n_row <= 2 ? run<F, 2>(s, a) : run<F, 4>(s, a);
+}
+
+bool cu_attn_one_takes(const cu_linear *w) {
+    return (w->format == CU_F8A8 || w->format == CU_I8A8) && w->n_in == HIDDEN && w->n_out % CU_BAND == 0;
+}
+
+cudaError_t cu_attn_one_run(cudaStream_t s, const cu_attn_one *c, const cu_attn_one_layer *l, float *x,
+                            const cu_cache *cache, int32_t layer, const cu_seqs *seqs) {
+    const one_memory m = memory_of(c);
+    one_args a = {};
+    if (seqs->n_row > c->n_row_max || seqs->n_row != seqs->n_seq || !cu_attn_one_takes(&l->qkv) ||
+        !cu_attn_one_takes(&l->o) || l->qkv.format != l->o.format || !attn_args_of(&a.att, cache, layer, seqs))
+        return cudaErrorInvalidValue;
+    a.qkv = l->qkv;
+    a.o = l->o;
+    a.norm_w = l->norm;
+    a.eps = l->eps;
+    a.x = x;
+    a.count = (unsigned long long *)c->memory;
+    for (int i = 0; i < 2; i++) a.set[i] = (uint32_t *)(c->memory + m.set[i]);
+    a.code_at = m.code_at;
+    a.scale_at = m.scale_at;
+    a.n_set = m.n_set;
+    a.piece = (float *)(c->memory + m.piece);
+    a.piece_ml = (float2 *)(c->memory + m.piece_ml);
+    a.n_row = seqs->n_row;
+    a.n_tile_max = m.n_tile_max;
+    return l->qkv.format == CU_F8A8 ? run_rows<CU_F8A8>(s, &a) : run_rows<CU_I8A8>(s, &a);
+}
