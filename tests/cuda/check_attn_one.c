@@ -181,7 +181,8 @@ static int64_t differ(const void *a, const void *b, size_t n) {
     unsigned char *x = must(n), *y = must(n);
     check_get(x, a, n), check_get(y, b, n);
     int64_t at = -1;
-    for (size_t i = 0; i < n && at < 0; i++)
+    const bool same = memcmp(x, y, n) == 0;
+    for (size_t i = 0; !same && at < 0; i++)
         if (x[i] != y[i]) at = (int64_t)i;
     free(x), free(y);
     return at;
@@ -275,24 +276,6 @@ static void speed(cu_format f, int32_t n, int32_t length) {
         us[way] *= 1000.0f / (TIMES * LAYERS);
     }
     printf("%s: a layer %.2f us kernel by kernel, %.2f us in one\n", name, (double)us[0], (double)us[1]);
-#ifdef ONE_STAMPS
-    extern void *cu_attn_one_stamps(void);
-    static long long t[256][32];
-    check_get(t, cu_attn_one_stamps(), sizeof t);
-    long long t0 = t[0][30];
-    for (int b = 0; b < 132; b++) t0 = t[b][30] < t0 ? t[b][30] : t0;
-    for (int i = 0; i < 32; i++) {
-        double sum = 0, least = 1e9, most = -1e9;
-        int count = 0;
-        for (int b = 0; b < 132; b++) {
-            double v = i >= 30 ? (double)(t[b][i] - t0) : (double)(t[b][i] - t[b][2]);
-            if (t[b][i] == 0 || (i < 30 && (v < -100000 || v > 100000))) continue;
-            sum += v, count++;
-            least = v < least ? v : least, most = v > most ? v : most;
-        }
-        if (count) printf("  stamp %2d: %3d blocks mean %8.0f least %8.0f most %8.0f\n", i, count, sum / count, least, most);
-    }
-#endif
     for (int i = 0; i < 2; i++) CHECK_CUDA(cudaEventDestroy(event[i]));
     world_free(w);
 }

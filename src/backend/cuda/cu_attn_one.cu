@@ -3,59 +3,39 @@
  *
  *   x -> norm, codes -> bands of q, k, v -> tiles of attention -> joins, codes -> bands of o -> x +=
  *
- * One block a multiprocessor, all there at once. A block has at most two bands of qkv and two of o, three in all: their
- * codes are asked for when it begins and all lie in shared memory, beside a tile of keys and values. Eight warps
+ * One block a multiprocessor, all there at once. A block has at most two bands of qkv and two of o. Eight warps
  * compute: a warpgroup a band, four segments at a time; a row's segments are different columns of one product, of which
- * each warp takes that of its own segment. Four warps serve: they ask for codes, sum up squares, and join tiles.
+ * each warp takes that of its own segment. The codes of qkv are asked for first of all and wait in registers for x;
+ * those of o come to shared memory while the block waits for q. Four warps serve: two sum up squares, two ask for keys
+ * and values of the block's first tile; then they join tiles.
  *
  * Between blocks the data is its own flag (cu_chain_words.cuh). There are two sets of places; a launch uses one and
  * fills the other for the next. Results of tiles have one reader, who fills their places again.
  *
- *   shared: weights [slot][segment][2048] | x [four segments][segment][ROWS][128], swizzled (cu_a8_device.cuh)
+ *   shared: weights of o [band][segment][2048] | x [four segments][segment][ROWS][128], swizzled (cu_a8_device.cuh)
  *           | tile (cu_attn_tile.cuh) | sums [band][segment][ROWS][16] f32 */
 #include "backend/cuda/cu_a8_device.cuh"
 #include "backend/cuda/cu_attn_tile.cuh"
 #include "backend/cuda/cu_chain_words.cuh"
 #include "backend/cuda/cu_launch.cuh"
 
-#ifdef ONE_STAMPS
-__device__ long long one_stamps[256][32];
-#define STAMP(i) \
-    if (threadIdx.x == 0 || threadIdx.x == 256) one_stamps[blockIdx.x][i] = clock64()
-#define STAMP_TIME(i)                                                              \
-    {                                                                              \
-        long long t;                                                               \
-        asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(t));                      \
-        if (threadIdx.x == 0 || threadIdx.x == 256) one_stamps[blockIdx.x][i] = t; \
-    }
-extern "C" __attribute__((visibility("default"))) void *cu_attn_one_stamps(void);
-void *cu_attn_one_stamps(void) {
-    void *p = NULL;
-    cudaGetSymbolAddress(&p, one_stamps);
-    return p;
-}
-#else
-#define STAMP(i)
-#define STAMP_TIME(i)
-#endif
-
 enum {
     WARPS = 8, /* that compute */
     GROUPS = 2,
     SERVANTS = 4,
+    ASKERS = 64, /* threads of the last two servants */
     COMPUTERS = WARPS * 32,
     THREADS = (WARPS + SERVANTS) * 32,
     HIDDEN = 2560, /* D, and H C */
     SEGS = HIDDEN / CU_SEGMENT,
     QUADS = SEGS / 4,
-    HEAD = 128, /* C: a segment of o */
-    SLOTS = 3,
-    BAND_BYTES = 2048, /* of a segment of a band */
-    SLOT_BYTES = SEGS * BAND_BYTES,
+    HEAD = 128,        /* C: a segment of o */
+    UNIT_BYTES = 2048, /* of a segment of a band */
+    BAND_BYTES = SEGS * UNIT_BYTES,
     OWN_SEGS = (SEGS + WARPS - 1) / WARPS, /* of a row, a warp's */
     ONCE = 32,                             /* tiles that a join reads at once */
 };
-enum { BAR_ALL = 1, BAR_GROUP = 2 /* and 3 */, BAR_SERVE = 4 };
+enum { BAR_ALL = 1, BAR_GROUP = 2 /* and 3 */, BAR_SERVE = 4, BAR_START, BAR_ASK };
 
 typedef struct one_args {
     attn_args att;
@@ -75,7 +55,7 @@ typedef struct one_args {
 template <int ROWS> struct one_shape {
     typedef tile_shape<HEAD, 0, WARPS> tile;
     static constexpr int COLUMNS = 4 * ROWS; /* of a product: four segments of all rows */
-    static constexpr int x_at = SLOTS * SLOT_BYTES, tile_at = x_at + QUADS * COLUMNS * CU_SEGMENT;
+    static constexpr int x_at = GROUPS * BAND_BYTES, tile_at = x_at + QUADS * COLUMNS * CU_SEGMENT;
     static constexpr int part_at = tile_at + tile::end_at;
     static constexpr int end_at = part_at + GROUPS * SEGS * ROWS * CU_BAND * 4;
 };
@@ -87,8 +67,7 @@ static __device__ __forceinline__ void group_sync(int group) {
     asm volatile("bar.sync %0, 128;" ::"r"(BAR_GROUP + group) : "memory");
 }
 
-/* A block's bands of qkv and o and the slots that hold them; -1: none. Blocks with two of qkv are the first, those with
- * two of o the last. */
+/* A block's bands of qkv and o; -1: none. Blocks with two of qkv are the first, those with two of o the last. */
 static __host__ __device__ __forceinline__ int32_t qkv_band(const one_args *a, int32_t block, int32_t n_block,
                                                             int group) {
     const int32_t band = block + group * n_block;
@@ -99,10 +78,6 @@ static __host__ __device__ __forceinline__ int32_t o_band(const one_args *a, int
     const int32_t band = group ? 2 * n_block - 1 - block : block;
     return band < a->o.n_band ? band : -1;
 }
-static __host__ __device__ __forceinline__ int32_t n_qkv_of(const one_args *a, int32_t block, int32_t n_block) {
-    return (qkv_band(a, block, n_block, 0) >= 0) + (qkv_band(a, block, n_block, 1) >= 0);
-}
-
 /* Attention's codes on their way: none is CHAIN_NONE. int8 has no -128, e4m3's 0xff is no number. */
 template <cu_format F> static __device__ __forceinline__ uint32_t disguise(uint32_t code) {
     return F == CU_I8A8 ? code ^ 0x7f7f7f7fu : code;
@@ -110,28 +85,42 @@ template <cu_format F> static __device__ __forceinline__ uint32_t disguise(uint3
 
 /* ---- weights ----------------------------------------------------------------------------------------------------- */
 
-/* By a warp. full: barriers of the slots' quarters of segments. */
-static __device__ __forceinline__ void ask_band(const cu_linear *w, int32_t band, int slot, uint32_t memory,
-                                                uint32_t full, int lane) {
-    const unsigned char *from = (const unsigned char *)w->pack + a8_at(band, lane, SEGS) * BAND_BYTES;
-    if (lane < QUADS) bar_arrive_expect(full + (slot * QUADS + lane) * 8, 4 * BAND_BYTES);
-    __syncwarp();
-    if (lane < SEGS)
-        copy_bulk(memory + slot * SLOT_BYTES + lane * BAND_BYTES, from, BAND_BYTES,
-                  full + (slot * QUADS + lane / 4) * 8);
-}
-
+/* A warp's units of a band, every fourth segment: the lane's bytes as it feeds them to the products. */
 typedef struct band_codes {
     uint32_t a[QUADS][4][4];
 } band_codes;
-template <cu_format F>
-static __device__ __forceinline__ void take_band(band_codes *c, const unsigned char *memory, int slot, uint32_t full,
-                                                 int warp, int lane) {
+static __device__ __forceinline__ const unsigned char *unit_at(const cu_linear *w, int32_t band, int k, int warp,
+                                                               int lane) {
+    return (const unsigned char *)w->pack + a8_at(band, 4 * k + warp, SEGS) * UNIT_BYTES + lane * 16;
+}
+static __device__ __forceinline__ void load_band(band_codes *c, const cu_linear *w, int32_t band, int warp, int lane) {
 #pragma unroll
     for (int k = 0; k < QUADS; k++) {
-        chain_wait(full + (slot * QUADS + k) * 8, 0);
-        a8_codes<F>(c->a[k], memory + slot * SLOT_BYTES + (4 * k + warp) * BAND_BYTES, lane);
+        const unsigned char *from = unit_at(w, band, k, warp, lane);
+#pragma unroll
+        for (int t = 0; t < 4; t++)
+            asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4];"
+                         : "=r"(c->a[k][t][0]), "=r"(c->a[k][t][1]), "=r"(c->a[k][t][2]), "=r"(c->a[k][t][3])
+                         : "l"(from + t * 512));
     }
+}
+/* The same to shared memory, where only the same lane reads them. */
+static __device__ __forceinline__ void ask_band(uint32_t to, const cu_linear *w, int32_t band, int warp, int lane) {
+#pragma unroll
+    for (int k = 0; k < QUADS; k++) {
+        const unsigned char *from = unit_at(w, band, k, warp, lane);
+#pragma unroll
+        for (int t = 0; t < 4; t++) attn_copy16_all(to + ((4 * k + warp) * 4 + t) * 512 + lane * 16, from + t * 512);
+    }
+}
+static __device__ __forceinline__ void take_band(band_codes *c, const unsigned char *from, int warp, int lane) {
+#pragma unroll
+    for (int k = 0; k < QUADS; k++)
+#pragma unroll
+        for (int t = 0; t < 4; t++) {
+            const uint4 v = *(const uint4 *)(from + ((4 * k + warp) * 4 + t) * 512 + lane * 16);
+            c->a[k][t][0] = v.x, c->a[k][t][1] = v.y, c->a[k][t][2] = v.z, c->a[k][t][3] = v.w;
+        }
 }
 
 /* All segments of a warpgroup's band: sums to part [segment][ROWS][16]. x: of all quarters. */
@@ -248,6 +237,34 @@ static __device__ __forceinline__ void tile_ask(const attn_args *a, unsigned cha
     attn_copy_commit();
 }
 
+/* The same of the block's first tile, by the two warps that ask; keys and values arrive at bars 0 and 1. */
+static __device__ __forceinline__ void ask_first(const attn_args *a, unsigned char *smem, const one_tile *t,
+                                                 int64_t *cells, uint32_t bars, int asker) {
+    typedef tile_shape<HEAD, 0, WARPS> sh;
+    const int32_t own = t->pos - t->tile * CU_KEYS;
+#pragma unroll
+    for (int i = 0; i < CU_KEYS / ASKERS; i++) {
+        const int32_t at = t->tile * CU_KEYS + i * ASKERS + asker;
+        const attn_cell cell =
+            attn_cell_of<HEAD, 0, true>(a, attn_page_of<true>(a, t->row, at, t->pos + 1), t->head, at);
+        cells[i * ASKERS + asker] = max(cell.key, (int64_t)0);
+    }
+    one_sync<BAR_ASK, ASKERS>();
+#pragma unroll 1
+    for (int which = 0; which < 2; which++) {
+        const uint32_t chunk = asker % sh::chunks;
+        const uint32_t to = attn_smem(smem + (which ? sh::v_at : sh::k_at));
+        const unsigned char *from = a->kv + (which ? a->value : 0) + chunk * 16;
+#pragma unroll 8
+        for (int i = 0; i < CU_KEYS * sh::chunks / ASKERS; i++) {
+            const int32_t row = i * (ASKERS / sh::chunks) + asker / sh::chunks;
+            const bool real = row <= own;
+            attn_copy16_if(!real || row < own, to + attn_at<sh::chunks>(row, chunk), from + cells[row], real);
+        }
+        copies_arrive(bars + which * 8);
+    }
+}
+
 static __device__ __forceinline__ void turn_four(float x[4], uint4 v, float4 turn) {
     const float2 lo = attn_turn(__uint_as_float(v.x), __uint_as_float(v.y), make_float2(turn.x, turn.y));
     const float2 hi = attn_turn(__uint_as_float(v.z), __uint_as_float(v.w), make_float2(turn.z, turn.w));
@@ -317,7 +334,8 @@ static __device__ __forceinline__ void put_tile(const one_args *a, const one_til
 
 /* The block's tiles first..end-1 of the line; keys and values of the first were asked for. */
 static __device__ __forceinline__ void attend(const one_args *args, unsigned char *smem, const uint32_t *qkv,
-                                              const int32_t *pos, int32_t first, int32_t end, int warp, int lane) {
+                                              const int32_t *pos, int32_t first, int32_t end, uint32_t bars, int warp,
+                                              int lane) {
     typedef tile_shape<HEAD, 0, WARPS> sh;
     constexpr int J = sh::warp_keys / 8;
     const attn_args *a = &args->att;
@@ -332,11 +350,12 @@ static __device__ __forceinline__ void attend(const one_args *args, unsigned cha
         const one_tile next = tile_nth(a, pos, more ? x + 1 : x);
         const int32_t page = more ? tile_page(a, &next) : -1; /* asked for early */
         make_rows(a, smem, qkv, &t, have != whose, warp, lane);
-        STAMP(6);
         have = whose;
-        attn_copy_wait<1>();
+        if (x == first)
+            chain_wait(bars, 0);
+        else
+            attn_copy_wait<1>();
         one_sync<BAR_ALL, COMPUTERS>(); /* keys and q are there; nobody reads the cells any more */
-        STAMP(7);
         float s[J][4], m[2] = {-INFINITY, -INFINITY};
         tile_scores<HEAD, 0, WARPS>(s, smem, warp, lane);
 #pragma unroll
@@ -376,19 +395,27 @@ static __device__ __forceinline__ void attend(const one_args *args, unsigned cha
                 *(uint32_t *)(smem + sh::l_at + attn_at<16>(g + 8 * i, warp * J + j) + c * 4) = cu_round2(p0, p1);
             }
         }
-        attn_copy_wait<1>();
+        if (x == first)
+            chain_wait(bars + 8, 0);
+        else
+            attn_copy_wait<1>();
         one_sync<BAR_ALL, COMPUTERS>(); /* values and weights are there */
-        STAMP(8);
         float o[sh::warp_units][2][4], l[4];
         tile_weigh<HEAD, 0, WARPS>(o, l, smem, warp, lane);
         put_tile(args, &t, o[0], m, l, warp, lane);
-        STAMP(9);
         if (!more) break;
         one_sync<BAR_ALL, COMPUTERS>(); /* values and weights may be overwritten */
         tile_ask(a, smem, 1, &next);
         t = next;
     }
-    attn_copy_wait<0>();
+}
+
+/* A word, where it was not there yet; without a branch. */
+static __device__ __forceinline__ void read_if_none(uint32_t *v, const void *p) {
+    asm volatile("{.reg .pred p; setp.eq.u32 p, %0, 0xffffffff; @p ld.relaxed.gpu.global.u32 %0, [%1];}"
+                 : "+r"(*v)
+                 : "l"(p)
+                 : "memory");
 }
 
 /* Join the tiles of a row's head, a servant 32 dimensions, a lane a dimension; then its codes, for o. room: f32 [128]
@@ -407,16 +434,15 @@ static __device__ __forceinline__ void join(const one_args *a, const int32_t *po
         uint32_t o[ONCE];
         uint2 ml;
         int looks = 0;
-        for (;;) {
-            uint32_t most = 0;
-            ml = make_uint2(__float_as_uint(-INFINITY), 0);
-            if (lane < count) ml = cu_look2(piece_ml + from + lane);
+        ml = make_uint2(CHAIN_NONE, CHAIN_NONE);
+        if (lane >= count) ml = make_uint2(__float_as_uint(-INFINITY), 0);
 #pragma unroll
-            for (int j = 0; j < ONCE; j++) {
-                o[j] = 0;
-                if (j < count) o[j] = chain_read(piece + (from + j) * HEAD);
-            }
-            most = max(ml.x, ml.y);
+        for (int j = 0; j < ONCE; j++) o[j] = j < count ? CHAIN_NONE : 0;
+        for (;;) {
+            if (max(ml.x, ml.y) == CHAIN_NONE) ml = cu_look2(piece_ml + from + lane);
+#pragma unroll
+            for (int j = 0; j < ONCE; j++) read_if_none(&o[j], piece + (from + j) * HEAD);
+            uint32_t most = max(ml.x, ml.y);
 #pragma unroll
             for (int j = 0; j < ONCE; j++) most = max(most, o[j]);
             if (!__any_sync(0xffffffffu, most == CHAIN_NONE)) break;
@@ -443,7 +469,6 @@ static __device__ __forceinline__ void join(const one_args *a, const int32_t *po
             acc = attn_join(acc, __uint_as_float(o[j]), fj, bj);
         }
     }
-    STAMP(18);
     room[dim] = cu_f32(cu_round(__fdiv_rn(acc, L)));
     one_sync<BAR_SERVE, SERVANTS * 32>(); /* the segment is there; M and L were read */
     if (servant == 0) {
@@ -454,7 +479,6 @@ static __device__ __forceinline__ void join(const one_args *a, const int32_t *po
         chain_write(set + a->code_at + ((int64_t)row * a->att.n_head + head) * 32 + lane, disguise<F>(code));
         if (lane == 0) chain_write(set + a->scale_at + row * a->att.n_head + head, __float_as_uint(scale));
     }
-    STAMP(19);
 #pragma unroll 1
     for (int32_t j = 0; j < n_tile; j++) chain_write(piece + j * HEAD, CHAIN_NONE);
     if (servant == 1)
@@ -491,49 +515,65 @@ static __device__ __forceinline__ void bring_codes(const one_args *a, const uint
     }
 }
 
+/* The block's stretch of the line of tiles. */
+static __device__ __forceinline__ void stretch_of(const one_args *a, const int32_t *pos, int32_t *first, int32_t *end) {
+    const int32_t block = blockIdx.x, n_block = gridDim.x;
+    int32_t n_tile = 0;
+#pragma unroll 1
+    for (int32_t r = 0; r < a->n_row; r++) n_tile += tiles_of(pos[r]) * a->att.n_kv_head;
+    const int32_t each = n_tile / n_block, rest = n_tile - each * n_block;
+    *first = block * each + min(block, rest);
+    *end = *first + each + (block < rest);
+}
+
 /* ---- the kernel -------------------------------------------------------------------------------------------------- */
 
 /* What a block's threads share beside the large pieces. */
 typedef struct one_shared {
-    uint64_t full[SLOTS * QUADS], ready; /* ready: row_scale, set and by_band are there */
-    float row_scale[4], by_row[SEGS * 4], by_band[SLOTS][SEGS], room[HEAD];
+    float4 room[HEAD / 4];
+    uint64_t ready, kv[2]; /* row_scale, set, pos and by_band are there; keys and values of the first tile */
+    float row_scale[4], by_row[SEGS * 4], by_band[2][GROUPS][SEGS];
+    int64_t cells[CU_KEYS]; /* of the first tile */
     int32_t pos[4], set;
 } one_shared;
 
 template <cu_format F, int ROWS>
-static __device__ __forceinline__ void serve(const one_args *a, one_shared *s, uint32_t memory, int servant, int lane) {
-    const uint32_t full = attn_smem(s->full), ready = attn_smem(&s->ready);
-    const int32_t block = blockIdx.x, n_block = gridDim.x, n_qkv = n_qkv_of(a, block, n_block);
-    if (servant == 1) {
+static __device__ __forceinline__ void serve(const one_args *a, one_shared *s, unsigned char *tile, int servant,
+                                             int lane) {
+    const uint32_t ready = attn_smem(&s->ready);
+    const int32_t block = blockIdx.x, n_block = gridDim.x, asker = (servant - 2) * 32 + lane;
+    if (servant == 0 && F == CU_F8A8) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const int32_t band = i < 2 ? qkv_band(a, block, n_block, i) : o_band(a, block, n_block, i - 2);
+            if (band >= 0 && lane < SEGS)
+                s->by_band[i / 2][i % 2][lane] = __ldg((i < 2 ? a->qkv.scale : a->o.scale) + a8_at(band, lane, SEGS));
+        }
+    } else if (servant == 1) {
         if (lane < a->n_row) s->pos[lane] = a->att.pos[lane];
         if (lane == 0) {
             /* All blocks of the launch before had counted when they let others begin. */
             s->set = (int32_t)(atomicAdd(a->count, 1ull) / (uint32_t)n_block & 1);
             cu_launch_next();
         }
-    } else if (servant == 2 && F == CU_F8A8) {
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            const int32_t band = i < 2 ? qkv_band(a, block, n_block, i) : o_band(a, block, n_block, i - 2);
-            if (band >= 0 && lane < SEGS)
-                s->by_band[i < 2 ? i : n_qkv + i - 2][lane] =
-                    __ldg((i < 2 ? a->qkv.scale : a->o.scale) + a8_at(band, lane, SEGS));
-        }
-    } else if (servant == 3) {
-        for (int i = 0; i < n_qkv * QUADS; i++) chain_wait(full + i * 8, 0); /* those come first */
-        for (int g = 0; g < GROUPS; g++) {
-            const int32_t band = o_band(a, block, n_block, g);
-            if (band >= 0) ask_band(&a->o, band, n_qkv + g, memory, full, lane);
+    } else if (servant >= 2) {
+        int32_t first, end;
+        stretch_of(a, a->att.pos, &first, &end);
+        if (first < end) {
+            const one_tile t = tile_nth(&a->att, a->att.pos, first);
+            ask_first(&a->att, tile, &t, s->cells, attn_smem(s->kv), asker);
         }
     }
     cu_wait_previous();
     __syncwarp();
-    if (servant < a->n_row) {
-        const float scale = row_scale_of(a->x + (int64_t)servant * HIDDEN, a->eps, lane);
-        if (lane == 0) s->row_scale[servant] = scale;
+    if (servant < 2) {
+#pragma unroll 1
+        for (int32_t r = servant; r < a->n_row; r += 2) {
+            const float scale = row_scale_of(a->x + (int64_t)r * HIDDEN, a->eps, lane);
+            if (lane == 0) s->row_scale[r] = scale;
+        }
+        if (lane == 0) bar_arrive(ready);
     }
-    if (lane == 0) bar_arrive(ready);
-    STAMP(16);
     chain_wait(ready, 0);
     uint32_t *const other = a->set[s->set ^ 1];
 #pragma unroll 1
@@ -541,8 +581,7 @@ static __device__ __forceinline__ void serve(const one_args *a, one_shared *s, u
         other[i] = CHAIN_NONE;
     const int32_t task = n_block - 1 - block;
     if (task < a->n_row * a->att.n_head) {
-        STAMP(17);
-        join<F>(a, s->pos, a->set[s->set], s->room, task / a->att.n_head, task % a->att.n_head, servant, lane);
+        join<F>(a, s->pos, a->set[s->set], (float *)s->room, task / a->att.n_head, task % a->att.n_head, servant, lane);
     }
 }
 
@@ -552,50 +591,28 @@ __global__ void __launch_bounds__(THREADS, 1) attn_one(const __grid_constant__ o
     extern __shared__ __align__(1024) unsigned char memory[];
     __shared__ one_shared s;
     const int thread = threadIdx.x, lane = thread % 32, warp = __shfl_sync(0xffffffffu, thread / 32, 0);
-    const int32_t block = blockIdx.x, n_block = gridDim.x, n_qkv = n_qkv_of(&a, block, n_block);
-    const uint32_t full = attn_smem(s.full), memory_at = attn_smem(memory);
-    STAMP_TIME(30);
-    STAMP(0);
-    if (warp == WARPS) {
-        if (lane == 0) {
-            for (int i = 0; i < SLOTS * QUADS; i++) bar_init(full + i * 8, 1);
-            bar_init(attn_smem(&s.ready), SERVANTS);
+    const int32_t block = blockIdx.x, n_block = gridDim.x;
+    const uint32_t memory_at = attn_smem(memory);
+    unsigned char *const tile = memory + sh::tile_at;
+    if (warp >= WARPS) {
+        if (warp == WARPS && lane == 0) {
+            bar_init(attn_smem(&s.ready), 2);
+            bar_init(attn_smem(s.kv), ASKERS);
+            bar_init(attn_smem(s.kv + 1), ASKERS);
             bar_init_end();
         }
-        __syncwarp();
-        for (int g = 0; g < n_qkv; g++) ask_band(&a.qkv, qkv_band(&a, block, n_block, g), g, memory_at, full, lane);
-    }
-    __syncthreads();
-    if (warp >= WARPS) {
-        serve<F, ROWS>(&a, &s, memory_at, warp - WARPS, lane);
-        STAMP(20);
+        one_sync<BAR_SERVE, SERVANTS * 32>();
+        asm volatile("bar.arrive %0, %1;" ::"n"((int)BAR_START), "n"((int)THREADS) : "memory");
+        serve<F, ROWS>(&a, &s, tile, warp - WARPS, lane);
         return;
     }
 
     const int group = warp / 4;
-    unsigned char *const tile = memory + sh::tile_at;
-    int32_t first, end;
-    {
-        int32_t n_tile = 0;
-#pragma unroll 1
-        for (int32_t r = 0; r < a.n_row; r++) n_tile += tiles_of(__ldg(a.att.pos + r)) * a.att.n_kv_head;
-        const int32_t each = n_tile / n_block, rest = n_tile - each * n_block;
-        first = block * each + min(block, rest);
-        end = first + each + (block < rest);
-    }
-    if (first < end) {
-        typedef tile_shape<HEAD, 0, WARPS> ts;
-        const one_tile t = tile_nth(&a.att, a.att.pos, first);
-        tile_put_cells(&a.att, tile, &t, tile_page(&a.att, &t));
-        for (int i = thread; i < (ATTN_FEW - a.att.group) * (HEAD / 8); i += COMPUTERS)
-            ((uint4 *)(tile + ts::q_at))[a.att.group * (HEAD / 8) + i] = make_uint4(0, 0, 0, 0); /* no rows */
-        one_sync<BAR_ALL, COMPUTERS>();
-        tile_ask(&a.att, tile, 0, &t);
-        tile_ask(&a.att, tile, 1, &t);
-    }
+    const int32_t bands[2] = {qkv_band(&a, block, n_block, group), o_band(&a, block, n_block, group)};
+    band_codes codes;
+    if (bands[0] >= 0) load_band(&codes, &a.qkv, bands[0], warp % 4, lane);
     /* What a thread adds up: an output of a row. */
     const int32_t mine = thread % 128, row = mine / CU_BAND, out_in = mine % CU_BAND;
-    const int32_t bands[2] = {qkv_band(&a, block, n_block, group), o_band(&a, block, n_block, group)};
     const bool adds = row < a.n_row;
     const int32_t out[2] = {bands[0] * CU_BAND + out_in, bands[1] * CU_BAND + out_in};
     float by_out[2] = {1.0f, 1.0f}, old = 0.0f;
@@ -606,10 +623,11 @@ __global__ void __launch_bounds__(THREADS, 1) attn_one(const __grid_constant__ o
 #pragma unroll
     for (int k = 0; k < OWN_SEGS; k++)
         norm_w[k] = __ldg((const uint2 *)(a.norm_w + min(warp + k * WARPS, SEGS - 1) * CU_SEGMENT + lane * 4));
-    STAMP(1);
+    typedef tile_shape<HEAD, 0, WARPS> ts;
+    for (int i = thread; i < (ATTN_FEW - a.att.group) * (HEAD / 8); i += COMPUTERS)
+        ((uint4 *)(tile + ts::q_at))[a.att.group * (HEAD / 8) + i] = make_uint4(0, 0, 0, 0); /* no rows */
+    one_sync<BAR_START, THREADS>();                                                          /* barriers are there */
     cu_wait_previous();
-    STAMP(2);
-    STAMP_TIME(31);
 
     float *const part = (float *)(memory + sh::part_at) + group * (SEGS * ROWS * CU_BAND);
     const float *const part_mine = part + row * CU_BAND + out_in;
@@ -617,17 +635,13 @@ __global__ void __launch_bounds__(THREADS, 1) attn_one(const __grid_constant__ o
     if (adds && bands[1] >= 0) old = __ldcg(a.x + row * HIDDEN + out[1]);
     {
         float4 v[ROWS][OWN_SEGS];
-        band_codes codes;
 #pragma unroll
         for (int r = 0; r < ROWS; r++)
 #pragma unroll
             for (int k = 0; k < OWN_SEGS; k++)
                 v[r][k] = __ldcg((const float4 *)(a.x + (r < a.n_row ? r : 0) * HIDDEN +
                                                   min(warp + k * WARPS, SEGS - 1) * CU_SEGMENT + lane * 4));
-        if (bands[0] >= 0) take_band<F>(&codes, memory, group, full, warp % 4, lane);
-        STAMP(3);
         chain_wait(attn_smem(&s.ready), 0);
-        STAMP(4);
 #pragma unroll
         for (int r = 0; r < ROWS; r++)
             if (r < a.n_row)
@@ -641,29 +655,28 @@ __global__ void __launch_bounds__(THREADS, 1) attn_one(const __grid_constant__ o
         group_sync(group);
         if (adds)
             chain_write(set + row * a.qkv.n_out + out[0],
-                        __float_as_uint(total_of<F, ROWS>(part_mine, s.by_row + row, s.by_band[group], by_out[0])));
+                        __float_as_uint(total_of<F, ROWS>(part_mine, s.by_row + row, s.by_band[0][group], by_out[0])));
     }
-    STAMP(5);
-    if (first < end) attend(&a, tile, set, s.pos, first, end, warp, lane);
+    if (bands[1] >= 0) ask_band(memory_at + group * BAND_BYTES, &a.o, bands[1], warp % 4, lane);
+    attn_copy_commit();
+    int32_t first, end;
+    stretch_of(&a, s.pos, &first, &end);
+    if (first < end) attend(&a, tile, set, s.pos, first, end, attn_smem(s.kv), warp, lane);
 
     {
-        band_codes codes;
-        if (bands[1] >= 0) take_band<F>(&codes, memory, n_qkv + group, full, warp % 4, lane);
+        attn_copy_wait<0>();
+        if (bands[1] >= 0) take_band(&codes, memory + group * BAND_BYTES, warp % 4, lane);
         one_sync<BAR_ALL, COMPUTERS>(); /* nobody reads the rows of qkv, their scales and sums any more */
-        STAMP(10);
         bring_codes<F, ROWS>(&a, set, memory + sh::x_at, s.by_row, warp, lane);
-        STAMP(11);
         a8_show();
         one_sync<BAR_ALL, COMPUTERS>();
         if (bands[1] < 0) return;
         multiply<F, ROWS>(&codes, part, x_at, warp % 4, lane);
     }
-    STAMP(12);
     group_sync(group);
     if (adds)
         a.x[row * HIDDEN + out[1]] =
-            __fadd_rn(old, total_of<F, ROWS>(part_mine, s.by_row + row, s.by_band[n_qkv + group], by_out[1]));
-    STAMP(13);
+            __fadd_rn(old, total_of<F, ROWS>(part_mine, s.by_row + row, s.by_band[1][group], by_out[1]));
 }
 
 /* ---- host -------------------------------------------------------------------------------------------------------- */
@@ -697,8 +710,7 @@ bool cu_attn_one_fits(const cu_attn_one *c) {
     const int32_t n_qkv = (Q + 2 * c->n_kv_head * c->n_head_dim) / CU_BAND, n_o = c->n_hidden / CU_BAND;
     return c->n_hidden == HIDDEN && c->n_head_dim == HEAD && Q == HIDDEN && c->n_head % c->n_kv_head == 0 &&
            c->n_head / c->n_kv_head <= ATTN_FEW && c->kv_dtype == ERN_KV_BF16 && c->n_row_max >= 1 &&
-           c->n_row_max <= ROWS_MAX && c->n_row_max * c->n_head <= n && n_qkv <= 2 * n && n_o <= 2 * n &&
-           (n_qkv > n ? n_qkv - n : 0) + (n_o > n ? n_o - n : 0) <= n;
+           c->n_row_max <= ROWS_MAX && c->n_row_max * c->n_head <= n && n_qkv <= GROUPS * n && n_o <= GROUPS * n;
 }
 
 int64_t cu_attn_one_bytes(const cu_attn_one *c) { return memory_of(c).bytes; }
