@@ -5,15 +5,16 @@
  *
  * One block a multiprocessor, all there at once. A block has at most two bands of qkv and two of o. Eight warps
  * compute: a warpgroup a band, four segments at a time; a row's segments are different columns of one product, of which
- * each warp takes that of its own segment. The codes of qkv are asked for first of all and wait in registers for x;
- * those of o come to shared memory while the block waits for q. Four warps serve: two sum up squares, two ask for keys
- * and values of the block's first tile; then they join tiles.
+ * each warp takes that of its own segment. The codes of qkv are asked for first of all and wait in registers for x.
+ * Four warps serve: two bring x and sum up its squares, two ask for keys and values of the block's first tile and then
+ * for o's codes; all of them join tiles. x and o's codes come by the copy engine: loads of other blocks' words wait
+ * behind loads of weights, but not behind its copies.
  *
  * Between blocks the data is its own flag (cu_chain_words.cuh). There are two sets of places; a launch uses one and
  * fills the other for the next. Results of tiles have one reader, who fills their places again.
  *
  *   shared: weights of o [band][segment][2048] | x [four segments][segment][ROWS][128], swizzled (cu_a8_device.cuh)
- *           | tile (cu_attn_tile.cuh) | sums [band][segment][ROWS][16] f32 */
+ *           | tile (cu_attn_tile.cuh) | x [ROWS][D] f32 | sums [band][segment][ROWS][16] f32 */
 #include "backend/cuda/cu_a8_device.cuh"
 #include "backend/cuda/cu_attn_tile.cuh"
 #include "backend/cuda/cu_chain_words.cuh"
@@ -23,7 +24,9 @@ enum {
     WARPS = 8, /* that compute */
     GROUPS = 2,
     SERVANTS = 4,
-    ASKERS = 64, /* threads of the last two servants */
+    FIRST_ASKER = 2, /* of the servants */
+    N_ASKER = SERVANTS - FIRST_ASKER,
+    ASKERS = N_ASKER * 32,
     COMPUTERS = WARPS * 32,
     THREADS = (WARPS + SERVANTS) * 32,
     HIDDEN = 2560, /* D, and H C */
@@ -32,6 +35,7 @@ enum {
     HEAD = 128,        /* C: a segment of o */
     UNIT_BYTES = 2048, /* of a segment of a band */
     BAND_BYTES = SEGS * UNIT_BYTES,
+    O_EACH = SEGS / N_ASKER,               /* segments of a band of o, an asker's */
     OWN_SEGS = (SEGS + WARPS - 1) / WARPS, /* of a row, a warp's */
     ONCE = 32,                             /* tiles that a join reads at once */
 };
@@ -56,7 +60,8 @@ template <int ROWS> struct one_shape {
     typedef tile_shape<HEAD, 0, WARPS> tile;
     static constexpr int COLUMNS = 4 * ROWS; /* of a product: four segments of all rows */
     static constexpr int x_at = GROUPS * BAND_BYTES, tile_at = x_at + QUADS * COLUMNS * CU_SEGMENT;
-    static constexpr int part_at = tile_at + tile::end_at;
+    static constexpr int f32_at = tile_at + tile::end_at;
+    static constexpr int part_at = f32_at + ROWS * HIDDEN * 4;
     static constexpr int end_at = part_at + GROUPS * SEGS * ROWS * CU_BAND * 4;
 };
 
@@ -104,14 +109,16 @@ static __device__ __forceinline__ void load_band(band_codes *c, const cu_linear 
                          : "l"(from + t * 512));
     }
 }
-/* The same to shared memory, where only the same lane reads them. */
-static __device__ __forceinline__ void ask_band(uint32_t to, const cu_linear *w, int32_t band, int warp, int lane) {
-#pragma unroll
-    for (int k = 0; k < QUADS; k++) {
-        const unsigned char *from = unit_at(w, band, k, warp, lane);
-#pragma unroll
-        for (int t = 0; t < 4; t++) attn_copy16_all(to + ((4 * k + warp) * 4 + t) * 512 + lane * 16, from + t * 512);
-    }
+/* An asker's share of a band of o, to shared memory. */
+static __device__ __forceinline__ void ask_band(const one_args *a, int32_t band, uint32_t to, uint32_t bar, int servant,
+                                                int lane) {
+    const int32_t seg = (servant - FIRST_ASKER) * O_EACH + lane;
+    if (band < 0 || servant < FIRST_ASKER) return;
+    if (lane == 0) bar_arrive_expect(bar, O_EACH * UNIT_BYTES);
+    __syncwarp();
+    if (lane < O_EACH)
+        copy_bulk(to + seg * UNIT_BYTES, (const unsigned char *)a->o.pack + a8_at(band, seg, SEGS) * UNIT_BYTES,
+                  UNIT_BYTES, bar);
 }
 static __device__ __forceinline__ void take_band(band_codes *c, const unsigned char *from, int warp, int lane) {
 #pragma unroll
@@ -169,12 +176,12 @@ template <int ROWS> static __device__ __forceinline__ int code_place(int32_t row
 
 /* ---- the norm ---------------------------------------------------------------------------------------------------- */
 
-/* 1 / sqrt(mean of squares) of a row by a warp: cu_sum_squares' order. */
+/* 1 / sqrt(mean of squares) of a row in shared memory by a warp: cu_sum_squares' order. */
 static __device__ __forceinline__ float row_scale_of(const float *x, float eps, int lane) {
     float4 v[SEGS];
     float sum = 0.0f;
 #pragma unroll
-    for (int k = 0; k < SEGS; k++) v[k] = __ldcg((const float4 *)(x + k * CU_SEGMENT + lane * 4));
+    for (int k = 0; k < SEGS; k++) v[k] = *(const float4 *)(x + k * CU_SEGMENT + lane * 4);
 #pragma unroll
     for (int k = 0; k < SEGS; k++) sum = cu_add_squares(v[k], sum);
     return cu_norm_scale(cu_warp_sum(sum), HIDDEN, eps);
@@ -182,12 +189,13 @@ static __device__ __forceinline__ float row_scale_of(const float *x, float eps, 
 
 /* The warp's segments of a row of x to codes. */
 template <cu_format F, int ROWS>
-static __device__ __forceinline__ void norm_row(const float4 x[OWN_SEGS], const uint2 w[OWN_SEGS], float scale,
-                                                unsigned char *to, float *by_row, int32_t row, int warp, int lane) {
+static __device__ __forceinline__ void norm_row(const float *x, const uint2 w[OWN_SEGS], float scale, unsigned char *to,
+                                                float *by_row, int32_t row, int warp, int lane) {
 #pragma unroll
     for (int k = 0; k < OWN_SEGS; k++) {
         const int seg = warp + k * WARPS;
-        const float f[4] = {x[k].x, x[k].y, x[k].z, x[k].w};
+        const float4 in = *(const float4 *)(x + min(seg, SEGS - 1) * CU_SEGMENT + lane * 4);
+        const float f[4] = {in.x, in.y, in.z, in.w};
         const uint32_t weight[4] = {w[k].x & 0xffff, w[k].x >> 16, w[k].y & 0xffff, w[k].y >> 16};
         float v[4], of_codes;
         if (seg >= SEGS) break;
@@ -418,6 +426,22 @@ static __device__ __forceinline__ void read_if_none(uint32_t *v, const void *p) 
                  : "memory");
 }
 
+/* Words of up to ONCE tiles of a head, of which there are `count`, that were not there yet: O of a lane's dimension,
+ * and the lane's tile's M and L. */
+static __device__ __forceinline__ void look_again(uint32_t o[ONCE], uint2 *ml, const float *piece,
+                                                  const float2 *piece_ml, int lane) {
+    if (max(ml->x, ml->y) == CHAIN_NONE) *ml = cu_look2(piece_ml + lane);
+#pragma unroll
+    for (int j = 0; j < ONCE; j++) read_if_none(&o[j], piece + j * HEAD);
+}
+static __device__ __forceinline__ void first_look(uint32_t o[ONCE], uint2 *ml, const float *piece,
+                                                  const float2 *piece_ml, int32_t count, int lane) {
+    *ml = lane < count ? make_uint2(CHAIN_NONE, CHAIN_NONE) : make_uint2(__float_as_uint(-INFINITY), 0);
+#pragma unroll
+    for (int j = 0; j < ONCE; j++) o[j] = j < count ? CHAIN_NONE : 0;
+    look_again(o, ml, piece, piece_ml, lane);
+}
+
 /* Join the tiles of a row's head, a servant 32 dimensions, a lane a dimension; then its codes, for o. room: f32 [128]
  */
 template <cu_format F>
@@ -428,26 +452,22 @@ static __device__ __forceinline__ void join(const one_args *a, const int32_t *po
     float *piece = a->piece + at * HEAD + dim;
     float2 *piece_ml = a->piece_ml + at;
     float M = -INFINITY, L = 0.0f, acc = 0.0f;
+    uint32_t o[ONCE];
+    uint2 ml;
+    first_look(o, &ml, piece, piece_ml, n_tile, lane);
 #pragma unroll 1
     for (int32_t from = 0; from < n_tile; from += ONCE) {
         const int32_t count = min((int32_t)ONCE, n_tile - from);
-        uint32_t o[ONCE];
-        uint2 ml;
-        int looks = 0;
-        ml = make_uint2(CHAIN_NONE, CHAIN_NONE);
-        if (lane >= count) ml = make_uint2(__float_as_uint(-INFINITY), 0);
-#pragma unroll
-        for (int j = 0; j < ONCE; j++) o[j] = j < count ? CHAIN_NONE : 0;
-        for (;;) {
-            if (max(ml.x, ml.y) == CHAIN_NONE) ml = cu_look2(piece_ml + from + lane);
-#pragma unroll
-            for (int j = 0; j < ONCE; j++) read_if_none(&o[j], piece + (from + j) * HEAD);
+        for (int looks = 0;; chain_again(&looks)) {
             uint32_t most = max(ml.x, ml.y);
 #pragma unroll
             for (int j = 0; j < ONCE; j++) most = max(most, o[j]);
             if (!__any_sync(0xffffffffu, most == CHAIN_NONE)) break;
-            chain_again(&looks);
+            look_again(o, &ml, piece + from * HEAD, piece_ml + from, lane);
         }
+        uint32_t next_o[ONCE];
+        uint2 next_ml;
+        first_look(next_o, &next_ml, piece + (from + ONCE) * HEAD, piece_ml + from + ONCE, n_tile - from - ONCE, lane);
         /* The lane's tile: M after it, before it, and its factors. */
         const float m = __uint_as_float(ml.x);
         float after = fmaxf(M, m);
@@ -468,6 +488,9 @@ static __device__ __forceinline__ void join(const one_args *a, const int32_t *po
             L = attn_join(L, lj, fj, bj);
             acc = attn_join(acc, __uint_as_float(o[j]), fj, bj);
         }
+#pragma unroll
+        for (int j = 0; j < ONCE; j++) o[j] = next_o[j];
+        ml = next_ml;
     }
     room[dim] = cu_f32(cu_round(__fdiv_rn(acc, L)));
     one_sync<BAR_SERVE, SERVANTS * 32>(); /* the segment is there; M and L were read */
@@ -531,17 +554,20 @@ static __device__ __forceinline__ void stretch_of(const one_args *a, const int32
 /* What a block's threads share beside the large pieces. */
 typedef struct one_shared {
     float4 room[HEAD / 4];
-    uint64_t ready, kv[2]; /* row_scale, set, pos and by_band are there; keys and values of the first tile */
+    uint64_t rows, o[GROUPS]; /* x and a band of o in shared memory */
+    uint64_t ready, kv[2];    /* row_scale, set, pos and by_band are there; keys and values of the first tile */
     float row_scale[4], by_row[SEGS * 4], by_band[2][GROUPS][SEGS];
     int64_t cells[CU_KEYS]; /* of the first tile */
     int32_t pos[4], set;
 } one_shared;
 
 template <cu_format F, int ROWS>
-static __device__ __forceinline__ void serve(const one_args *a, one_shared *s, unsigned char *tile, int servant,
+static __device__ __forceinline__ void serve(const one_args *a, one_shared *s, unsigned char *memory, int servant,
                                              int lane) {
+    typedef one_shape<ROWS> sh;
+    const float *const f32 = (const float *)(memory + sh::f32_at);
     const uint32_t ready = attn_smem(&s->ready);
-    const int32_t block = blockIdx.x, n_block = gridDim.x, asker = (servant - 2) * 32 + lane;
+    const int32_t block = blockIdx.x, n_block = gridDim.x, asker = (servant - FIRST_ASKER) * 32 + lane;
     if (servant == 0 && F == CU_F8A8) {
 #pragma unroll
         for (int i = 0; i < 4; i++) {
@@ -556,24 +582,34 @@ static __device__ __forceinline__ void serve(const one_args *a, one_shared *s, u
             s->set = (int32_t)(atomicAdd(a->count, 1ull) / (uint32_t)n_block & 1);
             cu_launch_next();
         }
-    } else if (servant >= 2) {
+    } else if (servant >= FIRST_ASKER) {
         int32_t first, end;
         stretch_of(a, a->att.pos, &first, &end);
         if (first < end) {
             const one_tile t = tile_nth(&a->att, a->att.pos, first);
-            ask_first(&a->att, tile, &t, s->cells, attn_smem(s->kv), asker);
+            ask_first(&a->att, memory + sh::tile_at, &t, s->cells, attn_smem(s->kv), asker);
         }
     }
     cu_wait_previous();
     __syncwarp();
-    if (servant < 2) {
+    if (servant < FIRST_ASKER) {
+        const uint32_t rows = attn_smem(&s->rows);
+        if (servant == 0 && lane == 0) {
+            bar_arrive_expect(rows, a->n_row * HIDDEN * 4);
+            copy_bulk(attn_smem(f32), a->x, a->n_row * HIDDEN * 4, rows);
+        }
+        chain_wait(rows, 0);
 #pragma unroll 1
-        for (int32_t r = servant; r < a->n_row; r += 2) {
-            const float scale = row_scale_of(a->x + (int64_t)r * HIDDEN, a->eps, lane);
+        for (int32_t r = servant; r < a->n_row; r += FIRST_ASKER) {
+            const float scale = row_scale_of(f32 + r * HIDDEN, a->eps, lane);
             if (lane == 0) s->row_scale[r] = scale;
         }
         if (lane == 0) bar_arrive(ready);
     }
+#pragma unroll
+    for (int g = 0; g < GROUPS; g++)
+        ask_band(a, o_band(a, block, n_block, g), attn_smem(memory) + g * BAND_BYTES, attn_smem(s->o + g), servant,
+                 lane);
     chain_wait(ready, 0);
     uint32_t *const other = a->set[s->set ^ 1];
 #pragma unroll 1
@@ -596,14 +632,17 @@ __global__ void __launch_bounds__(THREADS, 1) attn_one(const __grid_constant__ o
     unsigned char *const tile = memory + sh::tile_at;
     if (warp >= WARPS) {
         if (warp == WARPS && lane == 0) {
-            bar_init(attn_smem(&s.ready), 2);
+            bar_init(attn_smem(&s.rows), 1);
+            bar_init(attn_smem(s.o), N_ASKER);
+            bar_init(attn_smem(s.o + 1), N_ASKER);
+            bar_init(attn_smem(&s.ready), FIRST_ASKER);
             bar_init(attn_smem(s.kv), ASKERS);
             bar_init(attn_smem(s.kv + 1), ASKERS);
             bar_init_end();
         }
         one_sync<BAR_SERVE, SERVANTS * 32>();
         asm volatile("bar.arrive %0, %1;" ::"n"((int)BAR_START), "n"((int)THREADS) : "memory");
-        serve<F, ROWS>(&a, &s, tile, warp - WARPS, lane);
+        serve<F, ROWS>(&a, &s, memory, warp - WARPS, lane);
         return;
     }
 
@@ -632,20 +671,15 @@ __global__ void __launch_bounds__(THREADS, 1) attn_one(const __grid_constant__ o
     float *const part = (float *)(memory + sh::part_at) + group * (SEGS * ROWS * CU_BAND);
     const float *const part_mine = part + row * CU_BAND + out_in;
     const uint32_t x_at = memory_at + sh::x_at;
+    const float *const f32 = (const float *)(memory + sh::f32_at);
     if (adds && bands[1] >= 0) old = __ldcg(a.x + row * HIDDEN + out[1]);
     {
-        float4 v[ROWS][OWN_SEGS];
-#pragma unroll
-        for (int r = 0; r < ROWS; r++)
-#pragma unroll
-            for (int k = 0; k < OWN_SEGS; k++)
-                v[r][k] = __ldcg((const float4 *)(a.x + (r < a.n_row ? r : 0) * HIDDEN +
-                                                  min(warp + k * WARPS, SEGS - 1) * CU_SEGMENT + lane * 4));
+        chain_wait(attn_smem(&s.rows), 0);
         chain_wait(attn_smem(&s.ready), 0);
 #pragma unroll
         for (int r = 0; r < ROWS; r++)
             if (r < a.n_row)
-                norm_row<F, ROWS>(v[r], norm_w, s.row_scale[r], memory + sh::x_at, s.by_row, r, warp, lane);
+                norm_row<F, ROWS>(f32 + r * HIDDEN, norm_w, s.row_scale[r], memory + sh::x_at, s.by_row, r, warp, lane);
         a8_show();
         one_sync<BAR_ALL, COMPUTERS>();
         if (bands[0] >= 0) multiply<F, ROWS>(&codes, part, x_at, warp % 4, lane);
@@ -657,14 +691,13 @@ __global__ void __launch_bounds__(THREADS, 1) attn_one(const __grid_constant__ o
             chain_write(set + row * a.qkv.n_out + out[0],
                         __float_as_uint(total_of<F, ROWS>(part_mine, s.by_row + row, s.by_band[0][group], by_out[0])));
     }
-    if (bands[1] >= 0) ask_band(memory_at + group * BAND_BYTES, &a.o, bands[1], warp % 4, lane);
-    attn_copy_commit();
     int32_t first, end;
     stretch_of(&a, s.pos, &first, &end);
     if (first < end) attend(&a, tile, set, s.pos, first, end, attn_smem(s.kv), warp, lane);
 
     {
         attn_copy_wait<0>();
+        if (bands[1] >= 0) chain_wait(attn_smem(s.o + group), 0);
         if (bands[1] >= 0) take_band(&codes, memory + group * BAND_BYTES, warp % 4, lane);
         one_sync<BAR_ALL, COMPUTERS>(); /* nobody reads the rows of qkv, their scales and sums any more */
         bring_codes<F, ROWS>(&a, set, memory + sh::x_at, s.by_row, warp, lane);
