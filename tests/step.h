@@ -8,7 +8,7 @@
 
 #include "backend/backend.h"
 
-enum { STEP_ROWS = 512, STEP_SEQS = 32, STEP_PAGES = 64 };
+enum { STEP_ROWS = 640, STEP_SEQS = 32, STEP_PAGES = 64 };
 
 typedef struct step {
     ern_batch in;

@@ -1,9 +1,9 @@
 /* A long sequence, whose attention all workers share: the pieces that it is cut into change no bit.
  *
  * One sequence of six softmax blocks is served by one worker, alone, in chunks of 512; then with 2, 3 and 7 workers,
- * in other chunks, alone and beside a second one of other length, rows of drafts (4 in a step) included. The logits of
- * every step's last row must have the bits of the first run. KV in bf16 and int8, every level of this machine; cells
- * that were not written hold NaN.
+ * in other chunks (601: two passes of the feed-forward), alone and beside a second one of other length, rows of drafts
+ * (4 in a step) included. The logits of every step's last row must have the bits of the first run. KV in bf16 and int8,
+ * every level of this machine; cells that were not written hold NaN.
  *
  * Pieces of several blocks need more of them: four rows end a sequence of 64 blocks whose cells were filled from
  * outside, one by one with one worker, then as drafts with more, alone and beside eight rows of another sequence. */
@@ -105,7 +105,7 @@ static void check(const ern_model *m, int32_t level, bool int8) {
     int32_t n_split = 0;
     serve(m, level, 1, int8, 512, false, want, &n_split);
     assert_int_equal(n_split, 0); /* nothing to share */
-    static const int32_t threads[] = {2, 3, 7}, chunk[] = {330, 401, 509};
+    static const int32_t threads[] = {2, 3, 7}, chunk[] = {601, 401, 509};
     for (int i = 0; i < 6; i += level == ERN_CPU_PORTABLE || few ? 3 : 1) { /* the slow ones: alone and beside */
         n_split = 0;
         memcpy(have, want, (REPLY + 1) * V * sizeof *have); /* rows that a step of drafts does not show */

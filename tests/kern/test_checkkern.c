@@ -478,7 +478,8 @@ static void test_quant_rows(void **state) {
             check_quant_rows(k, formats[f], exact, 130, 150, 70);
             check_quant_rows(k, formats[f], exact, 13, 70, 2100);
             check_quant_rows(k, formats[f], exact, 150, 70, 1300); /* weights of tiles that are kept, for many rows */
-            if (!exact) check_quant_rows(k, formats[f], exact, 70, 70, 3200); /* ... that are too many to be kept */
+            if (!exact) check_quant_rows(k, formats[f], exact, 70, 70, 3200);  /* ... that are too many to be kept */
+            if (!exact) check_quant_rows(k, formats[f], exact, 340, 20, 3200); /* rows in several parts */
         }
     }
 }
@@ -882,9 +883,9 @@ static void test_attn_rows(void **state) {
     for (int i = 0; i < 60; i++)
         check_attn_rows(k, draw_int(0, 300), draw_int(1, CPU_ATTN_ROWS), draw_int(1, CPU_HEAD_TILE),
                         i % 2 ? 128 : 2 * draw_int(1, CPU_HEAD_DIM_MAX / 2), i % 5 == 0);
-    check_attn_rows(k, 240, 32, 8, 128, false);
-    check_attn_rows(k, 500, 32, 5, 128, true);
-    check_attn_rows(k, 0, 32, 8, 256, false);
+    check_attn_rows(k, 240, CPU_ATTN_ROWS, 8, 128, false);
+    check_attn_rows(k, 500, CPU_ATTN_ROWS - 1, 5, 128, true);
+    check_attn_rows(k, 0, CPU_ATTN_ROWS, 8, 256, false);
 }
 
 static void test_attn(void **state) {
