@@ -295,7 +295,9 @@ ern_status bench_decode_against(bench_steps *b, int32_t context, int32_t base_co
     } while (++rounds < b->o.n_round && ern_now_us() - begin_us < ENOUGH_US);
     qsort(r, (size_t)rounds, sizeof *r, by_share);
     *share = r[rounds / 2].share;
-    conclude(out, &r[rounds / 2].row, 1, 1);
+    round row[ROUNDS_MAX];
+    for (int i = 0; i < rounds; i++) row[i] = r[i].row;
+    conclude(out, row, rounds, 1);
     return ERN_OK;
 }
 
