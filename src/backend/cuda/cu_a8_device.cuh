@@ -121,12 +121,16 @@ template <cu_codes C> static __device__ __forceinline__ uint32_t a8_code4(const 
 #pragma unroll
     for (int k = 0; k < 4; k++) p[k] = __fmul_rn(v[k], factor);
     if constexpr (C == CU_CODES_F8) { /* the largest where it is beyond */
+#if CU_PORTABLE
+        out = cu_e4m3(p[0]) | cu_e4m3(p[1]) << 8 | cu_e4m3(p[2]) << 16 | cu_e4m3(p[3]) << 24;
+#else
         asm("{.reg .b16 lo, hi;\n"
             "cvt.rn.satfinite.e4m3x2.f32 lo, %2, %1;\n"
             "cvt.rn.satfinite.e4m3x2.f32 hi, %4, %3;\n"
             "mov.b32 %0, {lo, hi};}\n"
             : "=r"(out)
             : "f"(p[0]), "f"(p[1]), "f"(p[2]), "f"(p[3]));
+#endif
     } else {
         uint32_t bits[4]; /* of 3 * 2^22 + the nearest integer */
 #pragma unroll

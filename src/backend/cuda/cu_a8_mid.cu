@@ -28,6 +28,7 @@ typedef struct a8_args {
     large_args l;
     cu_x8 x;
     int32_t n_expert;
+    bool routed; /* the kernel in front waited for the routes before it let this one begin */
 } a8_args;
 
 /* What a kernel is made for. */
@@ -46,8 +47,11 @@ template <cu_format F_, int ROWS_, int WGS_, bool INSIDE_> struct a8_shape {
     static constexpr int BLOCKS = ROWS == 64 || WGS == 2 ? 1 : ROWS == 32 || INSIDE ? 2 : 3; /* of a multiprocessor */
     /* Half of a tile's totals. */
     static constexpr int HALVES = WGS * 2 * CU_BAND * ROWS * 4;
-    /* As many as there is room for beside these, the scales and barriers. */
-    static constexpr int ROOM = (SHARED_CORE / BLOCKS - HALVES - 2048) / (SLOT + SEGMENTS * SCALES * 4);
+    /* Whether down (INSIDE) asks for codes while up, which knows the routes, still runs. Of int4 that gains nothing. */
+    static constexpr bool EARLY = F != CU_I4A8;
+    /* As many as there is room for beside these, the scales and barriers, and for EARLY beside two blocks of up. */
+    static constexpr int ROOM =
+        (SHARED_CORE / (INSIDE && EARLY ? 3 : BLOCKS) - HALVES - 2048) / (SLOT + SEGMENTS * SCALES * 4);
     static constexpr int SLOTS = ROOM < SLOTS_MAX ? ROOM : SLOTS_MAX;
 };
 
@@ -104,7 +108,7 @@ static __device__ __forceinline__ void fill_codes(const a8_args *args, const a8_
     constexpr int STEP = S::SEGMENTS * CU_A8_BANDS; /* segments of bands from slot to slot */
     const large_args *a = &args->l;
     const int32_t n_seg = a->w.n_seg;
-    if (a->experts) cu_wait_previous();
+    if (a->experts && !(S::EARLY && args->routed)) cu_wait_previous();
     const uint32_t n_tile = tile_count(a);
     large_tile list = tiles_find<S>(args, blockIdx.x);
     int slot = 0, listed = 0, n_asked = 0;
@@ -306,7 +310,7 @@ __global__ void __launch_bounds__(S::THREADS, S::BLOCKS) a8_mid(const __grid_con
                           bars_at, bars_at + N * 8, bars_at + 2 * N * 8};
     const int32_t n_seg = a->w.n_seg;
 
-    cu_launch_next();
+    if (!S::EARLY || !a->place_entry) cu_launch_next();
     if (threadIdx.x == 0) {
         for (int i = 0; i < N; i++) {
             bar_init(ring.full + i * 8, 1 + (S::INSIDE ? 1 : S::FILLERS * 32)); /* and the bytes of codes */
@@ -331,6 +335,7 @@ __global__ void __launch_bounds__(S::THREADS, S::BLOCKS) a8_mid(const __grid_con
         return;
     }
     cu_wait_previous();
+    if (S::EARLY && a->place_entry) cu_launch_next(); /* the routes are there: down need not wait for them */
 
     const uint32_t n_tile = tile_count(a);
     int slot = 0, done = 0; /* the next to be multiplied, to be added */
@@ -505,6 +510,7 @@ cudaError_t cu_a8_mid_grouped(cudaStream_t s, const cu_grouped_job *j) {
     if (!inside) args.l.x = NULL;
     args.x = j->x8;
     args.n_expert = j->routes->n_expert;
+    args.routed = inside && j->behind_up;
     if (!args_sound(&args) || (inside && (j->gather || !j->x || j->routes->tile_rows != 8)))
         return cudaErrorInvalidValue;
     switch (j->routes->tile_rows) {

@@ -293,6 +293,7 @@ __global__ void __launch_bounds__(THREADS, 2) a8_split(const __grid_constant__ s
         a8_segment<ROWS>(acc, code, memory_at + m.x + k * (ROWS * CU_SEGMENT));
         wide_wait<0>();
         a8_hold<ROWS / 2>(acc);
+        wide_hold_codes<4>(code);
         if (lane == 0) bar_arrive(empty + slot * 8);
         const int32_t at = (seg0 + k) * each;
 #pragma unroll

@@ -349,6 +349,7 @@ cudaError_t cu_attend(cudaStream_t s, cu_bf16 *out, const cu_bf16 *q, const floa
 cudaError_t cu_attend_codes(cudaStream_t s, const cu_x8 *out, cu_codes codes, const cu_bf16 *q, const cu_cache *c,
                             int32_t layer, const cu_seqs *seqs) {
     attn_args a;
+    if (CU_PORTABLE) return cudaErrorNotSupported;
     if (!cu_attend_codes_fits(c) || codes == CU_CODES_NONE || !attn_args_of(&a, c, layer, seqs))
         return cudaErrorInvalidValue;
     a.q = q;

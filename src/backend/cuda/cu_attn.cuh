@@ -155,18 +155,7 @@ static __device__ __forceinline__ float2 attn_angle(int32_t pos, float inv_freq)
 }
 /* The nearest code. */
 template <int CODES> static __device__ __forceinline__ uint32_t attn_code(float x) {
-    if (CODES != ATTN_F8) return (uint32_t)__float2int_rn(x) & 0xffu;
-#if CU_PORTABLE
-    /* three bits of mantissa, or, below 2^-6, multiples of 2^-9; the exponent's bias is 120 less */
-    const uint32_t bits = __float_as_uint(x) & 0x7fffffffu;
-    const uint32_t normal = ((bits + 0x7ffffu + (bits >> 20 & 1)) >> 20) - (120 << 3);
-    const uint32_t code = bits < 0x3c800000u ? (uint32_t)__float2int_rn(__uint_as_float(bits) * 512.0f) : normal;
-    return (__float_as_uint(x) >> 31) << 7 | min(code, 0x7eu);
-#else
-    uint16_t two;
-    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(two) : "f"(0.0f), "f"(x));
-    return two;
-#endif
+    return CODES == ATTN_F8 ? cu_e4m3(x) : (uint32_t)__float2int_rn(x) & 0xffu;
 }
 /* Codes in bits 0..7 and 16..23 as bf16. */
 template <int CODES> static __device__ __forceinline__ uint32_t attn_pair(uint32_t w) {

@@ -94,19 +94,21 @@ template <cu_format F> static __device__ __forceinline__ uint32_t disguise(uint3
 typedef struct band_codes {
     uint32_t a[QUADS][4][4];
 } band_codes;
-static __device__ __forceinline__ const unsigned char *unit_at(const cu_linear *w, int32_t band, int k, int warp,
-                                                               int lane) {
-    return (const unsigned char *)w->pack + a8_at(band, 4 * k + warp, SEGS) * UNIT_BYTES + lane * 16;
-}
+/* From global memory as the products want them, without a stop in shared memory: 4 bytes a lane. Two loads after one
+ * another use the two halves of the same sectors. */
 static __device__ __forceinline__ void load_band(band_codes *c, const cu_linear *w, int32_t band, int warp, int lane) {
+    const int g = lane / 4;
 #pragma unroll
     for (int k = 0; k < QUADS; k++) {
-        const unsigned char *from = unit_at(w, band, k, warp, lane);
+        const unsigned char *from = (const unsigned char *)w->pack + a8_at(band, 4 * k + warp, SEGS) * UNIT_BYTES +
+                                    g * CU_SEGMENT + lane % 4 * 4;
 #pragma unroll
         for (int t = 0; t < 4; t++)
-            asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4];"
-                         : "=r"(c->a[k][t][0]), "=r"(c->a[k][t][1]), "=r"(c->a[k][t][2]), "=r"(c->a[k][t][3])
-                         : "l"(from + t * 512));
+#pragma unroll
+            for (int r = 0; r < 4; r++) /* outputs g and g + 8, the first 16 inputs of 32 and the last */
+                asm volatile("ld.global.nc.L2::256B.u32 %0, [%1];"
+                             : "=r"(c->a[k][t][r / 2 + r % 2 * 2])
+                             : "l"(from + r / 2 * (8 * CU_SEGMENT) + (((2 * t + r % 2) ^ g) << 4)));
     }
 }
 /* An asker's share of a band of o, to shared memory. */
@@ -120,26 +122,25 @@ static __device__ __forceinline__ void ask_band(const one_args *a, int32_t band,
         copy_bulk(to + seg * UNIT_BYTES, (const unsigned char *)a->o.pack + a8_at(band, seg, SEGS) * UNIT_BYTES,
                   UNIT_BYTES, bar);
 }
+template <cu_format F>
 static __device__ __forceinline__ void take_band(band_codes *c, const unsigned char *from, int warp, int lane) {
 #pragma unroll
-    for (int k = 0; k < QUADS; k++)
-#pragma unroll
-        for (int t = 0; t < 4; t++) {
-            const uint4 v = *(const uint4 *)(from + ((4 * k + warp) * 4 + t) * 512 + lane * 16);
-            c->a[k][t][0] = v.x, c->a[k][t][1] = v.y, c->a[k][t][2] = v.z, c->a[k][t][3] = v.w;
-        }
+    for (int k = 0; k < QUADS; k++) a8_codes<F>(c->a[k], from + (4 * k + warp) * UNIT_BYTES, lane);
 }
 
 /* All segments of a warpgroup's band: sums to part [segment][ROWS][16]. x: of all quarters. */
 template <cu_format F, int ROWS>
-static __device__ __forceinline__ void multiply(const band_codes *c, float *part, uint32_t x, int warp, int lane) {
+static __device__ __forceinline__ void multiply(band_codes *c, float *part, uint32_t x, int warp, int lane) {
     typedef one_shape<ROWS> sh;
     a8_sum<F> acc[QUADS][sh::COLUMNS / 2];
 #pragma unroll
     for (int k = 0; k < QUADS; k++) a8_segment<sh::COLUMNS>(acc[k], c->a[k], x + k * (sh::COLUMNS * CU_SEGMENT));
     wide_wait<0>();
 #pragma unroll
-    for (int k = 0; k < QUADS; k++) a8_hold<sh::COLUMNS / 2>(acc[k]);
+    for (int k = 0; k < QUADS; k++) {
+        a8_hold<sh::COLUMNS / 2>(acc[k]);
+        wide_hold_codes<4>(c->a[k]);
+    }
     const int g = lane / 4, column = warp * ROWS, square = column / 8, row = 2 * (lane % 4) - column % 8;
     if (row < 0 || row >= ROWS) return; /* of another segment */
 #pragma unroll
@@ -698,7 +699,7 @@ __global__ void __launch_bounds__(THREADS, 1) attn_one(const __grid_constant__ o
     {
         attn_copy_wait<0>();
         if (bands[1] >= 0) chain_wait(attn_smem(s.o + group), 0);
-        if (bands[1] >= 0) take_band(&codes, memory + group * BAND_BYTES, warp % 4, lane);
+        if (bands[1] >= 0) take_band<F>(&codes, memory + group * BAND_BYTES, warp % 4, lane);
         one_sync<BAR_ALL, COMPUTERS>(); /* nobody reads the rows of qkv, their scales and sums any more */
         bring_codes<F, ROWS>(&a, set, memory + sh::x_at, s.by_row, warp, lane);
         a8_show();

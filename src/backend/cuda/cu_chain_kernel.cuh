@@ -13,11 +13,9 @@
  * while the look is on its way, and looks again until all is there. A warp looks only at the segments that it
  * multiplies with.
  *
- * Between blocks the data is its own flag. What a stage makes goes to a place of this layer's that was filled with
- * CHAIN_NONE, bits that no arithmetic here gives (f32: a NaN other than the one that instructions make; pairs of bf16:
- * the same); who needs it reads the very words until none is CHAIN_NONE. There are two sets of places; a step uses one
- * and fills the other for the next step. Results of tiles of keys have one reader each, who fills the place again
- * before the layer ends; the layer after the next writes there.
+ * Between blocks the data is its own flag (cu_chain_words.cuh), in places of each layer. There are two sets of places;
+ * a step uses one and fills the other for the next step. Results of tiles of keys have one reader each, who fills the
+ * place again before the layer ends; the layer after the next writes there.
  *
  * Bits are those of cu_skinny_kernel.cuh, cu_attn_decode.cu and cu_device.cuh: the same units, tiles and orders. */
 #ifndef ERN_BACKEND_CUDA_CU_CHAIN_KERNEL_CUH

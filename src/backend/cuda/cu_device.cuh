@@ -153,4 +153,19 @@ static __device__ __forceinline__ float cu_normed(float x, float scale, cu_bf16 
     return __fmul_rn(__fmul_rn(x, scale), cu_f32(w));
 }
 
+/* The nearest e4m3 code, the largest where x is beyond it. */
+static __device__ __forceinline__ uint32_t cu_e4m3(float x) {
+#if CU_PORTABLE
+    /* three bits of mantissa, or, below 2^-6, multiples of 2^-9; the exponent's bias is 120 less */
+    const uint32_t bits = __float_as_uint(x) & 0x7fffffffu;
+    const uint32_t normal = ((bits + 0x7ffffu + (bits >> 20 & 1)) >> 20) - (120 << 3);
+    const uint32_t code = bits < 0x3c800000u ? (uint32_t)__float2int_rn(__uint_as_float(bits) * 512.0f) : normal;
+    return (__float_as_uint(x) >> 31) << 7 | min(code, 0x7eu);
+#else
+    uint16_t two;
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(two) : "f"(0.0f), "f"(x));
+    return two;
+#endif
+}
+
 #endif

@@ -13,8 +13,8 @@
  *              of rows, any kernel.
  *   attention  keys in tiles of CU_KEYS = 128 at absolute positions; each tile has a softmax of its own (its own
  *              maximum over the keys that the row sees, weights rounded to bf16, their sum by the same products with a
- *              column of ones), and tiles are joined one after the other, first tile first (cu_attn.cu draws it).
- *   norm       one warp a row, lane l adds x[l*4..] + 128 k in order, then a fixed tree (cu_row_sum in cu_device.cuh).
+ *              column of ones), and tiles are joined one after the other, first tile first (cu_attn.cuh draws it).
+ *   norm       one warp a row, lane l adds x[l*4..] + 128 k in order, then a fixed tree (cu_sum_squares in cu_device.cuh).
  *   experts    chosen by rank; shares and sums in rank order.
  *
  * Activations between kernels: residual stream f32 [T, D]; inputs of linears bf16, their rows CU_PAD(n) apart, where
@@ -226,8 +226,9 @@ typedef struct cu_route_job {
 cudaError_t cu_route(cudaStream_t s, const cu_route_job *j, const cu_routes *r);
 
 /* cu_norm, cu_quant_x8 and cu_route of at most CU_ROUTE_FEW_MAX rows, in one launch. codes CU_CODES_NONE: no codes, and
- * out may be NULL; so may xn. */
+ * out may be NULL; so may xn. Rows that are too long for shared memory (22,000 and more) do not fit. */
 enum { CU_ROUTE_FEW_MAX = 128 };
+bool cu_route_few_fits(int32_t n_hidden, int32_t n_expert);
 cudaError_t cu_route_few(cudaStream_t s, const cu_route_job *j, const cu_routes *r, const cu_x8 *out, cu_codes codes,
                          cu_bf16 *xn);
 
@@ -249,6 +250,7 @@ typedef struct cu_grouped_job {
     /* A8, any number of rows: instead of x and by_place. Of down, rows by place, made from h by cu_quant_x8; where
      * tile_rows is 8 and x8.code is NULL they are quantized inside, from x by place. */
     cu_x8 x8, x8_by_place;
+    bool behind_up; /* down, where x8.code is NULL: the launch in front is up's of the same format and routes */
     float *y;
     int64_t ldy;
     cu_bf16 *h;

@@ -207,7 +207,7 @@ static __global__ void __launch_bounds__(WIDE_THREADS, R > 8 ? 1 : 2)
         SUMS = R * WIDE_X,
         EACH = SUMS / SLICES
     };
-    extern __shared__ __align__(128) float memory[]; /* [WIDE_STAGES][rows, experts][32], [SLICES][SUMS][32] */
+    extern __shared__ __align__(128) float memory[]; /* [WIDE_STAGES][N][rows, experts][32], [SLICES][SUMS][32] */
     __shared__ float scales[ROWS];
     float *meet = memory + WIDE_STAGES * N * RUN;
     cu_launch_next();

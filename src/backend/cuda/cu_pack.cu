@@ -1,7 +1,8 @@
 /* Stored weights to packed ones (cu_kernels.h draws both ends): a warp makes one group of 16 outputs by 64 inputs, lane
- * 4 g + c what it will one day feed to the tensor core. Elements are fetched one by one, whatever the source: this runs
- * once, while the bus brings the next tensor, and the cache makes whole lines of it. pack_fetch and pack_lane have no
- * device code, so that a program on the CPU can hold them against the drawing. */
+ * 4 g + c what it will one day feed to the tensor core (of bytes of A8: what pack_place says). Elements are fetched one
+ * by one, whatever the source: this runs once, while the bus brings the next tensor, and the cache makes whole lines of
+ * it. pack_fetch, pack_lane and pack_place have no device code, so that a program on the CPU can hold them against the
+ * drawing. */
 #include "backend/cuda/cu_device.cuh"
 #include "backend/cuda/cu_kernels.h"
 #include "model/quant.h"

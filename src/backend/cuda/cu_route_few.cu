@@ -287,6 +287,12 @@ static __global__ void __maxnreg__(MANY ? 160 : 104) route_few(const __grid_cons
     if (s.last) sort_entries(&s, &a.r, j->n_row * a.r.n_used);
 }
 
+/* Of a block with so many rows. */
+static int64_t block_bytes(int32_t n_each, int32_t n_hidden, int32_t n_expert) {
+    return (int64_t)n_each * n_hidden * 8 + n_hidden * 2 + n_expert * 4;
+}
+bool cu_route_few_fits(int32_t n_hidden, int32_t n_expert) { return block_bytes(1, n_hidden, n_expert) <= SHARED_MAX; }
+
 cudaError_t cu_route_few(cudaStream_t s, const cu_route_job *j, const cu_routes *r, const cu_x8 *out, cu_codes codes,
                          cu_bf16 *xn) {
     static uint64_t ready[4];
@@ -296,9 +302,8 @@ cudaError_t cu_route_few(cudaStream_t s, const cu_route_job *j, const cu_routes 
         return cudaErrorInvalidValue;
     /* So many rows a cluster that all clusters run at once; no more, since its rows come one after the other. */
     int32_t n_each = T <= 8 ? 1 : T <= 24 ? 2 : T <= 48 ? 4 : RANKS;
-    while (n_each > 1 && (int64_t)n_each * D * 8 + D * 2 + E * 4 > SHARED_MAX) n_each /= 2;
-    const int64_t bytes = (int64_t)n_each * D * 8 + D * 2 + E * 4;
-    if (bytes > SHARED_MAX) return cudaErrorInvalidValue;
+    while (n_each > 1 && block_bytes(n_each, D, E) > SHARED_MAX) n_each /= 2;
+    if (!cu_route_few_fits(D, E)) return cudaErrorInvalidValue;
     const void *const kernels[4] = {(const void *)route_few<2, false>, (const void *)route_few<2, true>,
                                     (const void *)route_few<EXPERTS_MAX / 32, false>,
                                     (const void *)route_few<EXPERTS_MAX / 32, true>};
@@ -310,5 +315,5 @@ cudaError_t cu_route_few(cudaStream_t s, const cu_route_job *j, const cu_routes 
     void *args[] = {&a};
     const int32_t n_warp = LOGIT_WARPS + (n_each < SERVANTS_MAX ? n_each : SERVANTS_MAX);
     return cu_launch(s, kernels[which], dim3((unsigned)((T + n_each - 1) / n_each * RANKS)), (unsigned)n_warp * 32,
-                     (size_t)bytes, true, RANKS, args);
+                     (size_t)block_bytes(n_each, D, E), true, RANKS, args);
 }

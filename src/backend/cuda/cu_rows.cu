@@ -1,10 +1,12 @@
-/* Kernels that take a row at a time: embedding, RMS norm, the input of the multi-token-prediction layer.
+/* Kernels that take a row at a time: embedding, RMS norm (and its codes), the input of the multi-token-prediction
+ * layer.
  *
  * A norm is one warp's work, whatever the launch: its sum is cu_sum_squares of cu_device.cuh, the same that the linears
  * with a norm in front call, so both give the same bits. Rows of up to 2560 numbers stay in registers between the sum
  * and the product; longer ones, and rows that 16-byte loads cannot take, are read twice.
  * Rows of x, of the weights and of the outputs start at multiples of 16 bytes where n_hidden is a multiple of 4 (8
- * bytes for bf16): what cudaMalloc gives. Nothing beyond n_hidden numbers of an output row is written. */
+ * bytes for bf16): what cudaMalloc gives. Nothing beyond n_hidden numbers of a bf16 row is written; codes
+ * fill whole segments. */
 #include "backend/cuda/cu_a8_device.cuh"
 #include "backend/cuda/cu_launch.cuh"
 

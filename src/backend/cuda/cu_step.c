@@ -24,6 +24,7 @@ typedef struct run {
     const ern_batch *in; /* NULL: padding rows alone */
     int32_t n_row, n_seq, n_want;
     bool decode;         /* few rows of every sequence: cu_attend's promise */
+    bool wide;           /* many: cu_attend_codes' */
     bool chain;          /* one row of every sequence, and few: all layers in one kernel */
     bool attn_one;       /* the same: the attention half of a layer in one kernel */
     bool greedy;         /* all rules are plain arg-max */
@@ -159,6 +160,7 @@ static void run_experts(const run *r, const cu_layer *w, const cu_routes *routes
                            .experts = w->expert_down,
                            .routes = routes,
                            .n_row = n,
+                           .behind_up = w->shape.up.format == w->shape.down.format,
                            .epilogue = CU_STORE,
                            .x = b->expert_hid,
                            .ldx = CU_PAD(w->shape.down.n_in),
@@ -227,6 +229,15 @@ static bool normed_before(const run *r, int32_t layer) {
            r->n_row > CU_ROUTE_FEW_MAX && r->n_row <= b->n_ffn_row && !b->probe;
 }
 
+/* The norm in front of `next`, as its first linear takes it. */
+static void norm_after(const run *r, cu_norm_job *j, const cu_layer *next) {
+    const cu_backend *b = r->b;
+    const bool codes = takes_codes(&next->qkv);
+    j->w = next->attn_norm;
+    if (codes) j->codes = b->codes, j->x8 = x8_in(&b->row8, next->qkv.n_in, r->n_row);
+    if (!codes || !cu_norm_holds(next->qkv.n_in)) j->xn = b->xn;
+}
+
 /* x += experts + shared, rows row0..row0+n-1. */
 static void moe_ffn(const run *r, const cu_layer *w, int32_t layer, int32_t row0, int32_t n) {
     cu_backend *b = r->b;
@@ -248,31 +259,38 @@ static void moe_ffn(const run *r, const cu_layer *w, int32_t layer, int32_t row0
         CU_DO(b, cu_moe_few(b->stream, &whole));
         return;
     }
-    const bool codes = takes_codes(&w->shape.up) || (w->has_shared && takes_codes(&w->ffn.up));
-    const bool together = n <= CU_ROUTE_FEW_MAX; /* norm, codes and router in one launch */
-    const bool spread = !codes && routes.tile_rows == 128 && cu_norm_spreads(D); /* the norm is told the places */
+    const bool up_codes = takes_codes(&w->shape.up), shared_codes = w->has_shared && takes_codes(&w->ffn.up);
+    const bool codes = up_codes || shared_codes;
+    /* norm, codes and router in one launch */
+    const bool together = n <= CU_ROUTE_FEW_MAX && cu_route_few_fits(D, m->n_expert);
+    const bool spread = !CU_PORTABLE && !together && up_codes == codes && routes.tile_rows == 128 &&
+                        cu_norm_spreads(D); /* the norm is told the places */
     cu_x8 x8 = {0};
+    if (codes) x8 = x8_in(&b->row8, D, n);
     if (together) {
-        if (codes) x8 = x8_in(&b->row8, D, n);
         CU_DO(b, cu_route_few(b->stream, &route, &routes, &x8, codes ? b->codes : CU_CODES_NONE, b->xn));
-    } else if (spread) {
-        CU_DO(b, cu_route(b->stream, &route, &routes));
-        CU_DO(b, cu_norm_spread(b->stream, b->xn, (cu_bf16 *)b->expert_y, &routes, x, w->ffn_norm, n, D, m->rms_eps));
     } else {
-        CU_DO(b, cu_norm(b->stream, b->xn, x, NULL, w->ffn_norm, n, D, m->rms_eps));
-        if (codes) x8 = to_codes(r, &b->row8, b->xn, D, n);
+        const bool all_codes = up_codes && (shared_codes || !w->has_shared) && cu_norm_holds(D) && !b->probe;
+        const cu_norm_job norm = {.w = w->ffn_norm,
+                                  .eps = m->rms_eps,
+                                  .xn = all_codes ? NULL : b->xn,
+                                  .codes = codes ? b->codes : CU_CODES_NONE,
+                                  .x8 = x8,
+                                  .by_place = spread ? b->expert_y : NULL, /* free until down */
+                                  .routes = &routes};
+        CU_DO(b, cu_route(b->stream, &route, &routes));
+        CU_DO(b, cu_norm_run(b->stream, &norm, x, n, D));
     }
     show_bf16(r, "ffn_norm", layer, row0, b->xn, n, D);
-    if (w->has_shared) run_shared(r, w, n, &x8);
-    if (!together && !spread) CU_DO(b, cu_route(b->stream, &route, &routes));
     show(r, "router", layer, row0, routes.logit, n, m->n_expert);
+    if (w->has_shared) run_shared(r, w, n, &x8);
     run_experts(r, w, &routes, n, &x8, spread);
     if (w->has_shared) shared_join(r, n);
     float *out = b->probe ? b->qkv : NULL; /* free by now, and large enough */
-    const bool norm = normed_before(r, layer + 1);
-    const cu_norm_after after = {b->xn, norm ? b->weights.layer[layer + 1].attn_norm : NULL, m->rms_eps};
+    cu_norm_job after = {.eps = m->rms_eps};
+    if (normed_before(r, layer + 1)) norm_after(r, &after, &b->weights.layer[layer + 1]);
     CU_DO(b, cu_combine(b->stream, x, out, b->expert_y, w->has_shared ? b->shared_y : NULL, &routes, n, D,
-                        norm ? &after : NULL));
+                        after.w ? &after : NULL));
     if (out) show(r, "experts", layer, row0, out, n, D);
 }
 
@@ -288,19 +306,30 @@ static void run_attention(const run *r, const cu_layer *w, int32_t layer) {
     cu_job qkv = job_of(&w->qkv, CU_STORE, b->xn, r->n_row);
     qkv.y = b->qkv;
     qkv.ldy = w->qkv.n_out;
-    if (normed_before(r, layer))
-        rows_to_codes(r, &qkv, &b->row8);
-    else
+    if (!normed_before(r, layer))
         norm_into(r, &qkv, b->x, NULL, w->attn_norm, r->n_row);
+    else if (takes_codes(&w->qkv))
+        qkv.x8 = x8_in(&b->row8, m->n_hidden, r->n_row);
     show_bf16(r, "attn_norm", layer, 0, b->xn, r->n_row, m->n_hidden);
-    CU_DO(b, cu_linear_run(b->stream, &qkv));
     const bool apart = !r->decode || b->probe;
-    if (apart) CU_DO(b, cu_rope_store(b->stream, b->qkv, b->probe != NULL, b->q, &b->cache, layer, &r->seqs));
+    const cu_rope rope = {.q_out = b->q, .cache = &b->cache, .seqs = &r->seqs, .layer = layer};
+    if (apart && !b->probe) qkv.rope = &rope;
+    CU_DO(b, cu_linear_run(b->stream, &qkv));
+    if (b->probe) CU_DO(b, cu_rope_store(b->stream, b->qkv, true, &rope));
     show_qkv(r, layer);
-    CU_DO(b, cu_attend(b->stream, b->att, apart ? b->q : NULL, b->qkv, &b->cache, layer, &r->seqs, b->attn,
-                       (int64_t)b->attn_bytes, r->decode));
-    show_bf16(r, "attn", layer, 0, b->att, r->n_row, m->n_head * m->n_head_dim);
-    linear(r, &w->o, CU_ADD, b->x, b->att, r->n_row, &b->row8);
+    if (r->wide && r->n_row > CU_SKINNY_MAX && takes_codes(&w->o) && cu_attend_codes_fits(&b->cache) && !b->probe) {
+        cu_job o = job_of(&w->o, CU_ADD, NULL, r->n_row);
+        o.y = b->x;
+        o.ldy = w->o.n_out;
+        o.x8 = x8_in(&b->row8, w->o.n_in, r->n_row);
+        CU_DO(b, cu_attend_codes(b->stream, &o.x8, b->codes, b->q, &b->cache, layer, &r->seqs));
+        CU_DO(b, cu_linear_run(b->stream, &o));
+    } else {
+        CU_DO(b, cu_attend(b->stream, b->att, apart ? b->q : NULL, b->qkv, &b->cache, layer, &r->seqs, b->attn,
+                           (int64_t)b->attn_bytes, r->decode));
+        show_bf16(r, "attn", layer, 0, b->att, r->n_row, m->n_head * m->n_head_dim);
+        linear(r, &w->o, CU_ADD, b->x, b->att, r->n_row, &b->row8);
+    }
 }
 
 /* x -> x; keys and values go to cache layer `layer`. */
@@ -467,12 +496,16 @@ static void rows_fill(run *r) {
         ERN_ASSERT(in->cell[t] >= 0 && in->cell[t] / P < b->o.n_page && in->pos[t] < b->o.n_len_max);
         ERN_ASSERT(in->token[t] < b->model->config.n_vocab && -1 - in->token[t] < b->n_prev_want);
     }
+    r->wide = true;
     for (int64_t q = 0; q < in->n_seq; q++) {
         const int32_t n = (in->kv_len[q] + P - 1) / P;
         ERN_ASSERT(in->kv_len[q] <= b->o.n_len_max && n <= in->n_page_max);
         copy_ints(h->page + q * b->n_page_max, in->page + q * in->n_page_max, n);
         if (n > r->n_page_used) r->n_page_used = n;
-        if (in->row0[q + 1] - in->row0[q] > most) r->decode = false;
+        if (in->row0[q + 1] - in->row0[q] > most)
+            r->decode = false;
+        else
+            r->wide = false;
     }
     for (int32_t w = 0; w < in->n_want; w++)
         if (!is_plain(&in->sample[w])) r->greedy = false;
@@ -595,6 +628,7 @@ static void warm_prefill(cu_backend *b) {
     if (n_seq < 1) n_seq = 1;
     run r = run_of(b, &b->slot[0], n_seq * len, n_seq, n_seq < b->o.n_want_max ? n_seq : b->o.n_want_max);
     r.decode = len <= decode_rows(&b->model->config);
+    r.wide = !r.decode;
     pads_fill(&r, 0, len);
     feed(&r);
     run_kernels(&r);

@@ -86,10 +86,26 @@ static size_t driver_bytes(const cu_backend *b) {
     return CODE + (size_t)cu_graph_sizes(b) * 2 * CU_SLOTS * (GRAPH + NODE * nodes);
 }
 
+/* Who computes, and on what: KV that another sort of chip has written is not the same. */
+static ern_status kernels_here(const char **out, ern_err *err) {
+    static char text[40];
+    int device, major, minor;
+    *out = "cuda sm_90";
+    if (!CU_PORTABLE) return ERN_OK;
+    CU_TRY(cudaGetDevice(&device), err);
+    CU_TRY(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), err);
+    CU_TRY(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), err);
+    (void)snprintf(text, sizeof text, "cuda sm_80 on %d.%d", major, minor);
+    *out = text;
+    return ERN_OK;
+}
+
 static ern_status cuda_plan(ern_backend_plan *out, const ern_model *m, const ern_backend_options *o, ern_err *err) {
     size_t raw_bytes, free_bytes = 0, device_bytes = 0;
     uint64_t all_bytes;
+    const char *kernels;
     ERN_TRY(device_ready(err));
+    ERN_TRY(kernels_here(&kernels, err));
     CU_TRY(cudaMemGetInfo(&free_bytes, &device_bytes), err);
     cu_backend *b = calloc(1, sizeof *b);
     if (!b) return ERN_FAIL(err, ERN_ERR_MEMORY, "out of memory planning the cuda backend");
@@ -99,7 +115,7 @@ static ern_status cuda_plan(ern_backend_plan *out, const ern_model *m, const ern
                                   .page_bytes = (uint64_t)b->cache.page_bytes,
                                   .scratch_bytes = b->scratch_bytes + driver_bytes(b) +
                                                    (size_t)b->cache.page_bytes, /* the spare page */
-                                  .kernels = CU_PORTABLE ? "cuda sm_80" : "cuda sm_90",
+                                  .kernels = kernels,
                                   .memory_free_bytes = free_bytes,
                                   .memory_all_bytes = device_bytes};
     cu_weights_close(b);

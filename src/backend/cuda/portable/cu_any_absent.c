@@ -1,5 +1,6 @@
-/* What GPUs without clusters, copy engine and wgmma do by other kernels, or not at all: all layers at once, a layer of
- * experts at once, rows of 8 bits. Whoever asks whether something fits is told no, and asks for nothing more. */
+/* What GPUs without clusters, copy engine and wgmma do by other kernels, or not at all: all layers at once, half a
+ * layer at once, products with rows of 8 bits. Whoever asks whether something fits is told no, and asks for nothing
+ * more. */
 #include "backend/cuda/cu_kernels.h"
 
 bool cu_chain_fits(const cu_chain *c) {
@@ -19,6 +20,28 @@ cudaError_t cu_chain_run(cudaStream_t s, const cu_chain *c, float *x, const cu_c
     return cudaErrorNotSupported;
 }
 
+bool cu_attn_one_fits(const cu_attn_one *c) {
+    (void)c;
+    return false;
+}
+bool cu_attn_one_takes(const cu_linear *w) {
+    (void)w;
+    return false;
+}
+int64_t cu_attn_one_bytes(const cu_attn_one *c) {
+    (void)c;
+    return 0;
+}
+cudaError_t cu_attn_one_open(cudaStream_t s, const cu_attn_one *c) {
+    (void)s, (void)c;
+    return cudaErrorNotSupported;
+}
+cudaError_t cu_attn_one_run(cudaStream_t s, const cu_attn_one *c, const cu_attn_one_layer *l, float *x,
+                            const cu_cache *cache, int32_t layer, const cu_seqs *seqs) {
+    (void)s, (void)c, (void)l, (void)x, (void)cache, (void)layer, (void)seqs;
+    return cudaErrorNotSupported;
+}
+
 bool cu_moe_few_fits(const cu_few_job *j) {
     (void)j;
     return false;
@@ -28,12 +51,16 @@ cudaError_t cu_moe_few(cudaStream_t s, const cu_few_job *j) {
     return cudaErrorNotSupported;
 }
 
-cudaError_t cu_quant_x8(cudaStream_t s, const cu_x8 *out, cu_codes codes, const cu_bf16 *x, int64_t ldx, int32_t n_row,
-                        int32_t n_in) {
-    (void)s, (void)out, (void)codes, (void)x, (void)ldx, (void)n_row, (void)n_in;
+/* Tests name it beside its portable siblings. */
+cudaError_t cu_a8_large_run(cudaStream_t s, const cu_job *j) {
+    (void)s, (void)j;
     return cudaErrorNotSupported;
 }
 
+bool cu_route_few_fits(int32_t n_hidden, int32_t n_expert) {
+    (void)n_hidden, (void)n_expert;
+    return true;
+}
 cudaError_t cu_route_few(cudaStream_t s, const cu_route_job *j, const cu_routes *r, const cu_x8 *out, cu_codes codes,
                          cu_bf16 *xn) {
     (void)out;

@@ -392,6 +392,7 @@ static void args_of(linear_args *a, const cu_linear *w) {
 
 static cudaError_t run_plain(cudaStream_t s, const cu_job *j, int shape) {
     if (j->n_row <= 0) return cudaSuccess;
+    if (j->rope) return cudaErrorInvalidValue; /* cu_linear_run's */
     if (j->x_f32 && (shape != FEW || j->n_row > CU_SKINNY_MAX)) return cudaErrorInvalidValue;
     linear_args a = {};
     args_of(&a, &j->w);
@@ -413,7 +414,7 @@ cudaError_t cu_skinny_run(cudaStream_t s, const cu_job *j) { return run_plain(s,
 cudaError_t cu_mid_run(cudaStream_t s, const cu_job *j) { return run_plain(s, j, MID); }
 cudaError_t cu_large_run(cudaStream_t s, const cu_job *j) { return run_plain(s, j, LARGE); }
 
-cudaError_t cu_linear_run(cudaStream_t s, const cu_job *j) {
+static cudaError_t run_chosen(cudaStream_t s, const cu_job *j) {
     if (j->n_row <= CU_SKINNY_MAX) return cu_skinny_run(s, j);
     int32_t n_core;
     const cudaError_t e = cu_core_count(&n_core);
@@ -421,6 +422,13 @@ cudaError_t cu_linear_run(cudaStream_t s, const cu_job *j) {
     const int64_t n_tile =
         (int64_t)((j->n_row + LARGE_ROWS - 1) / LARGE_ROWS) * ((j->w.n_band + LARGE_BANDS - 1) / LARGE_BANDS);
     return j->n_row > MID_ROWS && 2 * n_tile >= n_core ? cu_large_run(s, j) : cu_mid_run(s, j);
+}
+
+cudaError_t cu_linear_run(cudaStream_t s, const cu_job *j) {
+    cu_job one = *j;
+    one.rope = NULL;
+    const cudaError_t e = run_chosen(s, &one);
+    return e == cudaSuccess && j->rope ? cu_rope_store(s, j->y, false, j->rope) : e;
 }
 
 static cudaError_t run_grouped(cudaStream_t s, const cu_grouped_job *j, int shape) {

@@ -295,6 +295,7 @@ template <int C, int CODES> static __global__ void __launch_bounds__(THREADS, 1)
         __syncthreads(); /* also: nobody reads the last tile any more */
         item = *handed;
     }
+    if (tid == 0) attn_wide_done(a.work);
 }
 
 /* ---- launches ---------------------------------------------------------------------------------------------------- */
