@@ -164,8 +164,9 @@ if(TARGET test_cache_same)
   set_tests_properties(test_cache_same_all PROPERTIES LABELS "bitwise;long" TIMEOUT 3600)
 endif()
 
-# These hold a whole server and crowds of clients, or a door and its gate: beside one another they measure one another.
-foreach(t test_server_e2e test_server_said test_http test_engine_door proto_test_crowd proto_test_life proto_clients)
+# These hold a whole server and crowds of clients, a door and its gate, or copies that must keep up with an engine: beside
+# one another they measure one another.
+foreach(t test_cache_same test_server_e2e test_server_said test_http test_engine_door proto_test_crowd proto_test_life proto_clients)
   if(TEST ${t})
     set_tests_properties(${t} PROPERTIES RUN_SERIAL TRUE)
   endif()
