@@ -17,6 +17,7 @@
  *           | tile (cu_attn_tile.cuh) | x [ROWS][D] f32 | sums [band][segment][ROWS][16] f32 */
 #include "backend/cuda/cu_a8_device.cuh"
 #include "backend/cuda/cu_attn_tile.cuh"
+#include "backend/cuda/cu_chain_tile.cuh"
 #include "backend/cuda/cu_chain_words.cuh"
 #include "backend/cuda/cu_launch.cuh"
 
@@ -209,45 +210,22 @@ static __device__ __forceinline__ void norm_row(const float *x, const uint2 w[OW
 
 /* ---- attention --------------------------------------------------------------------------------------------------- */
 
-/* A place in the line of all rows' heads' tiles. */
-typedef struct one_tile {
-    int32_t row, head, tile, pos;
-} one_tile;
-
-static __device__ __forceinline__ int32_t tiles_of(int32_t pos) { return pos / CU_KEYS + 1; }
-static __device__ __forceinline__ one_tile tile_nth(const attn_args *a, const int32_t *pos, int32_t x) {
-    one_tile t = {};
-    int32_t n = tiles_of(pos[0]);
-#pragma unroll 1
-    while (x >= n * a->n_kv_head) {
-        x -= n * a->n_kv_head;
-        n = tiles_of(pos[++t.row]);
-    }
-    t.head = x / n;
-    t.tile = x - t.head * n;
-    t.pos = pos[t.row];
-    return t;
-}
-static __device__ __forceinline__ int32_t tile_page(const attn_args *a, const one_tile *t) {
-    const int32_t at = t->tile * CU_KEYS + (int32_t)threadIdx.x;
-    return threadIdx.x < CU_KEYS ? attn_page_of<true>(a, t->row, at, t->pos + 1) : -1;
-}
 /* The cells of a tile's keys. */
-static __device__ __forceinline__ void tile_put_cells(const attn_args *a, unsigned char *smem, const one_tile *t,
+static __device__ __forceinline__ void tile_put_cells(const attn_args *a, unsigned char *smem, const chain_tile *t,
                                                       int32_t page) {
-    typedef tile_shape<HEAD, 0, WARPS> sh;
     if (threadIdx.x >= CU_KEYS) return;
     const attn_cell cell = attn_cell_of<HEAD, 0, true>(a, page, t->head, t->tile * CU_KEYS + (int32_t)threadIdx.x);
-    ((int64_t *)(smem + sh::cell_at))[threadIdx.x] = max(cell.key, (int64_t)0);
+    tile_put_cell<HEAD, 0, WARPS>(smem, (int32_t)threadIdx.x, cell.key);
 }
-static __device__ __forceinline__ void tile_ask(const attn_args *a, unsigned char *smem, int which, const one_tile *t) {
+static __device__ __forceinline__ void tile_ask(const attn_args *a, unsigned char *smem, int which,
+                                                const chain_tile *t) {
     const int32_t own = t->pos - t->tile * CU_KEYS;
     tile_load<HEAD, 0, WARPS>(a, a->kv, smem, which, own + 1, own);
     attn_copy_commit();
 }
 
 /* The same of the block's first tile, by the two warps that ask; keys and values arrive at bars 0 and 1. */
-static __device__ __forceinline__ void ask_first(const attn_args *a, unsigned char *smem, const one_tile *t,
+static __device__ __forceinline__ void ask_first(const attn_args *a, unsigned char *smem, const chain_tile *t,
                                                  int64_t *cells, uint32_t bars, int asker) {
     typedef tile_shape<HEAD, 0, WARPS> sh;
     const int32_t own = t->pos - t->tile * CU_KEYS;
@@ -274,16 +252,10 @@ static __device__ __forceinline__ void ask_first(const attn_args *a, unsigned ch
     }
 }
 
-static __device__ __forceinline__ void turn_four(float x[4], uint4 v, float4 turn) {
-    const float2 lo = attn_turn(__uint_as_float(v.x), __uint_as_float(v.y), make_float2(turn.x, turn.y));
-    const float2 hi = attn_turn(__uint_as_float(v.z), __uint_as_float(v.w), make_float2(turn.z, turn.w));
-    x[0] = lo.x, x[1] = lo.y, x[2] = hi.x, x[3] = hi.y;
-}
-
 /* The group's rows of q (where they are not there yet), a warp a row, and with the row's own tile its key and value:
  * warp 0 and 1. */
 static __device__ __forceinline__ void make_rows(const attn_args *a, unsigned char *smem, const uint32_t *qkv,
-                                                 const one_tile *t, bool q, int warp, int lane) {
+                                                 const chain_tile *t, bool q, int warp, int lane) {
     typedef tile_shape<HEAD, 0, WARPS> sh;
     const bool own = t->tile == t->pos / CU_KEYS && warp < 2, makes_q = q && warp < a->group;
     const uint32_t *row = qkv + (int64_t)t->row * (a->n_head + 2 * a->n_kv_head) * HEAD + lane * 4;
@@ -299,7 +271,7 @@ static __device__ __forceinline__ void make_rows(const attn_args *a, unsigned ch
     if (own) {
         const int32_t in_tile = t->pos % CU_KEYS;
         if (warp == 0)
-            turn_four(x, v[0], turn);
+            chain_turn(x, v[0], turn);
         else
             x[0] = __uint_as_float(v[0].x), x[1] = __uint_as_float(v[0].y), x[2] = __uint_as_float(v[0].z),
             x[3] = __uint_as_float(v[0].w);
@@ -316,7 +288,7 @@ static __device__ __forceinline__ void make_rows(const attn_args *a, unsigned ch
             const void *const next[1] = {row + (t->head * a->group + r) * HEAD};
             chain_await<1>(v + 1, next, 1);
         }
-        turn_four(x, v[1], turn);
+        chain_turn(x, v[1], turn);
         *(uint2 *)(smem + sh::q_at + attn_at<sh::q_chunks>(r, lane / 2) + lane % 2 * 8) =
             make_uint2(cu_round2(x[0], x[1]), cu_round2(x[2], x[3]));
     }
@@ -326,7 +298,7 @@ static __device__ __forceinline__ void make_rows(const attn_args *a, unsigned ch
 static __device__ __forceinline__ int64_t piece_at(const one_args *a, int32_t row, int32_t head, int32_t tile) {
     return ((int64_t)row * a->att.n_head + head) * a->n_tile_max + tile;
 }
-static __device__ __forceinline__ void put_tile(const one_args *a, const one_tile *t, const float o[2][4],
+static __device__ __forceinline__ void put_tile(const one_args *a, const chain_tile *t, const float o[2][4],
                                                 const float m[2], const float l[4], int warp, int lane) {
     const int g = lane / 4, c = lane % 4;
 #pragma unroll
@@ -351,13 +323,13 @@ static __device__ __forceinline__ void attend(const one_args *args, unsigned cha
     const int g = lane / 4, c = lane % 4;
     float *top = (float *)(smem + sh::top_at);
     int32_t have = -1; /* whose q is there */
-    one_tile t = tile_nth(a, pos, first);
+    chain_tile t = chain_tile_of(a, pos, first);
 #pragma unroll 1
     for (int32_t x = first; x < end; x++) {
         const bool more = x + 1 < end;
         const int32_t whose = t.row * a->n_kv_head + t.head;
-        const one_tile next = tile_nth(a, pos, more ? x + 1 : x);
-        const int32_t page = more ? tile_page(a, &next) : -1; /* asked for early */
+        const chain_tile next = chain_tile_of(a, pos, more ? x + 1 : x);
+        const int32_t page = more ? chain_page(a, &next) : -1; /* asked for early */
         make_rows(a, smem, qkv, &t, have != whose, warp, lane);
         have = whose;
         if (x == first)
@@ -448,7 +420,7 @@ static __device__ __forceinline__ void first_look(uint32_t o[ONCE], uint2 *ml, c
 template <cu_format F>
 static __device__ __forceinline__ void join(const one_args *a, const int32_t *pos, uint32_t *set, float *room,
                                             int32_t row, int32_t head, int servant, int lane) {
-    const int32_t n_tile = tiles_of(pos[row]), dim = servant * 32 + lane;
+    const int32_t n_tile = chain_tiles(pos[row]), dim = servant * 32 + lane;
     const int64_t at = piece_at(a, row, head, 0);
     float *piece = a->piece + at * HEAD + dim;
     float2 *piece_ml = a->piece_ml + at;
@@ -544,7 +516,7 @@ static __device__ __forceinline__ void stretch_of(const one_args *a, const int32
     const int32_t block = blockIdx.x, n_block = gridDim.x;
     int32_t n_tile = 0;
 #pragma unroll 1
-    for (int32_t r = 0; r < a->n_row; r++) n_tile += tiles_of(pos[r]) * a->att.n_kv_head;
+    for (int32_t r = 0; r < a->n_row; r++) n_tile += chain_tiles(pos[r]) * a->att.n_kv_head;
     const int32_t each = n_tile / n_block, rest = n_tile - each * n_block;
     *first = block * each + min(block, rest);
     *end = *first + each + (block < rest);
@@ -587,7 +559,7 @@ static __device__ __forceinline__ void serve(const one_args *a, one_shared *s, u
         int32_t first, end;
         stretch_of(a, a->att.pos, &first, &end);
         if (first < end) {
-            const one_tile t = tile_nth(&a->att, a->att.pos, first);
+            const chain_tile t = chain_tile_of(&a->att, a->att.pos, first);
             ask_first(&a->att, memory + sh::tile_at, &t, s->cells, attn_smem(s->kv), asker);
         }
     }

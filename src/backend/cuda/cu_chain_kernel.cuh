@@ -22,6 +22,7 @@
 #define ERN_BACKEND_CUDA_CU_CHAIN_KERNEL_CUH
 
 #include "backend/cuda/cu_attn_tile.cuh"
+#include "backend/cuda/cu_chain_tile.cuh"
 #include "backend/cuda/cu_chain_words.cuh"
 #include "backend/cuda/cu_skinny_unit.cuh"
 #include "backend/cuda/cu_tensor.cuh"
@@ -504,26 +505,6 @@ static __device__ __forceinline__ void chain_plan(const chain_args *a, const cha
 
 /* ---- attention --------------------------------------------------------------------------------------------------- */
 
-/* A block's stretch of the line of all rows' heads' tiles, and a place in it. */
-typedef struct chain_tile {
-    int32_t row, head, tile, pos;
-} chain_tile;
-
-static __device__ __forceinline__ int32_t chain_tiles(int32_t pos) { return pos / CU_KEYS + 1; }
-static __device__ __forceinline__ chain_tile chain_tile_of(const attn_args *a, const int32_t *pos, int32_t x) {
-    chain_tile t = {};
-    int32_t n = chain_tiles(pos[0]);
-#pragma unroll 1
-    while (x >= n * a->n_kv_head) {
-        x -= n * a->n_kv_head;
-        n = chain_tiles(pos[++t.row]);
-    }
-    t.head = x / n;
-    t.tile = x - t.head * n;
-    t.pos = pos[t.row];
-    return t;
-}
-
 /* Where this step's key or value of the row goes, the lane's four dimensions and the scale: in shared memory and in its
  * cell (NULL: none). */
 typedef struct chain_own {
@@ -558,12 +539,6 @@ static __device__ __forceinline__ void chain_put_own(const chain_own *to, const 
         attn_put_bf16<4>(to->near, x);
         if (to->far) attn_put_bf16<4>(to->far, x);
     }
-}
-
-static __device__ __forceinline__ void chain_turn(float x[4], uint4 v, float4 turn) {
-    const float2 lo = attn_turn(__uint_as_float(v.x), __uint_as_float(v.y), make_float2(turn.x, turn.y));
-    const float2 hi = attn_turn(__uint_as_float(v.z), __uint_as_float(v.w), make_float2(turn.z, turn.w));
-    x[0] = lo.x, x[1] = lo.y, x[2] = hi.x, x[3] = hi.y;
 }
 
 /* The group's rows of q (where they are not there yet), a warp a row, and with the row's own tile its key and value:
@@ -628,10 +603,6 @@ typedef struct chain_line {
 template <bool I8>
 static __device__ __forceinline__ attn_cell chain_cell(const attn_args *a, const chain_tile *t, int32_t page) {
     return attn_cell_of<CHAIN_HEAD, I8, true>(a, page, t->head, t->tile * CU_KEYS + (int32_t)threadIdx.x);
-}
-static __device__ __forceinline__ int32_t chain_page(const attn_args *a, const chain_tile *t) {
-    const int32_t at = t->tile * CU_KEYS + (int32_t)threadIdx.x;
-    return threadIdx.x < CU_KEYS ? attn_page_of<true>(a, t->row, at, t->pos + 1) : -1;
 }
 template <bool I8>
 static __device__ __forceinline__ void chain_load(const chain_args *a, const chain_block *b, int32_t layer, int which,
