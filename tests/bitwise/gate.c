@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 atomic_bool gate_shut;
+atomic_int gate_pause_us;
 
 static ern_backend_ops gated;
 static const ern_backend_ops *behind;
@@ -16,6 +17,8 @@ static ern_status gated_open(ern_backend **out, const ern_model *m, const ern_ba
 
 static ern_status gated_wait(ern_backend *b, ern_result *out, ern_err *err) {
     while (atomic_load(&gate_shut)) usleep(20);
+    int pause_us = atomic_load(&gate_pause_us);
+    if (pause_us > 0) usleep((useconds_t)pause_us);
     return behind->wait(b, out, err);
 }
 

@@ -8,6 +8,7 @@
 #include "backend/backend.h"
 
 extern atomic_bool gate_shut;
+extern atomic_int gate_pause_us; /* before each result: time for what runs beside the steps */
 /* ops behind the gate; static, until the next call. */
 const ern_backend_ops *gate(const ern_backend_ops *ops);
 

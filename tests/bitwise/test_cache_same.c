@@ -55,7 +55,7 @@ enum {
     PROMPT_MAX = 480,
     EVENTS = PROMPT_MAX + PUSH_OUT,
     SEATS = 64,
-    TRIES = 200, /* few combinations need more than three; a busy machine may make one wait */
+    TRIES = 150, /* in vain; few combinations need more than three, the rarest some thirty */
 };
 
 static const uint64_t seed = 20261124;
@@ -385,15 +385,18 @@ static void gather(const scene *s, wave *v, const int32_t *subject, int32_t n, u
     for (int32_t k = 0; k < n; k++) join(v, s->w, subject[k], 1, salt);
 }
 
-/* Pages for the prompts of a wave and for nothing that comes after them; a few more or
- * less with each wave. */
-static int32_t tight_pages(const scene *s, const int32_t *subject, int32_t n) {
+/* Pages for the prompts of a wave and for nothing that comes after them; a few more or less with each wave, after a
+ * wave in vain by turns far from what the prompts take and right above it: between the two of the far ones there may be
+ * the only few that let a request begin with the others and be the one that leaves. */
+static int32_t tight_pages(const scene *s, const int32_t *subject, int32_t n, int32_t n_vain) {
     wave v = wave_new();
     int32_t n_page = 0, n_min = s->w->n_len / P + 2;
     gather(s, &v, subject, n, 0);
     for (int32_t k = 0; k < v.n; k++) n_page += (v.r[k].n_prompt + P - 1) / P;
     free(v.rec);
-    n_page += ((int32_t)(ern_counter64(seed, (uint64_t)s->w->n_wave) % 8) - 3) * (batch_of[s->batch] / 2 + 1);
+    int32_t far = batch_of[s->batch] / 2 + 1;
+    uint64_t r = ern_counter64(seed, (uint64_t)s->w->n_wave);
+    n_page += n_vain % 2 == 0 ? ((int32_t)(r % 8) - 3) * far : (int32_t)(r % (uint64_t)(far + 5));
     return n_page > n_min ? n_page : n_min;
 }
 
@@ -480,17 +483,22 @@ static void check_all_seen(const scene *s) {
 
 static void run_scene(world *w, int32_t chunk, enum went went, int32_t batch, bool cache) {
     scene s = scene_of(w, chunk, went, batch, cache);
-    int32_t subject[SUBJECTS], n;
-    for (int32_t t = 0; t < TRIES && (n = next_subjects(&s, subject)) > 0; t++) {
+    int32_t subject[SUBJECTS], n, n_left = SUBJECTS + 1, n_vain = 0; /* n_vain: waves since the last that showed one */
+    while (n_vain < TRIES && (n = next_subjects(&s, subject)) > 0) {
         uint32_t salt = ++w->n_salt;
+        atomic_store(&gate_pause_us, n_vain < 4 ? 0 : n_vain < 16 ? 1000 : 3000); /* for copies that fall behind */
         /* A new one each time: after a preemption an engine keeps head-room for hundreds of steps. */
-        if (went != NOWHERE) s.n_page = tight_pages(&s, subject, n);
+        if (went != NOWHERE) s.n_page = tight_pages(&s, subject, n, n_vain);
         if (!s.e) scene_open(&s, chunk_of[chunk], ern_counter64(seed + 1, (uint64_t)w->n_wave) % 4 != 1);
         bool to_find = cache && warm(&s, subject, n, salt);
         if (to_find && (went == HOST || went == DISK)) fill(&s);
         run_wave(&s, subject, n, salt);
         if (went != NOWHERE) scene_close(&s);
+        int32_t was_left = n_left;
+        n_left = subjects_left(&s, subject);
+        n_vain = n_left < was_left ? 0 : n_vain + 1;
     }
+    atomic_store(&gate_pause_us, 0);
     scene_close(&s);
     check_all_seen(&s);
 }
