@@ -94,14 +94,10 @@ static __device__ __forceinline__ void a8_codes(uint32_t a[4][4], const unsigned
 /* A segment of N rows in shared memory: 128 bytes a row, eight rows at a multiple of 1024. The eight pieces of 16 bytes
  * of a row sit at piece ^ (row & 7). */
 static __device__ __forceinline__ int a8_piece_at(int row, int piece) { return row * 128 + ((piece ^ (row & 7)) << 4); }
-/* Describes such rows to a product: its first 32 inputs; 2 more for the next. */
-static __device__ __forceinline__ uint64_t a8_rows_at(uint32_t x) {
-    return (uint64_t)((x & 0x3ffffu) >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62;
-}
 /* A segment, from zero. x: its rows. The sums are there after wide_wait and a8_hold. */
 template <int N, typename SUM>
 static __device__ __forceinline__ void a8_segment(SUM *d, const uint32_t a[4][4], uint32_t x) {
-    const uint64_t b = a8_rows_at(x);
+    const uint64_t b = wide_matrix(x);
     a8_hold<N / 2>(d);
     wide_fence();
 #pragma unroll

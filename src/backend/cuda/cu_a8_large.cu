@@ -163,7 +163,7 @@ static __device__ __forceinline__ void multiply(const large_args *a, uint32_t n_
 
     const auto start = [&]() {
         const uint32_t at = ring_at + slot * SLOT, x_at = codes_bytes(F) + (by_rows(F) ? group * (WIDE_X / 2) : 0);
-        const uint64_t w = a8_rows_at(at), x = a8_rows_at(at + x_at);
+        const uint64_t w = wide_matrix(at), x = wide_matrix(at + x_at);
         a8_hold<64>(acc);
         wide_fence();
 #pragma unroll

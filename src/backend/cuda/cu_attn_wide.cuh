@@ -62,10 +62,6 @@ static __device__ __forceinline__ void wide_give(uint32_t bar) {
 
 /* The same in all lanes, and the compiler is to know it. */
 static __device__ __forceinline__ uint32_t wide_uniform(uint32_t x) { return __shfl_sync(0xffffffffu, x, 0); }
-/* 128-byte swizzle; eight rows of 128 bytes to the next eight: 1024. */
-static __device__ __forceinline__ uint64_t wide_matrix(uint32_t at) {
-    return (uint64_t)((at & 0x3ffffu) >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62;
-}
 /* d = A B + (add ? d : 0): 64 rows, 128 keys, 16 dimensions, both in shared memory along their rows. */
 static __device__ __forceinline__ void wide_score(float *d, uint64_t a, uint64_t b, int add) {
     asm volatile("{.reg .pred p; setp.ne.b32 p, %66, 0;\n"

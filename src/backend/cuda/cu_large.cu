@@ -54,9 +54,9 @@ static __device__ __forceinline__ void wide_codes(uint32_t a[4][4], const unsign
     large_codes<F>(a, group, 0, lane);
     large_codes<F>(a + 2, group, 1, lane);
 }
-/* The four products of a group. x: its 64 rows in shared memory; a row of B is 128 bytes, eight rows 1024. */
+/* The four products of a group. x: its 64 rows in shared memory. */
 static __device__ __forceinline__ void wide_group(float d[32], const uint32_t a[4][4], uint32_t x, bool first) {
-    const uint64_t b = (uint64_t)((x & 0x3ffffu) >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62;
+    const uint64_t b = wide_matrix(x);
 #pragma unroll
     for (int s = 0; s < 4; s++) wide_product(d, a[s], b + 2 * s, !(first && s == 0));
     wide_commit();
