@@ -40,8 +40,7 @@ static __device__ __forceinline__ bool wide_find(const large_args *a, uint32_t i
 
 /* The same without the tile. n_tile_row: row tiles that there are. */
 static __device__ __forceinline__ bool wide_there(const large_args *a, uint32_t index, int32_t n_tile_row) {
-    const uint32_t span = (uint32_t)a->n_tile_out * LARGE_SUPER, super = index / span;
-    const uint32_t left = (uint32_t)a->n_tile_row - super * LARGE_SUPER, high = left < LARGE_SUPER ? left : LARGE_SUPER;
+    const uint32_t span = (uint32_t)a->n_tile_out * LARGE_SUPER, super = index / span, high = large_high(a, super);
     return (int32_t)(super * LARGE_SUPER + index % span % high) < n_tile_row;
 }
 
