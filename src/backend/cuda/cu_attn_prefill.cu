@@ -5,7 +5,7 @@
  * C = 128, which the models have: wide_kernel of cu_attn_wide.cuh. Other sizes: prefill_kernel, eight warps of 16 rows.
  * There BF16 tiles are copied into two buffers in turn. Others are copied as codes and made bf16 once for all warps,
  * keys in the order of inputs that cu_attn.cuh has for codes, so that the products see what the other kernels' see. */
-#include "backend/cuda/cu_attn.cuh"
+#include "backend/cuda/cu_attn_rows.cuh"
 #include "backend/cuda/cu_attn_wide.cuh"
 #include "backend/cuda/cu_map.cuh"
 
@@ -87,15 +87,6 @@ template <int C, int CODES> static __device__ __forceinline__ void widen(unsigne
         *(uint4 *)(to + attn_at<sh::wide>(row, 2 * chunk + 1)) = make_uint4(hi[0], hi[1], hi[2], hi[3]);
     }
 }
-
-/* What a warp keeps of its 16 rows. */
-template <int C> struct rows {
-    uint32_t q[C / 16][4];
-    float acc[C / 16][2][4];
-    float M[2], L[2];
-    int32_t pos[2];   /* of rows g and g + 8; -1: no such row */
-    int32_t low, top; /* least and largest position of the warp's rows; low -1: a row is missing, top -1: all are */
-};
 
 /* One tile of 128 keys for the warp's rows. k, v: bf16 in shared memory. CUT: some row does not see all of it. */
 template <int C, int CODES, bool CUT>
@@ -217,56 +208,31 @@ template <int C, int CODES> static __global__ void __launch_bounds__(THREADS, 1)
     for (int32_t item = blockIdx.x; item < n_item;) {
         int32_t taken = 0;
         if (tid == 0) taken = atomicAdd(a.work + ATTN_WIDE_TAKEN, 1);
-        const int32_t nth = item / a.n_kv_head, head = item - nth * a.n_kv_head;
-        const int32_t seq = list[2 * nth], first_row = list[2 * nth + 1] * ATTN_ROWS;
-        const int32_t row0 = a.row0[seq], len = a.kv_len[seq], pos0 = a.pos[row0];
-        const int32_t n = (a.row0[seq + 1] - row0) * a.group; /* packed rows of the sequence */
-        const int32_t end = min(first_row + ATTN_ROWS, n);
-        const int32_t n_tile = (pos0 + (end - 1) / a.group) / CU_KEYS + 1;
-
+        const rows_item it = rows_item_of(&a, list, item);
         rows<C> w;
-        const int32_t mine = first_row + warp * 16;
-        w.low = mine + 15 < n ? pos0 + mine / a.group : -1;
-        w.top = mine < n ? pos0 + (min(mine + 16, n) - 1) / a.group : -1;
+        const int32_t mine = it.first + warp * 16;
+        w.low = mine + 15 < it.n ? it.pos0 + mine / a.group : -1;
+        w.top = mine < it.n ? it.pos0 + (min(mine + 16, it.n) - 1) / a.group : -1;
         const cu_bf16 *q[2];
 #pragma unroll
         for (int i = 0; i < 2; i++) {
-            const int32_t r = mine + g + 8 * i, t = r / a.group, h = head * a.group + r - t * a.group;
-            w.pos[i] = r < n ? pos0 + t : -1;
-            q[i] = r < n ? a.q + ((int64_t)(row0 + t) * a.n_head + h) * C : NULL;
-            w.M[i] = -INFINITY;
-            w.L[i] = 0.0f;
+            const int32_t r = mine + g + 8 * i, t = r / a.group;
+            w.pos[i] = r < it.n ? it.pos0 + t : -1;
+            q[i] = rows_q<C>(&a, &it, r);
         }
-#pragma unroll
-        for (int i = 0; i < sh::units; i++) {
-#pragma unroll
-            for (int e = 0; e < 8; e++) w.acc[i][e >> 2][e & 3] = 0.0f;
-#pragma unroll
-            for (int x = 0; x < 2; x++) {
-                w.q[i][x] = w.q[i][2 + x] = 0;
-                if (!q[x]) continue;
-                if (CODES) {
-                    const uint2 d = *(const uint2 *)(q[x] + i * 16 + 4 * c);
-                    w.q[i][x] = __byte_perm(d.x, d.y, 0x5410);
-                    w.q[i][2 + x] = __byte_perm(d.x, d.y, 0x7632);
-                } else {
-                    w.q[i][x] = *(const uint32_t *)(q[x] + i * 16 + 2 * c);
-                    w.q[i][2 + x] = *(const uint32_t *)(q[x] + i * 16 + 8 + 2 * c);
-                }
-            }
-        }
+        rows_begin<C, CODES>(&w, q);
 
         /* The cells of tiles 0 and 1, then tile 0. */
-        cells[tid] = attn_cell_of<C, CODES, false>(&a, attn_page_of<false>(&a, seq, tid, len), head, tid);
+        cells[tid] = attn_cell_of<C, CODES, false>(&a, attn_page_of<false>(&a, it.seq, tid, it.len), it.head, tid);
         __syncthreads();
         load_tile<C, CODES>(&a, cells, base + (CODES ? sh::code_at : 0),
                             base + (CODES ? sh::code_at + sh::code_side : sh::side), scales);
-        for (int32_t tile = 0; tile < n_tile; tile++) {
+        for (int32_t tile = 0; tile < it.n_tile; tile++) {
             const int turn = tile & 1;
             attn_cell later = {-1, -1};
-            if (tid < CU_KEYS && tile + 2 < n_tile) {
+            if (tid < CU_KEYS && tile + 2 < it.n_tile) {
                 const int32_t at = (tile + 2) * CU_KEYS + tid;
-                later = attn_cell_of<C, CODES, false>(&a, attn_page_of<false>(&a, seq, at, len), head, at);
+                later = attn_cell_of<C, CODES, false>(&a, attn_page_of<false>(&a, it.seq, at, it.len), it.head, at);
             }
             attn_copy_wait<0>();
             __syncthreads(); /* the tile is there; nobody works on the one before, so its place is free */
@@ -274,7 +240,7 @@ template <int C, int CODES> static __global__ void __launch_bounds__(THREADS, 1)
                 widen<C, CODES>(smem);
                 __syncthreads();
             }
-            if (tile + 1 < n_tile) {
+            if (tile + 1 < it.n_tile) {
                 const uint32_t to = base + (CODES ? sh::code_at : (turn ^ 1) * 2 * sh::side);
                 load_tile<C, CODES>(&a, cells + (turn ^ 1) * CU_KEYS, to, to + (CODES ? sh::code_side : sh::side),
                                     scales + (turn ^ 1) * 2 * CU_KEYS);
@@ -291,9 +257,9 @@ template <int C, int CODES> static __global__ void __launch_bounds__(THREADS, 1)
 
 #pragma unroll
         for (int i = 0; i < 2; i++) {
-            const int32_t r = mine + g + 8 * i, t = r / a.group, h = head * a.group + r - t * a.group;
-            if (r >= n) continue;
-            cu_bf16 *out = a.out + (int64_t)(row0 + t) * a.ldo + (int64_t)h * C + 2 * c;
+            const int32_t r = mine + g + 8 * i, t = r / a.group, h = it.head * a.group + r - t * a.group;
+            if (r >= it.n) continue;
+            cu_bf16 *out = a.out + (int64_t)(it.row0 + t) * a.ldo + (int64_t)h * C + 2 * c;
 #pragma unroll
             for (int u = 0; u < sh::units; u++)
 #pragma unroll

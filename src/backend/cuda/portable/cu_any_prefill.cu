@@ -3,7 +3,7 @@
  * and sums stay in registers. There are two places for keys and one for values, as the cache has them: a tile's values
  * and the next tile's keys are on their way while its keys are worked on. Blocks take (sequence, rows, head) from a
  * list with the longest walks first. The law is drawn in cu_attn.cuh. */
-#include "backend/cuda/cu_attn.cuh"
+#include "backend/cuda/cu_attn_rows.cuh"
 
 enum { THREADS = 256, SHARED_MOST = 99 * 1024 }; /* what the smallest of these GPUs has */
 
@@ -42,15 +42,6 @@ static __device__ __forceinline__ void load_scales(const attn_args *a, const int
     attn_copy4(attn_smem(scale + which * CU_KEYS + row), a->kv + (which ? a->value : 0) + (at < 0 ? 0 : at), at >= 0);
 }
 
-/* What a warp keeps of its 16 rows: rows g and g + 8 of a lane. acc [unit][half][4]: of codes half 0 has the even
- * dimensions of the unit, half 1 the odd ones; else the lower and upper eight. */
-template <int C> struct rows {
-    uint32_t q[C / 16][4];
-    float acc[C / 16][2][4];
-    float M[2], L[2];
-    int32_t pos[2];   /* -1: no such row */
-    int32_t low, top; /* least and largest position of the warp's rows; low -1: a row is missing, top -1: all are */
-};
 /* From a tile's scores to its values. */
 typedef struct weights {
     uint32_t p[8][4];
@@ -199,53 +190,28 @@ template <int C, int CODES> static __global__ void __launch_bounds__(THREADS, 1)
     for (int32_t item = blockIdx.x; item < n_item;) {
         int32_t taken = 0;
         if (tid == 0) taken = atomicAdd(a.work + ATTN_WIDE_TAKEN, 1);
-        const int32_t nth = item / a.n_kv_head, head = item - nth * a.n_kv_head;
-        const int32_t seq = list[2 * nth], first_row = list[2 * nth + 1] * ATTN_ROWS;
-        const int32_t row0 = a.row0[seq], len = a.kv_len[seq], pos0 = a.pos[row0];
-        const int32_t n = (a.row0[seq + 1] - row0) * a.group; /* packed rows of the sequence */
-        const int32_t end = min(first_row + ATTN_ROWS, n);
-        const int32_t n_tile = (pos0 + (end - 1) / a.group) / CU_KEYS + 1;
-
+        const rows_item it = rows_item_of(&a, list, item);
         rows<C> w;
-        const int32_t mine = first_row + warp * 16;
-        w.low = mine + 15 < n ? pos0 + mine / a.group : -1;
-        w.top = mine < n ? pos0 + (min(mine + 16, n) - 1) / a.group : -1;
+        const int32_t mine = it.first + warp * 16;
+        w.low = mine + 15 < it.n ? it.pos0 + mine / a.group : -1;
+        w.top = mine < it.n ? it.pos0 + (min(mine + 16, it.n) - 1) / a.group : -1;
         const cu_bf16 *q[2];
 #pragma unroll
         for (int i = 0; i < 2; i++) {
-            const int32_t r = mine + g + 8 * i, t = r / a.group, h = head * a.group + r - t * a.group;
-            w.pos[i] = r < n ? pos0 + t : -1;
-            q[i] = r < n ? a.q + ((int64_t)(row0 + t) * a.n_head + h) * C : NULL;
-            w.M[i] = -INFINITY;
-            w.L[i] = 0.0f;
+            const int32_t r = mine + g + 8 * i, t = r / a.group;
+            w.pos[i] = r < it.n ? it.pos0 + t : -1;
+            q[i] = rows_q<C>(&a, &it, r);
         }
-#pragma unroll
-        for (int i = 0; i < sh::units; i++) {
-#pragma unroll
-            for (int e = 0; e < 8; e++) w.acc[i][e >> 2][e & 3] = 0.0f;
-#pragma unroll
-            for (int x = 0; x < 2; x++) {
-                w.q[i][x] = w.q[i][2 + x] = 0;
-                if (!q[x]) continue;
-                if (CODES) {
-                    const uint2 d = *(const uint2 *)(q[x] + i * 16 + 4 * c);
-                    w.q[i][x] = __byte_perm(d.x, d.y, 0x5410);
-                    w.q[i][2 + x] = __byte_perm(d.x, d.y, 0x7632);
-                } else {
-                    w.q[i][x] = *(const uint32_t *)(q[x] + i * 16 + 2 * c);
-                    w.q[i][2 + x] = *(const uint32_t *)(q[x] + i * 16 + 8 + 2 * c);
-                }
-            }
-        }
+        rows_begin<C, CODES>(&w, q);
 
         /* the cells of tiles 0 and 1, then the keys of tile 0 */
-        put_cell<C, CODES>(cells, tid,
-                           attn_cell_of<C, CODES, false>(&a, attn_page_of<false>(&a, seq, tid, len), head, tid));
+        put_cell<C, CODES>(
+            cells, tid, attn_cell_of<C, CODES, false>(&a, attn_page_of<false>(&a, it.seq, tid, it.len), it.head, tid));
         __syncthreads();
         load_side<C, CODES>(a.kv, cells, keys);
         if (CODES) load_scales(&a, cells, scales);
         attn_copy_commit();
-        for (int32_t tile = 0; tile < n_tile; tile++) {
+        for (int32_t tile = 0; tile < it.n_tile; tile++) {
             const int turn = tile & 1;
             const int64_t *next = cells + (turn ^ 1) * CU_KEYS;
             const int32_t key0 = tile * CU_KEYS;
@@ -256,15 +222,15 @@ template <int C, int CODES> static __global__ void __launch_bounds__(THREADS, 1)
             __syncthreads(); /* keys are there; nobody reads the keys and values of the tile before any more */
             load_side<C, CODES>(a.kv + a.value, cells + turn * CU_KEYS, values);
             attn_copy_commit();
-            if (tile + 1 < n_tile) {
+            if (tile + 1 < it.n_tile) {
                 load_side<C, CODES>(a.kv, next, keys + (turn ^ 1) * sh::side);
                 if (CODES) load_scales(&a, next, scales + (turn ^ 1) * 2 * CU_KEYS);
             }
             attn_copy_commit(); /* an empty group counts as well */
             attn_cell later = {-1, -1};
-            if (tid < CU_KEYS && tile + 2 < n_tile) {
+            if (tid < CU_KEYS && tile + 2 < it.n_tile) {
                 const int32_t at = key0 + 2 * CU_KEYS + tid;
-                later = attn_cell_of<C, CODES, false>(&a, attn_page_of<false>(&a, seq, at, len), head, at);
+                later = attn_cell_of<C, CODES, false>(&a, attn_page_of<false>(&a, it.seq, at, it.len), it.head, at);
             }
             if (works) {
                 score_tile<C, CODES>(s, &w, keys + turn * sh::side);
@@ -279,9 +245,9 @@ template <int C, int CODES> static __global__ void __launch_bounds__(THREADS, 1)
 
 #pragma unroll
         for (int i = 0; i < 2; i++) {
-            const int32_t r = mine + g + 8 * i, t = r / a.group, h = head * a.group + r - t * a.group;
-            if (r >= n) continue;
-            cu_bf16 *out = a.out + (int64_t)(row0 + t) * a.ldo + (int64_t)h * C;
+            const int32_t r = mine + g + 8 * i, t = r / a.group, h = it.head * a.group + r - t * a.group;
+            if (r >= it.n) continue;
+            cu_bf16 *out = a.out + (int64_t)(it.row0 + t) * a.ldo + (int64_t)h * C;
 #pragma unroll
             for (int u = 0; u < sh::units; u++) {
                 const float *lower = w.acc[u][0] + 2 * i, *upper = w.acc[u][1] + 2 * i;
