@@ -43,6 +43,7 @@ static ern_status layer_check(cpu_backend *b, const ern_layer *w, int32_t layer,
         ERN_TRY(same_check(b, &w->expert[0].gate, &w->expert[e].gate, "an expert", layer, err));
         ERN_TRY(same_check(b, &w->expert[0].down, &w->expert[e].down, "an expert", layer, err));
     }
+    b->gathers |= cpu_act_for(b, &w->expert[0].gate) == CPU_ACT_INT8;
     return ffn_check(b, &w->shared, "the shared expert", layer, err);
 }
 
@@ -177,7 +178,7 @@ size_t cpu_layout(cpu_backend *b, unsigned char *base) {
     b->room = cut(&c, b->kernels->attn_rows ? n * cpu_attn_room() : 0, 1);
     b->part = cut(&c, (size_t)b->n_slot * (size_t)cpu_head_tiles(m) * (size_t)b->part_floats, sizeof(float));
     b->act = cut_act(b, &c, T, widest_x);
-    b->own = cut_act(b, &c, E ? n * R : 0, D);
+    b->own = cut_act(b, &c, b->gathers ? n * R : 0, D);
     b->mid =
         cut_act(b, &c, R * larger(K, 1), larger((size_t)m->n_ffn, larger(1, (size_t)m->n_shared_expert) * expert_f));
     b->sampler = cut(&c, n * b->sampler_bytes, 1);

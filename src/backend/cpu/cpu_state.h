@@ -102,8 +102,9 @@ typedef struct cpu_backend {
     size_t sampler_bytes;
     atomic_int next_task;
     cpu_act act;     /* [T] rows of xn, of q, of mtp_in or of head_in, as the next linear takes them */
-    cpu_act own;     /* [n_worker * R] with experts: the rows of act that chose one */
+    cpu_act own;     /* [n_worker * R] where `gathers`: the rows of act that chose an expert */
     cpu_act mid;     /* [R] or [R*K] rows of gate, as down takes them */
+    bool gathers;    /* there are experts that take rows as int8 */
     size_t act_each; /* bytes of a number of act.q and mid.q: 0 where no linear wants them, 1 for int8, 2 for bf16, 4
                         for fp8 */
     struct {
