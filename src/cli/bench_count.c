@@ -81,6 +81,10 @@ static const ern_linear *typical(const ern_model *m, bool expert) {
     return NULL;
 }
 
+double bench_share_added(double bytes, double more_s, double read) {
+    return more_s > 0 && read > 0 ? bytes / more_s / read : (double)INFINITY;
+}
+
 ern_dtype bench_dtype(const ern_model *m) {
     const ern_linear *expert = typical(m, true);
     return expert ? expert->dtype : typical(m, false)->dtype;

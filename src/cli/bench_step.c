@@ -1,5 +1,6 @@
 /* ernest bench step: prefill and decode of a model without a server; on the cpu backend, beside the limits of the same
  * rounds. */
+#include <math.h>
 #include <stdio.h>
 #include <string.h>
 
@@ -296,6 +297,7 @@ static void print_table(const stepping *s, const table_cell *cell, int runs) {
     (void)printf("\nworst of %d runs, %s, %d threads of %s; peers: tokens/s on a Xeon with AMX\n"
                  "%-34s %10s %7s %-12s %5s %5s\n",
                  runs, s->format, s->threads, ern_cpu_name(), "", "tokens/s", "share", "of", "must", "aim");
+    bool unclear = false;
     for (int i = 0; i < TABLE_ROWS; i++) {
         const table_row *t = &table[i];
         char name[96], row[256];
@@ -304,17 +306,23 @@ static void print_table(const stepping *s, const table_cell *cell, int runs) {
                        t->busy ? ", one core busy"
                        : t->kv ? ", KV bytes added"
                                : "");
-        (void)printf("%-34s %10.2f %6.0f%% %-12s %4d%% %4d%%  %-6s  %s\n", name, cell[i].worst_rate,
-                     100 * cell[i].worst, cell[i].limit, t->must, t->aim, 100 * cell[i].worst < t->must ? "missed" : "",
-                     t->peers);
+        const bool known = isfinite(cell[i].worst);
+        char share[16] = "unclear";
+        unclear |= !known;
+        if (known) (void)snprintf(share, sizeof share, "%.0f%%", 100 * cell[i].worst);
+        (void)printf("%-34s %10.2f %7s %-12s %4d%% %4d%%  %-6s  %s\n", name, cell[i].worst_rate, share, cell[i].limit,
+                     t->must, t->aim, 100 * cell[i].worst < t->must ? "missed" : "", t->peers);
         (void)snprintf(row, sizeof row, "table, worst of %d: %s, %s, %s", runs, s->model->is_paddle ? "paddle" : "pt",
                        s->format, name);
         bench_book_add(s->book, &(bench_line){.row = row,
                                               .value = cell[i].worst_rate,
                                               .unit = "tokens/s",
                                               .threads = s->threads,
-                                              .fraction = cell[i].worst});
+                                              .fraction = known ? cell[i].worst : 0});
     }
+    if (unclear)
+        (void)printf("unclear: the bytes that a context adds took no more time than rounds differ by, or no limit of "
+                     "this machine is known\n");
 }
 
 static ern_status run_table(stepping *s, ern_err *err) {

@@ -288,10 +288,8 @@ ern_status bench_decode_against(bench_steps *b, int32_t context, int32_t base_co
         bench_spin_end(&busy);
         if (status != ERN_OK) return status;
         look(b, out, has_rate, &p->row);
-        const double more_s = p->row.seconds - p->base.seconds;
-        p->share = n_busy                          ? p->base.seconds / p->row.seconds
-                   : more_s > 0 && p->row.read > 0 ? (out->kv_bytes - base.kv_bytes) / more_s / p->row.read
-                                                   : 0;
+        const double more_s = p->row.seconds - p->base.seconds, more_bytes = out->kv_bytes - base.kv_bytes;
+        p->share = n_busy ? p->base.seconds / p->row.seconds : bench_share_added(more_bytes, more_s, p->row.read);
     } while (++rounds < b->o.n_round && ern_now_us() - begin_us < ENOUGH_US);
     qsort(r, (size_t)rounds, sizeof *r, by_share);
     *share = r[rounds / 2].share;

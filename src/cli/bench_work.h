@@ -51,8 +51,8 @@ ERN_MUST_CHECK ern_status bench_decode(bench_steps *b, int32_t batch, int32_t co
 /* A sequence with `context` tokens in the cache, held round by round against itself with base_context: what a machine
  * does differently a minute later is no part of it. n_busy > 0: that many processors are taken meanwhile (bench_spin),
  * and share is the rate over the base's, which has the machine to itself; 0: share is the KV bytes that the longer
- * context adds, over the time that it adds and the read limit of the round. out and share: the median round by share.
- * Errors: the backend's, and bench_spin's. */
+ * context adds, over the time that it adds and the read limit of the round, or INFINITY (bench_share_added). out and
+ * share: the median round by share. Errors: the backend's, and bench_spin's. */
 ERN_MUST_CHECK ern_status bench_decode_against(bench_steps *b, int32_t context, int32_t base_context, int n_busy,
                                                bench_result *out, double *share, ern_err *err);
 /* One prompt of n tokens, in steps of at most n_row_max rows; the last row is sampled. */
