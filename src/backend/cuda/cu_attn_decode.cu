@@ -543,12 +543,7 @@ static __global__ void __launch_bounds__(THREADS *GROUPS, (groups_each(C, CODES)
 #pragma unroll
         for (int j = 0; j < 4; j++)
             for (int e = 0; e < 4; e++) m[e >> 1] = fmaxf(m[e >> 1], score[j][e]);
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            m[i] = fmaxf(m[i], __shfl_xor_sync(0xffffffffu, m[i], 1));
-            m[i] = fmaxf(m[i], __shfl_xor_sync(0xffffffffu, m[i], 2));
-            if (c == 0) top[warp * ATTN_FEW + g + 8 * i] = m[i];
-        }
+        tile_put_top(m, top, warp, g, c);
         attn_cell cell;
         if (!BULK) {
             cell = attn_cell_of<C, CODES, true>(&a, page, next.head, next_at);

@@ -349,24 +349,14 @@ static __device__ __forceinline__ void attend(const one_args *args, unsigned cha
                 m[e >> 1] = fmaxf(m[e >> 1], s[j][e]);
             }
         }
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            m[i] = fmaxf(m[i], __shfl_xor_sync(0xffffffffu, m[i], 1));
-            m[i] = fmaxf(m[i], __shfl_xor_sync(0xffffffffu, m[i], 2));
-            if (c == 0) top[warp * ATTN_FEW + g + 8 * i] = m[i];
-        }
+        tile_put_top(m, top, warp, g, c);
         if (more) tile_put_cells(a, smem, &next, page);
         one_sync<BAR_ALL, COMPUTERS>(); /* maxima are there; keys and q may be overwritten */
         if (more)
             tile_ask(a, smem, 0, &next);
         else
             attn_copy_commit();
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            m[i] = top[g + 8 * i];
-#pragma unroll
-            for (int w = 1; w < WARPS; w++) m[i] = fmaxf(m[i], top[w * ATTN_FEW + g + 8 * i]);
-        }
+        tile_top<WARPS>(m, top, g);
 #pragma unroll
         for (int j = 0; j < J; j++) {
 #pragma unroll

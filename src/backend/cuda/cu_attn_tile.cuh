@@ -121,6 +121,25 @@ static __device__ __forceinline__ void tile_scores(float s[][4], const unsigned 
     }
 }
 
+/* The largest of the warp's scores of rows g and g + 8, of which a lane has m: to top [WARPS][16]. */
+static __device__ __forceinline__ void tile_put_top(float m[2], float *top, int warp, int g, int c) {
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        m[i] = fmaxf(m[i], __shfl_xor_sync(0xffffffffu, m[i], 1));
+        m[i] = fmaxf(m[i], __shfl_xor_sync(0xffffffffu, m[i], 2));
+        if (c == 0) top[warp * ATTN_FEW + g + 8 * i] = m[i];
+    }
+}
+/* The largest of all warps' scores. */
+template <int WARPS> static __device__ __forceinline__ void tile_top(float m[2], const float *top, int g) {
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        m[i] = top[g + 8 * i];
+#pragma unroll
+        for (int w = 1; w < WARPS; w++) m[i] = fmaxf(m[i], top[w * ATTN_FEW + g + 8 * i]);
+    }
+}
+
 /* O [unit][half][4] of this warp's dimensions, and l (rows g, g, g+8, g+8). Codes: half 0 has the even dimensions of
  * the unit, half 1 the odd ones; else the lower and upper eight. */
 template <int C, int CODES, int WARPS, bool SHORT = false>

@@ -701,12 +701,7 @@ static __device__ __forceinline__ void chain_attend(const chain_args *a, const c
                 m[e >> 1] = fmaxf(m[e >> 1], s[j][e]);
             }
         }
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            m[i] = fmaxf(m[i], __shfl_xor_sync(0xffffffffu, m[i], 1));
-            m[i] = fmaxf(m[i], __shfl_xor_sync(0xffffffffu, m[i], 2));
-            if (c == 0) top[warp * ATTN_FEW + g + 8 * i] = m[i];
-        }
+        tile_put_top(m, top, warp, g, c);
         /* The next layer waits until these results are on their way. */
         attn_cell cell;
         if (!last) {
@@ -719,12 +714,7 @@ static __device__ __forceinline__ void chain_attend(const chain_args *a, const c
             chain_load<I8>(a, b, layer, 0, &next);
         }
         attn_copy_commit();
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            m[i] = top[g + 8 * i];
-#pragma unroll
-            for (int w = 1; w < CHAIN_WARPS; w++) m[i] = fmaxf(m[i], top[w * ATTN_FEW + g + 8 * i]);
-        }
+        tile_top<CHAIN_WARPS>(m, top, g);
 #pragma unroll
         for (int j = 0; j < J; j++) {
             const int chunk = warp * J + j;
