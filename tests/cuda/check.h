@@ -57,6 +57,14 @@ enum { CHECK_EXPERTS = 5, CHECK_USED = 3 };
 void check_routes_new(cu_routes *r, int32_t n_row, int32_t tile_rows, int32_t *first, int32_t *place_entry);
 void check_routes_free(cu_routes *r);
 
+/* Where and how much the worst of compared numbers is off, for check_end. Begins as zeros. */
+typedef struct check_worst {
+    double share;
+    char what[96];
+} check_worst;
+void check_worst_add(check_worst *w, double error, double bound, const char *what, int32_t row, int32_t out,
+                     int32_t n_row);
+
 /* Weights that meet rows of 8 bits, drawn as packed bytes. w: its pointers are of the device. */
 typedef struct check_weights {
     cu_linear w;

@@ -179,22 +179,9 @@ typedef struct kernels {
 } kernels;
 static const kernels large = {"large", cu_a8_large_run, cu_a8_large_grouped, {1, 65, 128, 200, 257}, 128, 128};
 
-/* Where and how much the worst of the compared numbers is off. */
-typedef struct worst {
-    double share;
-    char what[96];
-} worst;
-
-static void worst_add(worst *w, double error, double bound, const char *what, int32_t row, int32_t out, int32_t n_row) {
-    const double share = error <= bound ? (bound > 0.0 ? error / bound : 0.0) : error <= 1e300 ? error / bound : 1e300;
-    if (share <= w->share) return;
-    w->share = share;
-    snprintf(w->what, sizeof w->what, "%s, row %d of %d, output %d", what, row, n_row, out);
-}
-
 /* One number of the result against double. before: what y held. */
-static void compare_one(worst *to, const check_weights *o, const cu_x8 *x, cu_epilogue ep, double got, double before,
-                        int32_t row, int32_t out, int32_t n_row) {
+static void compare_one(check_worst *to, const check_weights *o, const cu_x8 *x, cu_epilogue ep, double got,
+                        double before, int32_t row, int32_t out, int32_t n_row) {
     double e0, e1;
     const int32_t band = out / CU_BAND, r = out % CU_BAND;
     if (ep != CU_SWIGLU) {
@@ -203,13 +190,13 @@ static void compare_one(worst *to, const check_weights *o, const cu_x8 *x, cu_ep
             e0 += 0x1p-23 * (fabs(want) + fabs(before));
         else
             want = (double)(float)want; /* the sum of two floats is rounded once, as theirs is */
-        worst_add(to, fabs(got - want), e0, ep == CU_ADD ? "add" : "store", row, out, n_row);
+        check_worst_add(to, fabs(got - want), e0, ep == CU_ADD ? "add" : "store", row, out, n_row);
         return;
     }
     const double gate = dot(o, x, row, band * 2, r, &e0), up = dot(o, x, row, band * 2 + 1, r, &e1);
     double bound;
     const double want = check_swiglu(gate, e0, up, e1, &bound);
-    worst_add(to, fabs(got - want), bound, "swiglu", row, out, n_row);
+    check_worst_add(to, fabs(got - want), bound, "swiglu", row, out, n_row);
 }
 
 /* Rows one by one. */
@@ -242,7 +229,7 @@ static void check_plain(const kernels *k, shape s) {
     unsigned char *before = take(bytes), *got = take(bytes), *want = take(bytes);
     void *dy = check_new(NULL, bytes);
     const bool small = (int64_t)s.n_in * s.n_out <= 20000;
-    worst w = {0};
+    check_worst w = {0};
     bool same = true, kept = true;
     for (int n = 0; k->n_row[n]; n++)
         for (int ep = s.pairs ? CU_SWIGLU : CU_STORE; ep <= (s.pairs ? CU_SWIGLU : CU_ADD); ep++) {

@@ -1,11 +1,19 @@
-/* What checks of several kernels share: who goes to which expert, weights that meet rows of 8 bits and what their bytes
- * say by cu_kernels.h's drawing. */
+/* What checks of several kernels share: the worst of errors, who goes to which expert, weights that meet rows of 8 bits
+ * and what their bytes say by cu_kernels.h's drawing. */
 #include "check.h"
 
 static void *take(size_t bytes) {
     void *p = calloc(bytes + 1, 1);
     if (!p) abort();
     return p;
+}
+
+void check_worst_add(check_worst *w, double error, double bound, const char *what, int32_t row, int32_t out,
+                     int32_t n_row) {
+    const double share = error <= bound ? (bound > 0.0 ? error / bound : 0.0) : error <= 1e300 ? error / bound : 1e300;
+    if (share <= w->share) return;
+    w->share = share;
+    snprintf(w->what, sizeof w->what, "%s, row %d of %d, output %d", what, row, n_row, out);
 }
 
 void check_routes_new(cu_routes *r, int32_t n_row, int32_t tile_rows, int32_t *first, int32_t *place_entry) {
