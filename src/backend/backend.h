@@ -96,7 +96,8 @@ typedef struct ern_backend_plan {
  * norm, logits, mtp_in, mtp_resid, mtp_logits. layer is -1 where none applies. data is [n_row, n_col] f32, borrowed for
  * the call. "resid" of every layer and "logits" are mandatory. norm, logits and mtp_logits come one wanted row a call,
  * row = its index in `want`; the others come with row = the first of n_row rows of the batch. Shapes: docs/model.md 6.
- * Called on the thread that computes. */
+ * Called on the thread that computes. Where there is no probe, nor MTP, rows that are not wanted may leave behind the
+ * last layer's keys and values. */
 typedef void ern_probe_fn(void *ud, const char *stage, int32_t layer, int32_t row, const float *data, int32_t n_row,
                           int32_t n_col);
 

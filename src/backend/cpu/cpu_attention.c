@@ -45,14 +45,21 @@ static void store_head(const cpu_backend *b, unsigned char *plane, const float *
     for (int32_t c = 0; c < C; c++) to[c * step] = code[c];
 }
 
+void cpu_rotate(const cpu_run *c, float *x, int32_t n) {
+    const cpu_backend *b = c->b;
+    const int32_t C = b->model->config.n_head_dim;
+    int32_t from, to;
+    cpu_share(c, c->rows.n, 1, &from, &to);
+    for (int64_t t = from; t < to; t++) b->kernels->rope(x + t * n * C, b->rope + t * C, n, C);
+}
+
 void cpu_store_rows(const cpu_run *c, int32_t layer) {
     const cpu_backend *b = c->b;
     const ern_config *m = &b->model->config;
-    const int32_t C = m->n_head_dim, G = m->n_kv_head, H = m->n_head, P = b->o.n_page_cell;
+    const int32_t C = m->n_head_dim, G = m->n_kv_head, P = b->o.n_page_cell;
     int32_t from, to;
     cpu_share(c, c->s->n_row, 1, &from, &to);
     for (int64_t t = from; t < to; t++) {
-        b->kernels->rope(b->q + t * H * C, b->rope + t * C, H, C);
         b->kernels->rope(b->k + t * G * C, b->rope + t * C, G, C);
         const int32_t page = c->s->cell[t] / P, cell = c->s->cell[t] % P, lane = cell % CPU_KV_GROUP;
         for (int32_t g = 0; g < G; g++) {
@@ -88,10 +95,10 @@ int32_t cpu_attend_slots(const cpu_backend *b) {
 static bool by_rows(const cpu_backend *b) { return b->kernels->attn_rows && b->o.kv_dtype == ERN_KV_BF16; }
 
 /* Rows of a sequence that share one walk over its keys and values. */
-static int32_t tile_rows(const cpu_backend *b, const cpu_slot *s) {
+static int32_t tile_rows(const cpu_backend *b, int32_t n_row) {
     int32_t rows = by_rows(b) ? CPU_ATTN_ROWS : ROWS_FEW;
     const int32_t heads = cpu_head_tiles(&b->model->config);
-    while (rows > ROWS_FEW && s->n_row / rows * heads < b->n_worker * (rows > ROWS_SOME ? EVEN_EACH : TILES_EACH))
+    while (rows > ROWS_FEW && n_row / rows * heads < b->n_worker * (rows > ROWS_SOME ? EVEN_EACH : TILES_EACH))
         rows /= 2;
     return rows;
 }
@@ -99,15 +106,15 @@ static int32_t tile_rows(const cpu_backend *b, const cpu_slot *s) {
 /* Tiles of rows are the tasks. Where they are too few or too unequal to keep all workers busy, the heavy ones are cut
  * along positions. A piece computes its blocks one by one and keeps each result; they are joined afterwards in the
  * order of positions, which is the order in which a whole tile joins its own: cut or not, the bits are the same. */
-void cpu_attend_plan(cpu_backend *b, const cpu_slot *s) {
+void cpu_attend_plan(cpu_backend *b, const cpu_rows *s, int32_t n_seq) {
     int64_t all = 0;
-    for (int32_t t = 0; t < s->n_row; t++) all += blocks_to(s->pos[t]);
+    for (int32_t t = 0; t < s->n; t++) all += blocks_to(s->pos[t]);
     const int64_t heads = cpu_head_tiles(&b->model->config);
     const int64_t most = all * heads / ((int64_t)b->n_worker * TILES_EACH) + 1; /* (row, block) pairs of a task */
-    const int32_t rows = tile_rows(b, s);
+    const int32_t rows = tile_rows(b, s->n);
     int32_t slot = 0;
     b->n_tile = b->n_split = 0;
-    for (int32_t q = 0; q < s->n_seq; q++) {
+    for (int32_t q = 0; q < n_seq; q++) {
         for (int32_t r = s->row0[q]; r < s->row0[q + 1]; r += rows) {
             const int32_t n = least(s->row0[q + 1] - r, rows), n_block = blocks_to(s->pos[r + n - 1]);
             const cpu_tile whole = {.row = r, .n = n, .seq = q, .n_block = n_block, .slot = -1, .stride = n_block};
@@ -165,7 +172,7 @@ static void finish_row(const cpu_backend *b, int32_t row, const heads *h, const 
 static void attend_rows(const cpu_run *c, const cpu_tile *tile, const heads *h, int32_t i, cpu_attn_job *j,
                         float *acc) {
     const cpu_backend *b = c->b;
-    const int32_t *pos = c->s->pos + tile->row, at = i * CPU_ATTN_BLOCK;
+    const int32_t *pos = c->rows.pos + tile->row, at = i * CPU_ATTN_BLOCK;
     const float *q[CPU_ATTN_ROWS];
     float *part[CPU_ATTN_ROWS];
     int32_t n[CPU_ATTN_ROWS], first = 0;
@@ -208,7 +215,7 @@ typedef struct walk {
 static void find_block(const cpu_run *c, const task *t, int32_t i, cpu_kv_block *out) {
     const cpu_backend *b = c->b;
     const ern_config *m = &b->model->config;
-    const int32_t at = i * CPU_ATTN_BLOCK, last = c->s->pos[t->tile->row + t->tile->n - 1];
+    const int32_t at = i * CPU_ATTN_BLOCK, last = c->rows.pos[t->tile->row + t->tile->n - 1];
     const unsigned char *k = kv_at(b, t->h.layer, t->h.g);
     const cpu_kv_view kv = {.k = k,
                             .v = k + m->n_kv_head * b->plane_bytes,
@@ -247,7 +254,7 @@ static void attend_tile(const cpu_run *c, walk *w, const task *t, const task *af
             continue;
         }
         for (int32_t r = 0; r < tile->n; r++) {
-            const int32_t n = least(c->s->pos[tile->row + r] + 1 - i * CPU_ATTN_BLOCK, CPU_ATTN_BLOCK);
+            const int32_t n = least(c->rows.pos[tile->row + r] + 1 - i * CPU_ATTN_BLOCK, CPU_ATTN_BLOCK);
             if (n <= 0) continue;
             float *own = acc + r * b->part_floats, *part = own;
             if (tile->slot >= 0)
@@ -266,7 +273,7 @@ static void attend_tile(const cpu_run *c, walk *w, const task *t, const task *af
 /* The pieces' results in the order of positions, over the first of them. */
 static void join_row(const cpu_run *c, const cpu_tile *split, int32_t r, const heads *h) {
     const cpu_backend *b = c->b;
-    const int32_t slot = split->slot + r * split->stride, n_block = blocks_to(c->s->pos[split->row + r]);
+    const int32_t slot = split->slot + r * split->stride, n_block = blocks_to(c->rows.pos[split->row + r]);
     float *acc = slot_part(b, slot, h);
     for (int32_t i = 1; i < n_block; i++) {
         /* other workers wrote most of the parts, which lie in their caches */

@@ -240,7 +240,7 @@ static void experts_down(cpu_run *c, const ern_layer *w) {
 }
 
 void cpu_ffn(cpu_run *c, const ern_layer *w, int32_t layer) {
-    const int32_t T = c->s->n_row;
+    const int32_t T = c->rows.n;
     for (int32_t row0 = 0; row0 < T; row0 += CPU_FFN_ROWS) {
         const int32_t n = T - row0 < CPU_FFN_ROWS ? T - row0 : CPU_FFN_ROWS;
         if (!w->is_moe) {

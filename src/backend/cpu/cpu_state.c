@@ -172,6 +172,8 @@ size_t cpu_layout(cpu_backend *b, unsigned char *base) {
     b->head_in = cut(&c, I * D, sizeof(float));
     b->logits = cut(&c, I * (size_t)m->n_vocab, sizeof(float));
     b->want_seq = cut(&c, W, sizeof(int32_t));
+    b->want_pos = cut(&c, W, sizeof(int32_t));
+    b->want_row0 = cut(&c, (size_t)b->o.n_seq_max + 1, sizeof(int32_t));
     b->tile = cut(&c, T + (size_t)b->n_slot, sizeof(cpu_tile));
     b->split = cut(&c, T, sizeof(cpu_tile));
     b->own_part = cut(&c, n * (CPU_ATTN_ROWS + 1) * (size_t)b->part_floats, sizeof(float));

@@ -36,7 +36,15 @@ typedef struct cpu_slot {
     int64_t compute_us;
 } cpu_slot;
 
-/* Rows row..row+n-1, all of one sequence, that attend together to the softmax blocks block..block+n_block-1. */
+/* The rows of a step at hand, sequence by sequence: all of them, or the wanted ones, which alone go on behind the last
+ * layer's keys and values. x, q and rope hold them at the front. */
+typedef struct cpu_rows {
+    int32_t n;
+    const int32_t *pos, *row0; /* [n], [n_seq + 1] */
+} cpu_rows;
+
+/* Rows row..row+n-1 of these, all of one sequence, that attend together to the softmax blocks block..block+n_block-1.
+ */
 typedef struct cpu_tile {
     int32_t row, n, seq, block, n_block;
     int32_t slot; /* >= 0: one piece of many; block k's results for row r go to part slot + r * stride + k, and wait */
@@ -85,13 +93,14 @@ typedef struct cpu_backend {
     int32_t *entry_first; /* [E+1] */
     int32_t *active;      /* [E] experts that have rows, ascending */
     int32_t n_active;
-    float *mtp_in;     /* [T, 2D] */
-    int32_t *mtp_next; /* [T] */
-    float *head_in;    /* [I, D] */
-    float *logits;     /* [I, V] */
-    int32_t *want_seq; /* [W] */
-    cpu_tile *tile;    /* [T + n_slot] tasks of the attention, each for every KV head */
-    cpu_tile *split;   /* [T] the tiles that were cut into pieces, whole */
+    float *mtp_in;                 /* [T, 2D] */
+    int32_t *mtp_next;             /* [T] */
+    float *head_in;                /* [I, D] */
+    float *logits;                 /* [I, V] */
+    int32_t *want_seq;             /* [W] */
+    int32_t *want_pos, *want_row0; /* [W], [n_seq_max + 1] the cpu_rows of the wanted rows */
+    cpu_tile *tile;                /* [T + n_slot] tasks of the attention, each for every KV head */
+    cpu_tile *split;               /* [T] the tiles that were cut into pieces, whole */
     int32_t n_tile, n_split;
     float *own_part;        /* [n_worker, CPU_ATTN_ROWS + 1, part_floats] */
     unsigned char *room;    /* [n_worker, cpu_attn_room], where there is attn_rows */
@@ -149,6 +158,8 @@ static inline int32_t cpu_ffn_rows(const cpu_backend *b) {
 typedef struct cpu_run {
     cpu_backend *b;
     cpu_slot *s;
+    cpu_rows rows;
+    bool only_wanted; /* these are the wanted ones */
     int worker, n_worker;
     uint32_t phase; /* phases begun; the same for every worker */
 } cpu_run;
@@ -189,17 +200,19 @@ int32_t cpu_unit(int32_t n_row);
 void cpu_linears(cpu_run *c, const cpu_linear_job *job, int n);
 /* cpu_attention.c. Cosines and sines of one row into table [2, C/2]. */
 void cpu_rope_table(float *table, const float *inv_freq, int32_t pos, int32_t C);
-/* Rotate q and k of this worker's rows and write k and v to their cells. */
+/* Rotate the n heads of x [rows, n * C] of this worker's rows. */
+void cpu_rotate(const cpu_run *c, float *x, int32_t n);
+/* Write k and v of this worker's rows to their cells, k rotated. */
 void cpu_store_rows(const cpu_run *c, int32_t layer);
 /* Head tiles of all KV heads. */
 int32_t cpu_head_tiles(const ern_config *m);
 /* (row, block) pairs whose results may wait to be joined. */
 int32_t cpu_attend_slots(const cpu_backend *b);
-/* Cut the rows of a step into tiles and pieces. */
-void cpu_attend_plan(cpu_backend *b, const cpu_slot *s);
-/* q = softmax(q K) V for all rows of the step. All have met, with next_task 0; they meet after. */
+/* Cut rows of n_seq sequences into tiles and pieces. */
+void cpu_attend_plan(cpu_backend *b, const cpu_rows *rows, int32_t n_seq);
+/* q = softmax(q K) V for the rows at hand. All have met, with next_task 0; they meet after. */
 void cpu_attend(const cpu_run *c, int32_t layer);
-/* x += feed-forward(xn) for all rows of the step; all workers have met before and meet at the end. */
+/* x += feed-forward(xn) for the rows at hand; all workers have met before and meet at the end. */
 void cpu_ffn(cpu_run *c, const ern_layer *w, int32_t layer);
 
 #endif

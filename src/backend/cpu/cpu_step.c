@@ -24,7 +24,7 @@ void cpu_show(const cpu_run *c, const char *stage, int32_t layer, int32_t row, c
     cpu_meet(c);
 }
 
-/* y = W x, or y += W x, for all rows of the step. act: the rows of x as w takes them. */
+/* y = W x, or y += W x, for the rows at hand. act: the rows of x as w takes them. */
 static cpu_linear_job rows_job(const cpu_run *c, const ern_linear *w, float *y, const float *x, bool add) {
     return (cpu_linear_job){.w = w,
                             .x = x,
@@ -33,7 +33,7 @@ static cpu_linear_job rows_job(const cpu_run *c, const ern_linear *w, float *y, 
                             .y = y,
                             .y_stride = w->n_out,
                             .add = add,
-                            .n_row = c->s->n_row};
+                            .n_row = c->rows.n};
 }
 
 /* xn = norm of x, and as the linear that comes next takes it. */
@@ -41,7 +41,7 @@ static void norm_rows(const cpu_run *c, const ern_bf16 *w, const ern_linear *nex
     const cpu_backend *b = c->b;
     const int32_t D = b->model->config.n_hidden;
     int32_t from, to;
-    cpu_share(c, c->s->n_row, 1, &from, &to);
+    cpu_share(c, c->rows.n, 1, &from, &to);
     for (int64_t t = from; t < to; t++) {
         b->kernels->norm(b->xn + t * D, b->x + t * D, w, D, b->model->config.rms_eps);
         cpu_act_put(b, b->act, next, t, 0, b->xn + t * D, D);
@@ -57,18 +57,49 @@ static void embed_row(float *y, const ern_model *m, int32_t token) {
 
 /* ---- one layer, the head, MTP ------------------------------------------------------------------------------------ */
 
-/* x -> x; keys and values go to cache layer `layer`. */
-static void run_layer(cpu_run *c, const ern_layer *w, int32_t layer) {
+/* The wanted rows of x and of the angles to the front; these are the rows at hand from now on. All have met, and meet.
+ */
+static void leave_wanted(cpu_run *c) {
     cpu_backend *b = c->b;
     const ern_config *m = &b->model->config;
-    const int32_t T = c->s->n_row;
+    const cpu_slot *s = c->s;
+    c->rows = (cpu_rows){.n = s->n_want, .pos = b->want_pos, .row0 = b->want_row0};
+    c->only_wanted = true;
+    if (c->worker == 0) {
+        for (int64_t i = 0; i < s->n_want; i++) { /* they ascend: what is overwritten has left */
+            memmove(b->x + i * m->n_hidden, b->x + (int64_t)s->want[i] * m->n_hidden,
+                    (size_t)m->n_hidden * sizeof *b->x);
+            memmove(b->rope + i * m->n_head_dim, b->rope + (int64_t)s->want[i] * m->n_head_dim,
+                    (size_t)m->n_head_dim * sizeof *b->rope);
+        }
+        cpu_attend_plan(b, &c->rows, s->n_seq);
+    }
+    cpu_meet(c);
+}
+
+/* x -> x; keys and values go to cache layer `layer`. Of the last layer: nothing but its keys and values is made of rows
+ * that are not wanted, and x holds the others. */
+static void run_layer(cpu_run *c, const ern_layer *w, int32_t layer, bool last) {
+    cpu_backend *b = c->b;
+    const ern_config *m = &b->model->config;
+    const bool leaves = last && c->s->n_want < c->rows.n;
     norm_rows(c, w->attn_norm, &w->q);
-    cpu_show(c, "attn_norm", layer, 0, b->xn, T, m->n_hidden);
-    const cpu_linear_job qkv[] = {rows_job(c, &w->q, b->q, b->xn, false), rows_job(c, &w->k, b->k, b->xn, false),
-                                  rows_job(c, &w->v, b->v, b->xn, false)};
-    cpu_linears(c, qkv, 3);
+    cpu_show(c, "attn_norm", layer, 0, b->xn, c->rows.n, m->n_hidden);
+    const cpu_linear_job kvq[] = {rows_job(c, &w->k, b->k, b->xn, false), rows_job(c, &w->v, b->v, b->xn, false),
+                                  rows_job(c, &w->q, b->q, b->xn, false)};
+    cpu_linears(c, kvq, leaves ? 2 : 3);
     cpu_meet(c);
     cpu_store_rows(c, layer);
+    if (leaves) {
+        cpu_meet(c);
+        leave_wanted(c);
+        norm_rows(c, w->attn_norm, &w->q);
+        const cpu_linear_job q = rows_job(c, &w->q, b->q, b->xn, false);
+        cpu_linears(c, &q, 1);
+        cpu_meet(c);
+    }
+    const int32_t T = c->rows.n;
+    cpu_rotate(c, b->q, m->n_head);
     if (c->worker == 0) atomic_store_explicit(&b->next_task, 0, memory_order_relaxed);
     cpu_meet(c);
     cpu_show(c, "q", layer, 0, b->q, T, m->n_head * m->n_head_dim);
@@ -94,8 +125,8 @@ static void head_rows(cpu_run *c, int32_t w0, int32_t n) {
     int32_t from, to;
     cpu_share(c, n, 1, &from, &to);
     for (int64_t i = from; i < to; i++) {
-        b->kernels->norm(b->head_in + i * D, b->x + (int64_t)c->s->want[w0 + i] * D, b->model->norm, D,
-                         b->model->config.rms_eps);
+        const int64_t row = c->only_wanted ? w0 + i : c->s->want[w0 + i];
+        b->kernels->norm(b->head_in + i * D, b->x + row * D, b->model->norm, D, b->model->config.rms_eps);
         cpu_act_put(b, b->act, head, i, 0, b->head_in + i * D, D);
     }
     cpu_meet(c);
@@ -183,7 +214,7 @@ static void run_mtp(cpu_run *c) {
     cpu_linears(c, &proj, 1);
     cpu_meet(c);
     cpu_show(c, "mtp_in", -1, 0, b->x, T, D);
-    run_layer(c, &m->mtp.layer, m->config.n_layer);
+    run_layer(c, &m->mtp.layer, m->config.n_layer, false);
     cpu_show(c, "mtp_resid", -1, 0, b->x, T, D);
     run_head(c, false);
 }
@@ -195,6 +226,7 @@ static void step_worker(void *ud, int worker, int n_worker) {
     cpu_run run = *(const cpu_run *)ud, *c = &run;
     run.worker = worker;
     run.n_worker = n_worker;
+    run.rows = (cpu_rows){.n = run.s->n_row, .pos = run.s->pos, .row0 = run.s->row0};
     cpu_backend *b = c->b;
     const ern_config *m = &b->model->config;
     int32_t from, to;
@@ -206,7 +238,8 @@ static void step_worker(void *ud, int worker, int n_worker) {
     cpu_meet(c);
     cpu_show(c, "embed", -1, 0, b->x, c->s->n_row, m->n_hidden);
     for (int32_t layer = 0; layer < m->n_layer; layer++) {
-        run_layer(c, &b->weights.layer[layer], layer);
+        /* MTP and a probe want all rows of the last layer, too */
+        run_layer(c, &b->weights.layer[layer], layer, layer == m->n_layer - 1 && !b->o.mtp && !b->probe);
         cpu_show(c, "resid", layer, 0, b->x, c->s->n_row, m->n_hidden);
     }
     run_head(c, true);
@@ -222,9 +255,13 @@ static void prepare(cpu_backend *b, cpu_slot *s, const cpu_slot *prev) {
         }
         ERN_ASSERT(s->token[t] >= 0 && s->token[t] < b->model->config.n_vocab);
     }
-    for (int32_t q = 0, w = 0; q < s->n_seq; q++)
-        for (; w < s->n_want && s->want[w] < s->row0[q + 1]; w++) b->want_seq[w] = q;
-    cpu_attend_plan(b, s);
+    for (int32_t q = 0, w = 0; q < s->n_seq; q++) {
+        b->want_row0[q] = w;
+        for (; w < s->n_want && s->want[w] < s->row0[q + 1]; w++)
+            b->want_seq[w] = q, b->want_pos[w] = s->pos[s->want[w]];
+        b->want_row0[q + 1] = w;
+    }
+    cpu_attend_plan(b, &(cpu_rows){.n = s->n_row, .pos = s->pos, .row0 = s->row0}, s->n_seq);
 }
 
 void cpu_step(cpu_backend *b, cpu_slot *s, const cpu_slot *prev) {
