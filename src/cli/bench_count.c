@@ -61,14 +61,31 @@ double bench_bytes(const ern_model *m, const bench_work *w) {
            (w->kv_read + w->kv_write) * w->kv_bytes;
 }
 
+/* What a row passes behind the keys and values of the last layer, attention aside. */
+static double last_numbers(const ern_model *m) {
+    const ern_layer *l = &m->layer[m->config.n_layer - 1];
+    weighed t = {0}, expert = {0};
+    weigh(&t, &l->q);
+    weigh(&t, &l->o);
+    if (!l->is_moe) {
+        weigh_ffn(&t, &l->ffn);
+        return t.numbers;
+    }
+    weigh_ffn(&t, &l->shared);
+    weigh_ffn(&expert, &l->expert[0]);
+    return t.numbers + (double)m->config.n_expert * m->config.n_hidden + expert.numbers * m->config.n_expert_used;
+}
+
 double bench_operations(const ern_model *m, const bench_work *w) {
     int32_t n_moe;
     weighed head = {0};
     weigh(&head, &m->head);
     const double experts = expert_part(m, &n_moe).numbers * m->config.n_expert_used * n_moe;
-    const double attention =
-        2.0 * m->config.n_layer * m->config.n_head * m->config.n_head_dim; /* multiply-adds a pair */
-    return 2 * (w->n_row * (dense_part(m).numbers + experts) + w->n_want * head.numbers + w->pairs * attention);
+    const double attention = 2.0 * m->config.n_head * m->config.n_head_dim; /* multiply-adds a pair and layer */
+    const double spared =
+        w->leaves ? (w->n_row - w->n_want) * last_numbers(m) + (w->pairs - w->want_pairs) * attention : 0;
+    return 2 * (w->n_row * (dense_part(m).numbers + experts) + w->n_want * head.numbers +
+                w->pairs * attention * m->config.n_layer - spared);
 }
 
 /* Of a layer's routed experts where there are such, of the last layer's feed-forward otherwise. */

@@ -13,13 +13,15 @@ typedef struct bench_work {
     double kv_write;      /* positions written: rows */
     double kv_bytes;      /* of one position over all layers */
     double pairs;         /* (row, visible position), summed over the rows */
+    bool leaves;          /* rows that are not wanted leave behind the last layer's keys and values */
+    double want_pairs;    /* pairs of wanted rows; read where the others leave */
 } bench_work;
 
 /* Bytes: every dense linear once, the head if a row is wanted, the routers, each touched expert once, KV.
  * Activations stay in the cache and are not counted; neither are the norms and the rows of the embedding. */
 double bench_bytes(const ern_model *m, const bench_work *w);
 /* Operations, two for each multiply-add: linears for each row, the head for each wanted row, K experts a row, and
- * attention's two products over the pairs. */
+ * attention's two products over the pairs; of the last layer without what rows that leave are spared. */
 double bench_operations(const ern_model *m, const bench_work *w);
 /* The share of a read limit (bytes/s) at which `bytes` more are read in more_s seconds more. INFINITY, above every
  * share: the time that they add is lost in what rounds differ by, or no limit is known. */

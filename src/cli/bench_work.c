@@ -39,6 +39,7 @@ struct bench_steps {
     ern_sample *sample;
     /* the probed pass */
     double experts;
+    bool leaves; /* the timed steps spare the last layer's experts all rows but the wanted one */
     bool touched[ERN_LAYERS_MAX][ERN_EXPERTS_MAX];
 };
 
@@ -140,7 +141,7 @@ static void on_stage(void *ud, const char *stage, int32_t layer, int32_t row, co
                      int32_t n_col) {
     bench_steps *b = ud;
     (void)n_col;
-    if (strcmp(stage, "router") != 0 || layer < 0 || layer >= b->o.model->config.n_layer) return;
+    if (strcmp(stage, "router") != 0 || layer < 0 || layer >= b->o.model->config.n_layer - b->leaves) return;
     if (row == 0) memset(b->touched[layer], 0, sizeof b->touched[layer]);
     b->experts += bench_touch_experts(b->o.model, layer, data, n_row, b->touched[layer]);
 }
@@ -300,13 +301,17 @@ ern_status bench_decode_against(bench_steps *b, int32_t context, int32_t base_co
 }
 
 ern_status bench_prefill(bench_steps *b, int32_t n, bench_result *out, ern_err *err) {
+    const ern_model *m = b->o.model;
     *out = (bench_result){.prefill = true, .batch = 1, .context = n};
+    b->leaves = strcmp(b->backend->ops->name, "cpu") == 0;
     const bool has_rate = ern_rate_for(bench_dtype(b->o.model), b->o.level, &out->rate);
     double seconds;
-    const bool all = b->o.model->config.n_expert > 0; /* else a step is enough to be warm */
+    const bool all = m->config.n_expert > 0; /* else a step is enough to be warm */
     probe(b, true);
     ERN_TRY(prefill_steps(b, all || n < b->o.n_row_max ? n : b->o.n_row_max, &seconds, err));
-    const double experts = b->experts;
+    /* the wanted row chooses as many as a row does */
+    const bool spared = b->leaves && m->layer[m->config.n_layer - 1].is_moe;
+    const double experts = b->experts + (spared ? m->config.n_expert_used : 0);
     probe(b, false);
     for (int32_t at = 0; at < n; at += b->o.n_row_max) { /* each step reads the weights and its visible KV */
         const double rows = n - at < b->o.n_row_max ? n - at : b->o.n_row_max;
@@ -317,7 +322,9 @@ ern_status bench_prefill(bench_steps *b, int32_t n, bench_result *out, ern_err *
                             .kv_read = at + rows,
                             .kv_write = rows,
                             .kv_bytes = b->kv_bytes,
-                            .pairs = rows * at + rows * (rows + 1) / 2},
+                            .pairs = rows * at + rows * (rows + 1) / 2,
+                            .leaves = b->leaves,
+                            .want_pairs = at + rows == n ? n : 0},
               &step);
         out->bytes += step.bytes;
         out->kv_bytes += step.kv_bytes;
@@ -325,7 +332,7 @@ ern_status bench_prefill(bench_steps *b, int32_t n, bench_result *out, ern_err *
     }
     bench_work only_experts = {.experts = experts}, nothing = {0};
     out->experts = experts;
-    out->bytes += bench_bytes(b->o.model, &only_experts) - bench_bytes(b->o.model, &nothing);
+    out->bytes += bench_bytes(m, &only_experts) - bench_bytes(m, &nothing);
     round r[ROUNDS_MAX] = {{0}};
     const int64_t begin_us = ern_now_us();
     int rounds = 0;
@@ -335,6 +342,7 @@ ern_status bench_prefill(bench_steps *b, int32_t n, bench_result *out, ern_err *
         look(b, out, has_rate, &r[rounds]);
     } while (++rounds < b->o.n_round && ern_now_us() - begin_us < ENOUGH_US);
     conclude(out, r, rounds, n);
+    b->leaves = false;
     return ERN_OK;
 }
 
