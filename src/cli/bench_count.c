@@ -21,23 +21,34 @@ static void weigh_ffn(weighed *t, const ern_ffn *f) {
     weigh(t, &f->down);
 }
 
+/* All but the keys and values of a layer that a row passes, attention and routed experts aside: what only wanted rows
+ * pass of the last layer where the others leave. */
+static void weigh_rest(weighed *t, const ern_model *m, const ern_layer *l) {
+    weigh(t, &l->q);
+    weigh(t, &l->o);
+    if (!l->is_moe) {
+        weigh_ffn(t, &l->ffn);
+        return;
+    }
+    weigh_ffn(t, &l->shared);
+    const double router = (double)m->config.n_expert * (double)m->config.n_hidden;
+    t->bytes += router * sizeof(float);
+    t->numbers += router;
+}
+
+static weighed last_rest(const ern_model *m) {
+    weighed t = {0};
+    weigh_rest(&t, m, &m->layer[m->config.n_layer - 1]);
+    return t;
+}
+
 /* All that every row passes in the layers: attention, dense and shared feed-forwards, routers. */
 static weighed dense_part(const ern_model *m) {
     weighed t = {0};
     for (int32_t i = 0; i < m->config.n_layer; i++) {
-        const ern_layer *l = &m->layer[i];
-        weigh(&t, &l->q);
-        weigh(&t, &l->k);
-        weigh(&t, &l->v);
-        weigh(&t, &l->o);
-        if (!l->is_moe) {
-            weigh_ffn(&t, &l->ffn);
-            continue;
-        }
-        weigh_ffn(&t, &l->shared);
-        const double router = (double)m->config.n_expert * (double)m->config.n_hidden;
-        t.bytes += router * sizeof(float);
-        t.numbers += router;
+        weigh(&t, &m->layer[i].k);
+        weigh(&t, &m->layer[i].v);
+        weigh_rest(&t, m, &m->layer[i]);
     }
     return t;
 }
@@ -57,34 +68,21 @@ double bench_bytes(const ern_model *m, const bench_work *w) {
     int32_t n_moe;
     weighed head = {0};
     weigh(&head, &m->head);
+    const double spared = /* nobody looks behind the last layer's keys and values: only their writing is left */
+        w->leaves && w->n_want <= 0 ? last_rest(m).bytes + w->kv_read * w->kv_bytes / m->config.n_layer : 0;
     return dense_part(m).bytes + (w->n_want > 0 ? head.bytes : 0) + w->experts * expert_part(m, &n_moe).bytes +
-           (w->kv_read + w->kv_write) * w->kv_bytes;
-}
-
-/* What a row passes behind the keys and values of the last layer, attention aside. */
-static double last_numbers(const ern_model *m) {
-    const ern_layer *l = &m->layer[m->config.n_layer - 1];
-    weighed t = {0}, expert = {0};
-    weigh(&t, &l->q);
-    weigh(&t, &l->o);
-    if (!l->is_moe) {
-        weigh_ffn(&t, &l->ffn);
-        return t.numbers;
-    }
-    weigh_ffn(&t, &l->shared);
-    weigh_ffn(&expert, &l->expert[0]);
-    return t.numbers + (double)m->config.n_expert * m->config.n_hidden + expert.numbers * m->config.n_expert_used;
+           (w->kv_read + w->kv_write) * w->kv_bytes - spared;
 }
 
 double bench_operations(const ern_model *m, const bench_work *w) {
     int32_t n_moe;
     weighed head = {0};
     weigh(&head, &m->head);
-    const double experts = expert_part(m, &n_moe).numbers * m->config.n_expert_used * n_moe;
+    const double experts = expert_part(m, &n_moe).numbers * m->config.n_expert_used; /* of a row in a layer */
+    const double last = last_rest(m).numbers + (m->layer[m->config.n_layer - 1].is_moe ? experts : 0);
     const double attention = 2.0 * m->config.n_head * m->config.n_head_dim; /* multiply-adds a pair and layer */
-    const double spared =
-        w->leaves ? (w->n_row - w->n_want) * last_numbers(m) + (w->pairs - w->want_pairs) * attention : 0;
-    return 2 * (w->n_row * (dense_part(m).numbers + experts) + w->n_want * head.numbers +
+    const double spared = w->leaves ? (w->n_row - w->n_want) * last + (w->pairs - w->want_pairs) * attention : 0;
+    return 2 * (w->n_row * (dense_part(m).numbers + experts * n_moe) + w->n_want * head.numbers +
                 w->pairs * attention * m->config.n_layer - spared);
 }
 

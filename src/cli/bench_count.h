@@ -17,7 +17,8 @@ typedef struct bench_work {
     double want_pairs;    /* pairs of wanted rows; read where the others leave */
 } bench_work;
 
-/* Bytes: every dense linear once, the head if a row is wanted, the routers, each touched expert once, KV.
+/* Bytes: every dense linear once, the head if a row is wanted, the routers, each touched expert once, KV. Where rows
+ * leave and none is wanted: of the last layer's linears those of keys and values alone, and its KV is not read.
  * Activations stay in the cache and are not counted; neither are the norms and the rows of the embedding. */
 double bench_bytes(const ern_model *m, const bench_work *w);
 /* Operations, two for each multiply-add: linears for each row, the head for each wanted row, K experts a row, and

@@ -363,7 +363,16 @@ static void test_counts(void **state) {
     leaving.leaves = true, leaving.want_pairs = 60;
     near_to(bench_operations(&m, &leaving),
             bench_operations(&m, &w) - 2 * (3 * ((2 + 3 + 2 * 3) * 24 + 18) + 40 * 2.0 * 4 * 8), 0);
+    near_to(bench_bytes(&m, &leaving), bench_bytes(&m, &w), 0);    /* the wanted rows pass all that there is */
     near_to(bench_bytes(&m, &(bench_work){.n_row = 1}), dense, 0); /* no row wanted: the head is not read */
+    bench_work none = leaving; /* and where all leave, q, o, router, shared and KV of one layer are not, either */
+    none.n_want = none.want_pairs = 0;
+    near_to(bench_bytes(&m, &none), dense - (2 + 3) * 48 - 3 * 6 * 4 + 3 * 3 * 48 + (40 / 2 + 5) * position, 0);
+    near_to(bench_operations(&m, &none), 2 * (5 * (row - (2 + 3 + 2 * 3) * 24 - 18) + 100 * 2.0 * 4 * 8), 0);
+    ern_model short_one = m; /* of one dense layer: its k and v */
+    short_one.config.n_layer = 1, none.experts = 0;
+    near_to(bench_bytes(&short_one, &none), 2 * 48 + 5 * position, 0);
+    near_to(bench_operations(&short_one, &none), 2 * 5 * 2 * 24, 0);
     assert_int_equal(bench_dtype(&m), ERN_DTYPE_BF16);
 
     /* By logits alone rows 0 and 1 choose {0, 1}; the bias of expert 2 beats any probability. */
