@@ -39,7 +39,7 @@ struct bench_steps {
     ern_sample *sample;
     /* the probed pass */
     double experts;
-    bool leaves; /* the timed steps spare the last layer's experts all rows but the wanted one */
+    bool leaves; /* without the last layer, of which the timed steps' wanted rows alone choose */
     bool touched[ERN_LAYERS_MAX][ERN_EXPERTS_MAX];
 };
 
@@ -147,9 +147,11 @@ static void on_stage(void *ud, const char *stage, int32_t layer, int32_t row, co
 }
 
 /* The same steps are run once with the probe on, untimed, to see which experts the rows choose: the tokens depend on
- * nothing else, so the timed steps choose the same. */
-static void probe(bench_steps *b, bool on) {
+ * nothing else, so the timed steps choose the same; of the last layer, which rows leave only where nobody looks,
+ * bench_prefill counts by itself. */
+static void probe(bench_steps *b, bool on, bool leaves) {
     b->experts = 0;
+    b->leaves = leaves;
     b->backend->ops->probe(b->backend, on && b->o.model->config.n_expert > 0 ? on_stage : NULL, b);
 }
 
@@ -225,10 +227,10 @@ static ern_status decode_begin(bench_steps *b, int32_t batch, int32_t context, b
     double seconds;
     ERN_TRY(decode_steps(b, batch, context, STEPS_LEAST, &seconds, err));
     *n = steps_of(b, seconds);
-    probe(b, true);
+    probe(b, true, false);
     if (b->o.model->config.n_expert > 0) ERN_TRY(decode_steps(b, batch, context, *n, &seconds, err));
     const double experts = b->experts / (*n + 1); /* the step before the clock starts is seen as well */
-    probe(b, false);
+    probe(b, false, false);
     const double visible = context + 2 + (*n - 1) / 2.0; /* in the mean step, its own position counted */
     count(b,
           &(bench_work){.n_row = batch,
@@ -303,16 +305,16 @@ ern_status bench_decode_against(bench_steps *b, int32_t context, int32_t base_co
 ern_status bench_prefill(bench_steps *b, int32_t n, bench_result *out, ern_err *err) {
     const ern_model *m = b->o.model;
     *out = (bench_result){.prefill = true, .batch = 1, .context = n};
-    b->leaves = strcmp(b->backend->ops->name, "cpu") == 0;
+    const bool leaves = strcmp(b->backend->ops->name, "cpu") == 0;
     const bool has_rate = ern_rate_for(bench_dtype(b->o.model), b->o.level, &out->rate);
     double seconds;
     const bool all = m->config.n_expert > 0; /* else a step is enough to be warm */
-    probe(b, true);
+    probe(b, true, leaves);
     ERN_TRY(prefill_steps(b, all || n < b->o.n_row_max ? n : b->o.n_row_max, &seconds, err));
     /* the wanted row chooses as many as a row does */
-    const bool spared = b->leaves && m->layer[m->config.n_layer - 1].is_moe;
+    const bool spared = leaves && m->layer[m->config.n_layer - 1].is_moe;
     const double experts = b->experts + (spared ? m->config.n_expert_used : 0);
-    probe(b, false);
+    probe(b, false, false);
     for (int32_t at = 0; at < n; at += b->o.n_row_max) { /* each step reads the weights and its visible KV */
         const double rows = n - at < b->o.n_row_max ? n - at : b->o.n_row_max;
         bench_result step = {0};
@@ -323,7 +325,7 @@ ern_status bench_prefill(bench_steps *b, int32_t n, bench_result *out, ern_err *
                             .kv_write = rows,
                             .kv_bytes = b->kv_bytes,
                             .pairs = rows * at + rows * (rows + 1) / 2,
-                            .leaves = b->leaves,
+                            .leaves = leaves,
                             .want_pairs = at + rows == n ? n : 0},
               &step);
         out->bytes += step.bytes;
@@ -342,7 +344,6 @@ ern_status bench_prefill(bench_steps *b, int32_t n, bench_result *out, ern_err *
         look(b, out, has_rate, &r[rounds]);
     } while (++rounds < b->o.n_round && ern_now_us() - begin_us < ENOUGH_US);
     conclude(out, r, rounds, n);
-    b->leaves = false;
     return ERN_OK;
 }
 
