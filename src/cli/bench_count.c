@@ -97,7 +97,9 @@ static const ern_linear *typical(const ern_model *m, bool expert) {
 }
 
 double bench_share_added(double bytes, double more_s, double read) {
-    return more_s > 0 && read > 0 ? bytes / more_s / read : (double)INFINITY;
+    if (!(more_s > 0 && read > 0)) return (double)INFINITY;
+    const double share = bytes / more_s / read;
+    return share <= BENCH_SHARE_MOST ? share : (double)INFINITY;
 }
 
 ern_dtype bench_dtype(const ern_model *m) {

@@ -24,8 +24,9 @@ double bench_bytes(const ern_model *m, const bench_work *w);
 /* Operations, two for each multiply-add: linears for each row, the head for each wanted row, K experts a row, and
  * attention's two products over the pairs; of the last layer without what rows that leave are spared. */
 double bench_operations(const ern_model *m, const bench_work *w);
+#define BENCH_SHARE_MOST 1.25 /* of a limit: more is noise, the rounds' or the limit's, and no reading */
 /* The share of a read limit (bytes/s) at which `bytes` more are read in more_s seconds more. INFINITY, above every
- * share: the time that they add is lost in what rounds differ by, or no limit is known. */
+ * share: they added no time, or so little that the share would be above BENCH_SHARE_MOST, or no limit is known. */
 double bench_share_added(double bytes, double more_s, double read);
 /* The dtype of most of the weights that a row passes, which names the arithmetic that can be used. */
 ern_dtype bench_dtype(const ern_model *m);
