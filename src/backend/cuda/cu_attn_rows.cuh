@@ -5,13 +5,13 @@
 
 #include "backend/cuda/cu_attn.cuh"
 
-/* ATTN_ROWS packed rows of a sequence and KV head. */
+/* ATTN_ROWS packed rows of a sequence and KV head, fewer where the sequence ends. */
 typedef struct rows_item {
     int32_t head, seq, len, row0, pos0; /* pos0: of the sequence's first row */
     int32_t first, n;                   /* packed rows: the first of these, and how many the sequence has */
     int32_t n_tile;                     /* of keys that they see */
 } rows_item;
-/* Nr. `item` of the list and the heads. */
+/* item = nth * n_kv_head + head, nth: place in the list of (sequence, which ATTN_ROWS of its rows). */
 static __device__ __forceinline__ rows_item rows_item_of(const attn_args *a, const int32_t *list, int32_t item) {
     rows_item it;
     const int32_t nth = item / a->n_kv_head;

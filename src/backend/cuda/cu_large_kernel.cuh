@@ -54,13 +54,13 @@ static __device__ __forceinline__ int32_t large_l2i(const int32_t *p) {
 /* ---- tiles ---------------------------------------------------------------------------------------------------------
  */
 
-/* Tiles run through LARGE_SUPER row tiles first, then to the next outputs; then through the next row tiles, of which
- * there are so many. */
+/* Row tiles of group `super`, walked together: LARGE_SUPER, fewer in the last group. */
 static __device__ __forceinline__ uint32_t large_high(const large_args *a, uint32_t super) {
     const uint32_t left = (uint32_t)a->n_tile_row - super * LARGE_SUPER;
     return left < LARGE_SUPER ? left : LARGE_SUPER;
 }
-/* Tile `index`; false: there is none. */
+/* Tile `index`; false: there is none. Tiles run through the row tiles of a group first, then to the next outputs; then
+ * through the next group. */
 static __device__ __forceinline__ bool large_find(const large_args *a, uint32_t index, int rows, large_tile *t) {
     const uint32_t span = (uint32_t)a->n_tile_out * LARGE_SUPER, super = index / span, at = index % span;
     const uint32_t high = large_high(a, super);

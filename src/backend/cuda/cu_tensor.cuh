@@ -77,8 +77,9 @@ template <int LEFT> static __device__ __forceinline__ void wide_wait(void) {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory");
 }
 
-/* Describes rows of 128 bytes in shared memory to a product: 128-byte swizzle; eight rows to the next eight: 1024. If
- * inputs lie along a row, these are its first 32 bytes of them; 2 more for the next. */
+/* Describes rows of 128 bytes in shared memory to a product: 128-byte swizzle; eight rows to the next eight: 1024. `at`
+ * is a multiple of 1024. If inputs lie along a row, it describes the first 32 bytes of each row; + 2 for the next 32.
+ */
 static __device__ __forceinline__ uint64_t wide_matrix(uint32_t at) {
     return (uint64_t)((at & 0x3ffffu) >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62;
 }
