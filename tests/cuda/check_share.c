@@ -10,7 +10,8 @@ static void *take(size_t bytes) {
 
 void check_worst_add(check_worst *w, double error, double bound, const char *what, int32_t row, int32_t out,
                      int32_t n_row) {
-    const double share = error <= bound ? (bound > 0.0 ? error / bound : 0.0) : error <= 1e300 ? error / bound : 1e300;
+    double share = 1e300; /* what is no number, or is held against none */
+    if (bound >= 0.0 && error <= 1e300) share = error > 0.0 ? error / bound : 0.0;
     if (share <= w->share) return;
     w->share = share;
     snprintf(w->what, sizeof w->what, "%s, row %d of %d, output %d", what, row, n_row, out);
