@@ -30,7 +30,8 @@ typedef struct ern_batch {
     const int32_t *row0;   /* [S+1] sequence s owns rows row0[s] .. row0[s+1]-1, positions consecutive */
     const int32_t *kv_len; /* [S] cells visible to the last of its rows after this step (its position + 1) */
     const int32_t *page;   /* [S, n_page_max] page table; page[s][i] holds positions i*P .. i*P+P-1 */
-    const int32_t *want;   /* [W] rows whose next token is sampled, ascending */
+    const int32_t *want; /* [W] rows whose next token is sampled, ascending. Without MTP and a probe a backend may make
+                            nothing but keys and values of the others in the last layer */
     const ern_sample *sample; /* [W] */
 } ern_batch;
 
@@ -96,8 +97,7 @@ typedef struct ern_backend_plan {
  * norm, logits, mtp_in, mtp_resid, mtp_logits. layer is -1 where none applies. data is [n_row, n_col] f32, borrowed for
  * the call. "resid" of every layer and "logits" are mandatory. norm, logits and mtp_logits come one wanted row a call,
  * row = its index in `want`; the others come with row = the first of n_row rows of the batch. Shapes: docs/model.md 6.
- * Called on the thread that computes. Where there is no probe, nor MTP, rows that are not wanted may leave behind the
- * last layer's keys and values. */
+ * Called on the thread that computes. With a probe all rows pass all layers. */
 typedef void ern_probe_fn(void *ud, const char *stage, int32_t layer, int32_t row, const float *data, int32_t n_row,
                           int32_t n_col);
 

@@ -38,6 +38,8 @@ typedef struct record {
     float *logits; /* [REPLY + 1, V] */
     ern_sampled sampled[REPLY + 1];
     int32_t draft[REPLY + 1];
+    ern_sampled *inside; /* [PROMPT] of rows of the prompt that were wanted beside its last one */
+    bool has[PROMPT];    /* which of them */
 } record;
 
 /* How a sequence is served. */
@@ -46,6 +48,7 @@ typedef struct way {
     int32_t crowd; /* neighbours */
     bool scatter, overlap, move;
     bool unseen; /* without a probe: of the residual and the logits only what is sampled is compared */
+    enum { LAST, SOME, EVERY } wants; /* rows of the prompt */
 } way;
 
 /* One step's place for the target, read by the probe on the computing thread. */
@@ -68,6 +71,7 @@ typedef struct rig {
     int32_t page[(CROWD + 1) * LENGTH];
     ern_sample sample[ROWS];
     int32_t target_want;      /* of the newest step */
+    int32_t want_at[LENGTH];  /* the wanted row of its step that a position of the target is, -1: none */
     int32_t seen[LENGTH + 1]; /* the target's tokens as far as results have told */
 } rig;
 
@@ -90,6 +94,22 @@ static void watch(void *ud, const char *stage, int32_t layer, int32_t row, const
         memcpy(g->rec->logits + (size_t)p->sampled * (size_t)n_col, data, (size_t)n_col * sizeof *data);
 }
 
+static void add_want(rig *g, ern_batch *in, int32_t row, uint64_t seed) {
+    const int32_t n = g->pos[row] + 1, n_seen = n < PROMPT ? n : PROMPT;
+    g->sample[in->n_want] = (ern_sample){.temperature = 0.9f,
+                                         .top_p = 0.95f,
+                                         .top_k = 50,
+                                         .repetition = 1.2f,
+                                         .seed = seed,
+                                         .position = n,
+                                         .seen = g->seen,
+                                         .n_seen = n_seen,
+                                         .n_prompt = n_seen,
+                                         .forced = -1,
+                                         .n_top = 5};
+    g->want[in->n_want++] = row;
+}
+
 /* One sequence's rows and pages, appended to the step. */
 static void add_seq(rig *g, ern_batch *in, const int32_t *page, int32_t pos, int32_t n, bool want, uint64_t seed) {
     const int32_t s = in->n_seq++;
@@ -102,18 +122,7 @@ static void add_seq(rig *g, ern_batch *in, const int32_t *page, int32_t pos, int
     }
     if (want) {
         g->next[in->n_row - 1] = -1;
-        g->sample[in->n_want] = (ern_sample){.temperature = 0.9f,
-                                             .top_p = 0.95f,
-                                             .top_k = 50,
-                                             .repetition = 1.2f,
-                                             .seed = seed,
-                                             .position = pos + n,
-                                             .seen = g->seen,
-                                             .n_seen = pos + n < PROMPT ? pos + n : PROMPT,
-                                             .n_prompt = pos + n < PROMPT ? pos + n : PROMPT,
-                                             .forced = -1,
-                                             .n_top = 5};
-        g->want[in->n_want++] = in->n_row - 1;
+        add_want(g, in, in->n_row - 1, seed);
     }
     g->kv_len[s] = pos + n;
     g->row0[s + 1] = in->n_row;
@@ -144,9 +153,16 @@ static void serve(rig *g, const way *w, int32_t pos, int32_t n, bool want, int32
     const int32_t before = w->crowd ? (int32_t)(draw(g) % (uint64_t)(w->crowd + 1)) : 0;
     for (int32_t i = 0; i < before; i++) add_neighbour(g, &in, i);
     place *p = &g->place[g->n_submitted++];
-    *p = (place){in.n_row, pos, n, want ? in.n_want : -1, pos + n - PROMPT};
+    *p = (place){in.n_row, pos, n, -1, pos + n - PROMPT};
+    add_seq(g, &in, g->table, pos, n, false, 0);
+    for (int32_t i = 0; i < n; i++) {
+        const bool last = i == n - 1 && want, inside = i < n - 1 || !want;
+        const bool is_wanted = last || (inside && (w->wants == EVERY || (w->wants == SOME && draw(g) % 3 == 0)));
+        g->want_at[pos + i] = is_wanted && !last ? in.n_want : -1;
+        if (last) p->want = in.n_want, g->next[p->row + i] = -1;
+        if (is_wanted) add_want(g, &in, p->row + i, 0);
+    }
     g->target_want = p->want;
-    add_seq(g, &in, g->table, pos, n, want, 0);
     if (pos >= PROMPT) {
         g->token[p->row] = token;
         g->sample[p->want].n_seen = token < 0 ? pos : pos + 1; /* what is still in flight the backend adds itself */
@@ -170,6 +186,8 @@ static int32_t collect(rig *g, int32_t step) {
     ern_err err;
     made_check(g->b->ops->wait(g->b, &out, &err), &err, "wait");
     const place *p = &g->place[step];
+    for (int32_t i = p->pos; i < p->pos + p->n; i++)
+        if (g->want_at[i] >= 0) g->rec->inside[i] = out.sampled[g->want_at[i]], g->rec->has[i] = true;
     if (p->want < 0) return -1;
     assert_false(out.sampled[p->want].bad);
     g->rec->sampled[p->sampled] = out.sampled[p->want];
@@ -251,14 +269,17 @@ static void run(rig *g, const way *w, record *rec) {
 
 static record record_open(const ern_model *m) {
     record r = {.resid = calloc((size_t)LENGTH * (size_t)m->config.n_hidden, sizeof(float)),
-                .logits = calloc((size_t)(REPLY + 1) * (size_t)m->config.n_vocab, sizeof(float))};
+                .logits = calloc((size_t)(REPLY + 1) * (size_t)m->config.n_vocab, sizeof(float)),
+                .inside = calloc(PROMPT, sizeof(ern_sampled))};
     assert_non_null(r.resid);
+    assert_non_null(r.inside);
     assert_non_null(r.logits);
     return r;
 }
 static void record_close(record *r) {
     free(r->resid);
     free(r->logits);
+    free(r->inside);
 }
 
 /* What computes. */
@@ -308,6 +329,14 @@ static void same(const rig *g, const record *want, const record *got, const way 
             fail_msg("%s, chunk %d: reply token %zu is %d (logprob %a), expected %d (%a)", what, chunk, i,
                      got->sampled[i].token, (double)got->sampled[i].logprob, want->sampled[i].token,
                      (double)want->sampled[i].logprob);
+    int32_t n_inside = 0;
+    for (size_t i = 0; i < PROMPT; i++) {
+        if (!want->has[i] || !got->has[i]) continue;
+        n_inside++;
+        if (!same_sampled(&want->inside[i], &got->inside[i]))
+            fail_msg("%s, chunk %d: what is sampled at position %zu of the prompt differs", what, chunk, i);
+    }
+    assert_true(n_inside > 0 || w->wants != SOME);
     if (w->unseen) return;
     const size_t D = (size_t)g->m->config.n_hidden, V = (size_t)g->m->config.n_vocab;
     for (size_t i = 0; i < LENGTH; i++)
@@ -349,6 +378,18 @@ static const effort quant_level = {1, 14, 97, 47, false};
 static const bool few = false;
 #endif
 
+/* Rows of which none is wanted leave nothing for the last layer's attention. */
+static void check_leaves(rig *g) {
+    record r = record_open(g->m);
+    g->rec = &r;
+    g->n_submitted = 0;
+    lay_pages(g, false);
+    serve(g, &(way){.chunk = 50, .unseen = true}, 0, 50, false, -1);
+    (void)collect(g, 0);
+    assert_int_equal(((const cpu_backend *)(const void *)g->b)->n_tile, 0);
+    record_close(&r);
+}
+
 static void check_setup(const setup *s, const effort *much) {
     rig *g = malloc(sizeof *g);
     record plain = record_open(s->m);
@@ -373,13 +414,20 @@ static void check_setup(const setup *s, const effort *much) {
         g->b->ops->close(g->b);
     }
     /* Where nobody looks and nothing is drafted, only wanted rows go on behind the last layer's keys and values. */
+    record every = record_open(s->m);
     for (int32_t n_thread = much->brief ? 3 : 1; n_thread <= 3; n_thread++) {
         rig_open(g, s, n_thread, cells[n_thread - 1], false);
+        check_leaves(g);
+        if (!every.has[0]) run(g, &(way){.chunk = PROMPT, .unseen = true, .wants = EVERY}, &every);
+        for (int32_t chunk = 140; chunk <= PROMPT; chunk += 140)
+            try_way(g, &every, (way){.chunk = chunk, .unseen = true, .wants = SOME}, "unseen, some rows wanted");
+        try_way(g, &every, (way){.chunk = 100, .crowd = CROWD, .unseen = true, .wants = SOME}, "the same in a crowd");
         try_way(g, &plain, (way){.chunk = PROMPT, .unseen = true}, "unseen");
         try_way(g, &plain, (way){.chunk = 50, .overlap = true, .unseen = true}, "unseen, two in flight");
         try_way(g, &plain, (way){.chunk = 100, .crowd = CROWD, .overlap = true, .unseen = true}, "unseen, in a crowd");
         g->b->ops->close(g->b);
     }
+    record_close(&every);
     record_close(&plain);
     free(g);
 }

@@ -812,10 +812,13 @@ static void check_attn(const cpu_kernels *k, int32_t n, int32_t n_head, int32_t 
     guard_free();
 }
 
-/* Rows at once have the bits that each has alone: from position pos0 on, the blocks that the first of them begins in
- * and the next one. bad: a value that the earlier rows do not see is not a number. */
-static void check_attn_rows(const cpu_kernels *k, int32_t pos0, int32_t n_row, int32_t n_head, int32_t C, bool bad) {
-    const int32_t n = pos0 + n_row, P = draw_int(0, 3) ? 16 * draw_int(1, 5) : draw_int(1, 40);
+/* Rows at once have the bits that each has alone: from position pos0 on, one behind the other or with gaps of up to
+ * `gap`. bad: a value that the earlier rows do not see is not a number. */
+static void check_attn_rows(const cpu_kernels *k, int32_t pos0, int32_t n_row, int32_t n_head, int32_t C, int32_t gap,
+                            bool bad) {
+    int32_t pos[CPU_ATTN_ROWS] = {pos0};
+    for (int32_t r = 1; r < n_row; r++) pos[r] = pos[r - 1] + 1 + draw_int(0, gap);
+    const int32_t n = pos[n_row - 1] + 1, P = draw_int(0, 3) ? 16 * draw_int(1, 5) : draw_int(1, 40);
     const float scale = (float)(0x1.71547652b82fep+0 / sqrt((double)C));
     const dense d = draw_dense(n, C, false);
     if (bad) d.half[1][(int64_t)(n - 1) * C + draw_int(0, C - 1)] = draw() % 2 ? 0x7f80 : 0xffc1;
@@ -831,9 +834,9 @@ static void check_attn_rows(const cpu_kernels *k, int32_t pos0, int32_t n_row, i
     for (int32_t r = 0; r < n_row; r++) part[r] = malloc(part_bytes), memset(part[r], 0xff, part_bytes);
     for (int32_t at = 0, last = -1; at < n; at += CPU_ATTN_BLOCK) {
         int32_t first = 0;
-        while (pos0 + first < at) first++;
+        while (pos[first] < at) first++;
         for (int32_t r = first; r < n_row; r++) {
-            const int32_t left = pos0 + r + 1 - at;
+            const int32_t left = pos[r] + 1 - at;
             seen[r - first] = left < CPU_ATTN_BLOCK ? left : CPU_ATTN_BLOCK,
                      q[r - first] = all + (int64_t)r * n_head * C;
         }
@@ -844,7 +847,7 @@ static void check_attn_rows(const cpu_kernels *k, int32_t pos0, int32_t n_row, i
         last = first;
     }
     for (int32_t r = 0; r < n_row; r++) {
-        attend(k, want, all + (int64_t)r * n_head * C, n_head, C, scale, &view, pos0 + r + 1, pos0 + r + 1);
+        attend(k, want, all + (int64_t)r * n_head * C, n_head, C, scale, &view, pos[r] + 1, pos[r] + 1);
         same_part(part[r], want, n_head, C);
         for (int32_t i = 0; bad && r + 1 < n_row && i < n_head * C; i++)
             assert_true(isfinite(part[r][2 * CPU_HEAD_TILE + i]));
@@ -882,10 +885,12 @@ static void test_attn_rows(void **state) {
     if (!k->attn_rows) return;
     for (int i = 0; i < 60; i++)
         check_attn_rows(k, draw_int(0, 300), draw_int(1, CPU_ATTN_ROWS), draw_int(1, CPU_HEAD_TILE),
-                        i % 2 ? 128 : 2 * draw_int(1, CPU_HEAD_DIM_MAX / 2), i % 5 == 0);
-    check_attn_rows(k, 240, CPU_ATTN_ROWS, 8, 128, false);
-    check_attn_rows(k, 500, CPU_ATTN_ROWS - 1, 5, 128, true);
-    check_attn_rows(k, 0, CPU_ATTN_ROWS, 8, 256, false);
+                        i % 2 ? 128 : 2 * draw_int(1, CPU_HEAD_DIM_MAX / 2), i % 3 == 1 ? draw_int(1, 40) : 0,
+                        i % 5 == 0);
+    check_attn_rows(k, 240, CPU_ATTN_ROWS, 8, 128, 0, false);
+    check_attn_rows(k, 500, CPU_ATTN_ROWS - 1, 5, 128, 0, true);
+    check_attn_rows(k, 0, CPU_ATTN_ROWS, 8, 256, 0, false);
+    check_attn_rows(k, 3, CPU_ATTN_ROWS, 8, 128, 60, false);
 }
 
 static void test_attn(void **state) {

@@ -91,10 +91,10 @@ typedef struct cpu_kv_block {
  */
 static inline int64_t cpu_part_floats(int32_t head_dim) { return CPU_HEAD_TILE * (2 + (int64_t)head_dim); }
 
-/* One softmax block for n_row <= CPU_ATTN_ROWS rows of one sequence, positions ascending: row i has the queries q[i]
- * [n_head, C], sees n[i] > 0 positions of the block, and leaves its result in part[i], joined with what is there
- * already where `join` says so. room: what the call works with, [cpu_attn_room]; `first`: the queries are not in it yet
- * from a call for the same rows. */
+/* One softmax block for n_row <= CPU_ATTN_ROWS rows of one sequence, positions ascending, gaps allowed: row i has the
+ * queries q[i] [n_head, C], sees n[i] > 0 positions of the block, and leaves its result in part[i], joined with what is
+ * there already where `join` says so. room: what the call works with, [cpu_attn_room]; `first`: the queries are not in
+ * it yet from a call for the same rows. */
 typedef struct cpu_attn_job {
     float *const *part;
     const float *const *q;

@@ -202,7 +202,7 @@ void cpu_linears(cpu_run *c, const cpu_linear_job *job, int n);
 void cpu_rope_table(float *table, const float *inv_freq, int32_t pos, int32_t C);
 /* Rotate the n heads of x [rows, n * C] of this worker's rows. */
 void cpu_rotate(const cpu_run *c, float *x, int32_t n);
-/* Write k and v of this worker's rows to their cells, k rotated. */
+/* Write k, rotated, and v of all rows of the step to their cells, by workers' shares; before any row leaves. */
 void cpu_store_rows(const cpu_run *c, int32_t layer);
 /* Head tiles of all KV heads. */
 int32_t cpu_head_tiles(const ern_config *m);

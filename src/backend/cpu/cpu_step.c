@@ -63,6 +63,7 @@ static void leave_wanted(cpu_run *c) {
     cpu_backend *b = c->b;
     const ern_config *m = &b->model->config;
     const cpu_slot *s = c->s;
+    ERN_ASSERT(!b->probe && !b->o.mtp);
     c->rows = (cpu_rows){.n = s->n_want, .pos = b->want_pos, .row0 = b->want_row0};
     c->only_wanted = true;
     if (c->worker == 0) {
@@ -77,12 +78,12 @@ static void leave_wanted(cpu_run *c) {
     cpu_meet(c);
 }
 
-/* x -> x; keys and values go to cache layer `layer`. Of the last layer: nothing but its keys and values is made of rows
- * that are not wanted, and x holds the others. */
-static void run_layer(cpu_run *c, const ern_layer *w, int32_t layer, bool last) {
+/* x -> x; keys and values go to cache layer `layer`. may_leave: nothing more is made of rows that are not wanted, and x
+ * then holds the wanted ones, at the front. */
+static void run_layer(cpu_run *c, const ern_layer *w, int32_t layer, bool may_leave) {
     cpu_backend *b = c->b;
     const ern_config *m = &b->model->config;
-    const bool leaves = last && c->s->n_want < c->rows.n;
+    const bool leaves = may_leave && c->s->n_want < c->rows.n;
     norm_rows(c, w->attn_norm, &w->q);
     cpu_show(c, "attn_norm", layer, 0, b->xn, c->rows.n, m->n_hidden);
     const cpu_linear_job kvq[] = {rows_job(c, &w->k, b->k, b->xn, false), rows_job(c, &w->v, b->v, b->xn, false),
@@ -240,13 +241,13 @@ static void step_worker(void *ud, int worker, int n_worker) {
     for (int32_t layer = 0; layer < m->n_layer; layer++) {
         /* MTP and a probe want all rows of the last layer, too */
         run_layer(c, &b->weights.layer[layer], layer, layer == m->n_layer - 1 && !b->o.mtp && !b->probe);
-        cpu_show(c, "resid", layer, 0, b->x, c->s->n_row, m->n_hidden);
+        cpu_show(c, "resid", layer, 0, b->x, c->rows.n, m->n_hidden);
     }
     run_head(c, true);
     if (b->o.mtp) run_mtp(c);
 }
 
-/* Resolve the tokens of the step before; cut rows into tiles; find each wanted row's sequence. */
+/* Resolve the tokens of the step before; cut rows into tiles; find each wanted row's sequence and position. */
 static void prepare(cpu_backend *b, cpu_slot *s, const cpu_slot *prev) {
     for (int32_t t = 0; t < s->n_row; t++) {
         if (s->token[t] < 0) {
