@@ -31,6 +31,7 @@
 #include "engine/engine.h"
 #include "bitwise/gate.h"
 #include "made_model.h"
+#include "same_sampled.h"
 
 enum found { OFF, COLD, EXACT, PARTIAL, BEFORE_EDGE, AT_EDGE, AFTER_EDGE, TURN, FOUNDS };
 enum went { NOWHERE, RECOMPUTED, HOST, DISK, RESTARTED, WENTS };
@@ -273,14 +274,6 @@ static void play(scene *s, wave *v) {
 
 /* ---- comparing ------------------------------------------------------------------------------------------------- */
 
-static bool same_bits(const ern_sampled *a, const ern_sampled *b) {
-    size_t n = (size_t)a->n_top;
-    return a->token == b->token && a->bad == b->bad && a->rank == b->rank && a->n_top == b->n_top &&
-           memcmp(&a->logprob, &b->logprob, sizeof a->logprob) == 0 &&
-           memcmp(a->top_id, b->top_id, n * sizeof *a->top_id) == 0 &&
-           memcmp(a->top_logprob, b->top_logprob, n * sizeof *a->top_logprob) == 0;
-}
-
 static void compare(const scene *s, const wave *v, int32_t at) {
     int32_t i = v->kind[at];
     const kind *k = &s->w->kind[i];
@@ -292,7 +285,7 @@ static void compare(const scene *s, const wave *v, int32_t at) {
     if (got->end.end != ERN_END_LENGTH) fail_msg("%s: ended %d", what, (int)got->end.end);
     if (want->n != got->n) fail_msg("%s: %d events, alone %d", what, got->n, want->n);
     for (int32_t n = 0; n < want->n; n++)
-        if (!same_bits(&want->sampled[n], &got->sampled[n]))
+        if (!same_sampled(&want->sampled[n], &got->sampled[n]))
             fail_msg("%s: event %d differs: token %d, alone %d; logprob %a, alone %a", what, n, got->sampled[n].token,
                      want->sampled[n].token, (double)got->sampled[n].logprob, (double)want->sampled[n].logprob);
 }

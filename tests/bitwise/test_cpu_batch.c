@@ -22,6 +22,7 @@
 #include "base/os.h"
 #include "made_model.h"
 #include "quant_model.h"
+#include "same_sampled.h"
 
 enum {
     PROMPT = 280, /* over a softmax block of 256: with more than one thread a late row is cut into pieces */
@@ -312,14 +313,6 @@ static void rig_open(rig *g, const setup *s, int32_t n_thread, int32_t P, bool m
     made_check(cpu_backend_ops.plan(&plan, m, &o, &err), &err, "plan");
     made_check(cpu_backend_ops.open(&g->b, m, &o, &err), &err, "open");
     g->page_bytes = plan.page_bytes;
-}
-
-static bool same_sampled(const ern_sampled *a, const ern_sampled *b) {
-    const size_t n = (size_t)a->n_top;
-    return a->token == b->token && a->rank == b->rank && a->n_top == b->n_top &&
-           memcmp(&a->logprob, &b->logprob, sizeof a->logprob) == 0 &&
-           memcmp(a->top_id, b->top_id, n * sizeof *a->top_id) == 0 &&
-           memcmp(a->top_logprob, b->top_logprob, n * sizeof *a->top_logprob) == 0;
 }
 
 static void same(const rig *g, const record *want, const record *got, const way *w, const char *what) {

@@ -16,6 +16,7 @@
 #include "engine/engine.h"
 #include "bitwise/gate.h"
 #include "made_model.h"
+#include "same_sampled.h"
 
 enum { SUBJECTS = 6, CROWD = 63, LEN = 384, OUT = 20, PROMPT_MAX = 300, EVENTS = PROMPT_MAX + OUT };
 
@@ -128,20 +129,12 @@ static void run(world *w, const kind_of_run *k, record *rec) {
     ern_engine_close(e);
 }
 
-static bool same_bits(const ern_sampled *a, const ern_sampled *b) {
-    size_t n = (size_t)a->n_top;
-    return a->token == b->token && a->bad == b->bad && a->rank == b->rank && a->n_top == b->n_top &&
-           memcmp(&a->logprob, &b->logprob, sizeof a->logprob) == 0 &&
-           memcmp(a->top_id, b->top_id, n * sizeof *a->top_id) == 0 &&
-           memcmp(a->top_logprob, b->top_logprob, n * sizeof *a->top_logprob) == 0;
-}
-
 static void compare(const char *what, const record *want, const record *got) {
     for (int32_t i = 0; i < SUBJECTS; i++) {
         assert_int_equal(got[i].end, ERN_END_LENGTH);
         if (want[i].n != got[i].n) fail_msg("%s: request %d gave %d events, alone %d", what, i, got[i].n, want[i].n);
         for (int32_t k = 0; k < want[i].n; k++)
-            if (!same_bits(&want[i].sampled[k], &got[i].sampled[k]))
+            if (!same_sampled(&want[i].sampled[k], &got[i].sampled[k]))
                 fail_msg(
                     "%s: request %d differs from itself alone at event %d: token %d, alone %d; logprob %a, alone %a",
                     what, i, k, got[i].sampled[k].token, want[i].sampled[k].token, (double)got[i].sampled[k].logprob,

@@ -33,6 +33,7 @@
 #include "made_model.h"
 #include "quant_model.h"
 #include "records.h"
+#include "same_sampled.h"
 #include "step.h"
 
 enum { P = 16, N_PAGE = 24 };
@@ -373,13 +374,7 @@ static void serve(const ern_model *m, ern_kv_dtype kv, const way *w, ern_sampled
     cuda->close(b);
 }
 
-static bool same(const ern_sampled *a, const ern_sampled *b) {
-    size_t n = (size_t)a->n_top;
-    return a->token == b->token && a->bad == b->bad && a->rank == b->rank && a->n_top == b->n_top && !a->bad &&
-           memcmp(&a->logprob, &b->logprob, sizeof a->logprob) == 0 &&
-           memcmp(a->top_id, b->top_id, n * sizeof *a->top_id) == 0 &&
-           memcmp(a->top_logprob, b->top_logprob, n * sizeof *a->top_logprob) == 0;
-}
+static bool same(const ern_sampled *a, const ern_sampled *b) { return !a->bad && same_sampled(a, b); }
 
 static void sameness(const char *what, const ern_model *m, ern_kv_dtype kv) {
     static const way ways[] = {{PROMPT, 0, false, true, false}, {PROMPT, 0, false, false, false},

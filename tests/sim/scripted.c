@@ -6,6 +6,7 @@
 #include <unistd.h>
 
 #include "base/counter.h"
+#include "same_sampled.h"
 
 scripted_settings scripted;
 
@@ -337,10 +338,5 @@ void scripted_oracle_next(scripted_oracle *o, ern_event *out) {
 bool scripted_same(const ern_event *a, const ern_event *b) {
     if (a->kind != b->kind) return false;
     if (a->kind == ERN_EVENT_END) return a->end == b->end;
-    const ern_sampled *x = &a->sampled, *y = &b->sampled;
-    if (a->index != b->index || a->is_stop != b->is_stop || x->token != y->token || x->rank != y->rank) return false;
-    if (x->n_top != y->n_top || memcmp(&x->logprob, &y->logprob, sizeof x->logprob) != 0) return false;
-    size_t n = (size_t)x->n_top;
-    return memcmp(x->top_id, y->top_id, n * sizeof *x->top_id) == 0 &&
-           memcmp(x->top_logprob, y->top_logprob, n * sizeof *x->top_logprob) == 0;
+    return a->index == b->index && a->is_stop == b->is_stop && same_sampled(&a->sampled, &b->sampled);
 }
