@@ -159,7 +159,6 @@ typedef struct cpu_run {
     cpu_backend *b;
     cpu_slot *s;
     cpu_rows rows;
-    bool only_wanted; /* these are the wanted ones */
     int worker, n_worker;
     uint32_t phase; /* phases begun; the same for every worker */
 } cpu_run;

@@ -65,7 +65,6 @@ static void leave_wanted(cpu_run *c) {
     const cpu_slot *s = c->s;
     ERN_ASSERT(!b->probe && !b->o.mtp);
     c->rows = (cpu_rows){.n = s->n_want, .pos = b->want_pos, .row0 = b->want_row0};
-    c->only_wanted = true;
     if (c->worker == 0) {
         for (int64_t i = 0; i < s->n_want; i++) { /* they ascend: what is overwritten has left */
             memmove(b->x + i * m->n_hidden, b->x + (int64_t)s->want[i] * m->n_hidden,
@@ -126,7 +125,7 @@ static void head_rows(cpu_run *c, int32_t w0, int32_t n) {
     int32_t from, to;
     cpu_share(c, n, 1, &from, &to);
     for (int64_t i = from; i < to; i++) {
-        const int64_t row = c->only_wanted ? w0 + i : c->s->want[w0 + i];
+        const int64_t row = c->rows.n == c->s->n_want ? w0 + i : c->s->want[w0 + i];
         b->kernels->norm(b->head_in + i * D, b->x + row * D, b->model->norm, D, b->model->config.rms_eps);
         cpu_act_put(b, b->act, head, i, 0, b->head_in + i * D, D);
     }
@@ -222,12 +221,14 @@ static void run_mtp(cpu_run *c) {
 
 /* ---- the step ---------------------------------------------------------------------------------------------------- */
 
+static cpu_rows all_rows(const cpu_slot *s) { return (cpu_rows){.n = s->n_row, .pos = s->pos, .row0 = s->row0}; }
+
 /* One worker's whole step. */
 static void step_worker(void *ud, int worker, int n_worker) {
     cpu_run run = *(const cpu_run *)ud, *c = &run;
     run.worker = worker;
     run.n_worker = n_worker;
-    run.rows = (cpu_rows){.n = run.s->n_row, .pos = run.s->pos, .row0 = run.s->row0};
+    run.rows = all_rows(run.s);
     cpu_backend *b = c->b;
     const ern_config *m = &b->model->config;
     int32_t from, to;
@@ -262,7 +263,8 @@ static void prepare(cpu_backend *b, cpu_slot *s, const cpu_slot *prev) {
             b->want_seq[w] = q, b->want_pos[w] = s->pos[s->want[w]];
         b->want_row0[q + 1] = w;
     }
-    cpu_attend_plan(b, &(cpu_rows){.n = s->n_row, .pos = s->pos, .row0 = s->row0}, s->n_seq);
+    const cpu_rows all = all_rows(s);
+    cpu_attend_plan(b, &all, s->n_seq);
 }
 
 void cpu_step(cpu_backend *b, cpu_slot *s, const cpu_slot *prev) {
