@@ -65,6 +65,18 @@ typedef struct check_worst {
 void check_worst_add(check_worst *w, double error, double bound, const char *what, int32_t row, int32_t out,
                      int32_t n_row);
 
+/* The device's arrays of a step that decodes: up to n_row_max rows, each a sequence of its own. */
+typedef struct check_decode {
+    int32_t n_row_max, n_page, n_page_max; /* pages there are, and of the longest sequence */
+    int32_t *pos, *cell, *row0, *kv_len, *page, *work;
+} check_decode;
+check_decode check_decode_new(const cu_cache *c, int32_t n_row_max, int32_t n_page, int32_t len_max);
+void check_decode_free(check_decode *d);
+/* Plan a step of n rows at these lengths, this step's token included. Pages are taken in this order from order[1] on
+ * (NULL: 1, 2, ...), except that rows of length 1 share page 0, as padding rows do. */
+cu_seqs check_decode_plan(const check_decode *d, const cu_cache *c, const float *inv_freq, int32_t n,
+                          const int32_t *len, const int32_t *order);
+
 /* Weights that meet rows of 8 bits, drawn as packed bytes. w: its pointers are of the device. */
 typedef struct check_weights {
     cu_linear w;

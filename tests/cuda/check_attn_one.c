@@ -13,12 +13,12 @@ typedef struct layer {
 typedef struct world {
     cu_attn_one c;
     layer layer[LAYERS];
-    int32_t n_layer, G, P, n_page, n_page_max;
+    int32_t n_layer, G, P;
     cu_cache cache[2];
     size_t kv_bytes;
     float *x[2], *qkv, *inv_freq;
     cu_bf16 *xn, *att;
-    int32_t *pos, *cell, *row0, *kv_len, *page, *work;
+    check_decode step;
     void *scratch;
     int64_t scratch_bytes;
 } world;
@@ -48,7 +48,7 @@ static void *random_bf16(size_t n, float size) {
 static world *world_new(cu_format f, int32_t n_layer, int32_t G, int32_t P, int32_t n_row_max, int32_t len_max,
                         int32_t n_page) {
     world *w = must(sizeof *w);
-    *w = (world){.n_layer = n_layer, .G = G, .P = P, .n_page = n_page, .n_page_max = (len_max + P - 1) / P};
+    *w = (world){.n_layer = n_layer, .G = G, .P = P};
     w->c = (cu_attn_one){.n_hidden = D,
                          .n_head = H,
                          .n_kv_head = G,
@@ -78,9 +78,7 @@ static world *world_new(cu_format f, int32_t n_layer, int32_t G, int32_t P, int3
     w->qkv = check_new(NULL, R * (size_t)(H + 2 * G) * C * 4);
     w->xn = check_new(NULL, R * D * 2);
     w->att = check_new(NULL, R * H * C * 2);
-    w->pos = check_new(NULL, R * 4), w->cell = check_new(NULL, R * 4), w->row0 = check_new(NULL, (R + 1) * 4);
-    w->kv_len = check_new(NULL, R * 4), w->page = check_new(NULL, R * (size_t)w->n_page_max * 4);
-    w->work = check_new(NULL, (size_t)cu_attn_work_count(&w->cache[0], ROWS_MAX, ROWS_MAX) * 4);
+    w->step = check_decode_new(&w->cache[0], ROWS_MAX, n_page, len_max);
     w->scratch_bytes = cu_attn_scratch_bytes(&w->cache[0], ROWS_MAX, ROWS_MAX, len_max, 64 << 20);
     w->scratch = check_new(NULL, (size_t)w->scratch_bytes);
     CHECK_CUDA(cudaMemset(w->scratch, 0, (size_t)w->scratch_bytes));
@@ -95,10 +93,10 @@ static world *world_new(cu_format f, int32_t n_layer, int32_t G, int32_t P, int3
 }
 
 static void world_free(world *w) {
-    void *const all[] = {w->cache[0].kv, w->cache[1].kv, w->x[0],     w->x[1],    w->qkv,    w->xn,
-                         w->att,         w->pos,         w->cell,     w->row0,    w->kv_len, w->page,
-                         w->work,        w->scratch,     w->inv_freq, w->c.memory};
+    void *const all[] = {w->cache[0].kv, w->cache[1].kv, w->x[0],    w->x[1],     w->qkv,
+                         w->xn,          w->att,         w->scratch, w->inv_freq, w->c.memory};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) check_free(all[i]);
+    check_decode_free(&w->step);
     for (int32_t i = 0; i < w->n_layer; i++) {
         check_weights_free(&w->layer[i].qkv);
         check_weights_free(&w->layer[i].o);
@@ -126,40 +124,16 @@ static void run_one(const world *w, int32_t i, const cu_seqs *q) {
     CHECK_CUDA(cu_attn_one_run(0, &w->c, &one, w->x[1], &w->cache[1], i, q));
 }
 
-/* A step of n rows at these lengths, this step's token included; each row has pages of its own in any order, from page
- * 1 on, except that rows of length 1 share page 0, as padding rows do. */
+/* A step of n rows at these lengths, whose pages lie in any order. */
 static cu_seqs plan(const world *w, int32_t n, const int32_t *len) {
-    int32_t pos[ROWS_MAX], cell[ROWS_MAX], row0[ROWS_MAX + 1], next = 1;
-    int32_t *page = must((size_t)(ROWS_MAX * w->n_page_max) * 4), *order = must((size_t)w->n_page * 4);
-    memset(page, 0x7f, (size_t)(ROWS_MAX * w->n_page_max) * 4);
-    for (int32_t i = 0; i < w->n_page; i++) order[i] = i;
-    for (int32_t i = w->n_page - 1; i > 1; i--) {
+    int32_t *order = must((size_t)w->step.n_page * 4);
+    for (int32_t i = 0; i < w->step.n_page; i++) order[i] = i;
+    for (int32_t i = w->step.n_page - 1; i > 1; i--) {
         const int32_t k = 1 + (int32_t)(check_random64() % (uint64_t)i), held = order[i];
         order[i] = order[k], order[k] = held;
     }
-    for (int32_t r = 0; r < n; r++) {
-        for (int32_t k = 0; k * w->P < len[r]; k++) page[r * w->n_page_max + k] = len[r] == 1 ? 0 : order[next++];
-        pos[r] = len[r] - 1;
-        cell[r] = page[r * w->n_page_max + pos[r] / w->P] * w->P + pos[r] % w->P;
-        row0[r] = r, row0[r + 1] = r + 1;
-    }
-    if (next > w->n_page) exit(2);
-    CHECK_CUDA(cudaMemcpy(w->pos, pos, (size_t)n * 4, cudaMemcpyHostToDevice));
-    CHECK_CUDA(cudaMemcpy(w->cell, cell, (size_t)n * 4, cudaMemcpyHostToDevice));
-    CHECK_CUDA(cudaMemcpy(w->kv_len, len, (size_t)n * 4, cudaMemcpyHostToDevice));
-    CHECK_CUDA(cudaMemcpy(w->row0, row0, (size_t)(n + 1) * 4, cudaMemcpyHostToDevice));
-    CHECK_CUDA(cudaMemcpy(w->page, page, (size_t)(ROWS_MAX * w->n_page_max) * 4, cudaMemcpyHostToDevice));
-    free(page), free(order);
-    const cu_seqs q = {.n_row = n,
-                       .n_seq = n,
-                       .n_page_max = w->n_page_max,
-                       .pos = w->pos,
-                       .cell = w->cell,
-                       .row0 = w->row0,
-                       .kv_len = w->kv_len,
-                       .page = w->page,
-                       .work = w->work};
-    CHECK_CUDA(cu_attn_plan(0, &w->cache[0], &q, w->inv_freq));
+    const cu_seqs q = check_decode_plan(&w->step, &w->cache[0], w->inv_freq, n, len, order);
+    free(order);
     return q;
 }
 

@@ -16,10 +16,9 @@ typedef struct world {
     int32_t n_owned;
     cu_cache cache[2];
     size_t kv_bytes;
-    int32_t n_page_max, n_row;
     float *x[2], *qkv, *inv_freq;
     cu_bf16 *att, *hid;
-    int32_t *pos, *cell, *row0, *kv_len, *page, *work;
+    check_decode step;
     void *scratch;
     int64_t scratch_bytes;
 } world;
@@ -126,15 +125,12 @@ static world *world_new(const shape *s, cu_format f, ern_kv_dtype kv, int32_t ro
                                        .attn_norm = random_norm(w),
                                        .ffn_norm = random_norm(w)};
     random_cache(w, n_page);
-    w->n_page_max = (len_max + P - 1) / P;
     const size_t R = ROWS_MAX, D = (size_t)s->D;
     w->x[0] = own(w, NULL, R * D * 4), w->x[1] = own(w, NULL, R * D * 4);
     w->qkv = own(w, NULL, R * (size_t)(s->H + 2 * s->G) * 128 * 4);
     w->att = own(w, NULL, R * (size_t)s->H * 128 * 2);
     w->hid = own(w, NULL, R * (size_t)s->F * 2);
-    w->pos = own(w, NULL, R * 4), w->cell = own(w, NULL, R * 4), w->row0 = own(w, NULL, (R + 1) * 4);
-    w->kv_len = own(w, NULL, R * 4), w->page = own(w, NULL, R * (size_t)w->n_page_max * 4);
-    w->work = own(w, NULL, (size_t)cu_attn_work_count(&w->cache[0], ROWS_MAX, ROWS_MAX) * 4);
+    w->step = check_decode_new(&w->cache[0], ROWS_MAX, n_page, len_max);
     w->scratch_bytes = cu_attn_scratch_bytes(&w->cache[0], ROWS_MAX, ROWS_MAX, len_max, 64 << 20);
     w->scratch = own(w, NULL, (size_t)w->scratch_bytes);
     CHECK_CUDA(cudaMemset(w->scratch, 0, (size_t)w->scratch_bytes)); /* as cu_attend wants it before its first step */
@@ -148,6 +144,7 @@ static world *world_new(const shape *s, cu_format f, ern_kv_dtype kv, int32_t ro
 
 static void world_free(world *w) {
     for (int32_t i = 0; i < w->n_owned; i++) check_free(w->owned[i]);
+    check_decode_free(&w->step);
     free(w->layer);
     free(w);
 }
@@ -179,37 +176,6 @@ static void run_old(const world *w, const cu_seqs *q) {
         linear(w, &l->up, CU_SWIGLU, q->n_row, w->hid, NULL, x, l->ffn_norm);
         linear(w, &l->down, CU_ADD, q->n_row, x, w->hid, NULL, NULL);
     }
-}
-
-/* A step of n rows at these lengths (this step's token included); pages lie one after the other from page 1 on, except
- * that rows of length 1 share page 0, as padding rows do. */
-static cu_seqs plan(const world *w, int32_t n, const int32_t *len) {
-    int32_t pos[ROWS_MAX], cell[ROWS_MAX], row0[ROWS_MAX + 1], next = 1;
-    int32_t *page = must((size_t)(ROWS_MAX * w->n_page_max) * 4);
-    memset(page, 0x7f, (size_t)(ROWS_MAX * w->n_page_max) * 4);
-    for (int32_t r = 0; r < n; r++) {
-        for (int32_t k = 0; k * P < len[r]; k++) page[r * w->n_page_max + k] = len[r] == 1 ? 0 : next++;
-        pos[r] = len[r] - 1;
-        cell[r] = page[r * w->n_page_max + pos[r] / P] * P + pos[r] % P;
-        row0[r] = r, row0[r + 1] = r + 1;
-    }
-    CHECK_CUDA(cudaMemcpy(w->pos, pos, (size_t)n * 4, cudaMemcpyHostToDevice));
-    CHECK_CUDA(cudaMemcpy(w->cell, cell, (size_t)n * 4, cudaMemcpyHostToDevice));
-    CHECK_CUDA(cudaMemcpy(w->kv_len, len, (size_t)n * 4, cudaMemcpyHostToDevice));
-    CHECK_CUDA(cudaMemcpy(w->row0, row0, (size_t)(n + 1) * 4, cudaMemcpyHostToDevice));
-    CHECK_CUDA(cudaMemcpy(w->page, page, (size_t)(ROWS_MAX * w->n_page_max) * 4, cudaMemcpyHostToDevice));
-    free(page);
-    const cu_seqs q = {.n_row = n,
-                       .n_seq = n,
-                       .n_page_max = w->n_page_max,
-                       .pos = w->pos,
-                       .cell = w->cell,
-                       .row0 = w->row0,
-                       .kv_len = w->kv_len,
-                       .page = w->page,
-                       .work = w->work};
-    CHECK_CUDA(cu_attn_plan(0, &w->cache[0], &q, w->inv_freq));
-    return q;
 }
 
 /* Rows of length 1 are all the same: they write to one cell. */
@@ -244,7 +210,7 @@ static void steps(const char *name, const world *w, int32_t n_row, const int32_t
         int32_t len[ROWS_MAX];
         const int32_t n = s == 1 ? 1 : n_row;
         for (int32_t r = 0; r < n; r++) len[r] = first[r] == 1 ? 1 : first[r] + s;
-        const cu_seqs q = plan(w, n, len);
+        const cu_seqs q = check_decode_plan(&w->step, &w->cache[0], w->inv_freq, n, len, NULL);
         put_x(w, n, len);
         run_old(w, &q);
         CHECK_CUDA(cu_chain_run(0, &w->c, w->x[1], &w->cache[1], &q));
@@ -306,7 +272,7 @@ static void speed(const shape *s, cu_format f, int32_t n, int32_t length) {
     if (!check_begin(name)) return;
     world *w = world_new(s, f, ERN_KV_BF16, 4, length, n * (length / P + 1) + 2);
     const int32_t len[ROWS_MAX] = {length, length, length, length};
-    const cu_seqs q = plan(w, n, len);
+    const cu_seqs q = check_decode_plan(&w->step, &w->cache[0], w->inv_freq, n, len, NULL);
     cudaEvent_t event[2];
     float us[2];
     for (int i = 0; i < 2; i++) CHECK_CUDA(cudaEventCreate(&event[i]));

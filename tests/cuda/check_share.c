@@ -1,5 +1,5 @@
-/* What checks of several kernels share: the worst of errors, who goes to which expert, weights that meet rows of 8 bits
- * and what their bytes say by cu_kernels.h's drawing. */
+/* What checks of several kernels share: the worst of errors, who goes to which expert, steps that decode, weights that
+ * meet rows of 8 bits and what their bytes say by cu_kernels.h's drawing. */
 #include "check.h"
 
 static void *take(size_t bytes) {
@@ -59,6 +59,55 @@ uint64_t check_a8_random(cu_format f) {
     for (int i = 0; i < 64 && f == CU_F8A8; i += 8)
         if ((r >> i & 0x7f) == 0x7f) r ^= 1ull << (i + 2);
     return r;
+}
+
+check_decode check_decode_new(const cu_cache *c, int32_t n_row_max, int32_t n_page, int32_t len_max) {
+    const size_t R = (size_t)n_row_max;
+    check_decode d = {
+        .n_row_max = n_row_max, .n_page = n_page, .n_page_max = (len_max + c->n_page_cell - 1) / c->n_page_cell};
+    d.pos = check_new(NULL, R * 4), d.cell = check_new(NULL, R * 4), d.row0 = check_new(NULL, (R + 1) * 4);
+    d.kv_len = check_new(NULL, R * 4), d.page = check_new(NULL, R * (size_t)d.n_page_max * 4);
+    d.work = check_new(NULL, (size_t)cu_attn_work_count(c, n_row_max, n_row_max) * 4);
+    return d;
+}
+
+void check_decode_free(check_decode *d) {
+    check_free(d->pos), check_free(d->cell), check_free(d->row0);
+    check_free(d->kv_len), check_free(d->page), check_free(d->work);
+}
+
+cu_seqs check_decode_plan(const check_decode *d, const cu_cache *c, const float *inv_freq, int32_t n,
+                          const int32_t *len, const int32_t *order) {
+    const int32_t P = c->n_page_cell, N = d->n_page_max;
+    const size_t R = (size_t)d->n_row_max, page_bytes = R * (size_t)N * 4;
+    int32_t *page = take(page_bytes), *pos = take(R * 4), *cell = take(R * 4), *row0 = take((R + 1) * 4), next = 1;
+    memset(page, 0x7f, page_bytes);
+    for (int32_t r = 0; r < n; r++) {
+        for (int32_t k = 0; k * P<len[r]; k++, next += len[r]> 1) {
+            if (next >= d->n_page && len[r] > 1) exit(2);
+            page[r * N + k] = len[r] == 1 ? 0 : order ? order[next] : next;
+        }
+        pos[r] = len[r] - 1;
+        cell[r] = page[r * N + pos[r] / P] * P + pos[r] % P;
+        row0[r] = r, row0[r + 1] = r + 1;
+    }
+    CHECK_CUDA(cudaMemcpy(d->pos, pos, (size_t)n * 4, cudaMemcpyHostToDevice));
+    CHECK_CUDA(cudaMemcpy(d->cell, cell, (size_t)n * 4, cudaMemcpyHostToDevice));
+    CHECK_CUDA(cudaMemcpy(d->kv_len, len, (size_t)n * 4, cudaMemcpyHostToDevice));
+    CHECK_CUDA(cudaMemcpy(d->row0, row0, (size_t)(n + 1) * 4, cudaMemcpyHostToDevice));
+    CHECK_CUDA(cudaMemcpy(d->page, page, page_bytes, cudaMemcpyHostToDevice));
+    free(page), free(pos), free(cell), free(row0);
+    const cu_seqs q = {.n_row = n,
+                       .n_seq = n,
+                       .n_page_max = N,
+                       .pos = d->pos,
+                       .cell = d->cell,
+                       .row0 = d->row0,
+                       .kv_len = d->kv_len,
+                       .page = d->page,
+                       .work = d->work};
+    CHECK_CUDA(cu_attn_plan(0, c, &q, inv_freq));
+    return q;
 }
 
 int64_t check_a8_segment(const cu_linear *w, int32_t band, int32_t seg) {
