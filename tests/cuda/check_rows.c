@@ -151,6 +151,26 @@ static void check_embed(int32_t T, int32_t D) {
     free(embed), free(token), free(x), free(after);
 }
 
+static void check_take_rows(int32_t T, int32_t D) {
+    char name[64];
+    snprintf(name, sizeof name, "take rows of %d x %d", T, D);
+    if (!check_begin(name)) return;
+    const size_t d = (size_t)D, n = ((size_t)T + 2) / 3;
+    float *x = random_f32((size_t)T * d, 2.0f);
+    int32_t *rows = host_new(n * sizeof *rows);
+    for (size_t i = 0; i < n; i++) rows[i] = (int32_t)(3 * i) + (3 * (int32_t)i + 2 < T ? random_below(3) : 0);
+    float *dx = check_new(x, (size_t)T * d * sizeof *x), *dout = check_new(NULL, n * d * sizeof *x);
+    int32_t *drows = check_new(rows, n * sizeof *rows);
+    CHECK_CUDA(cu_take_rows(0, dout, dx, drows, 0, D)); /* none */
+    CHECK_CUDA(cu_take_rows(0, dout, dx, drows, (int32_t)n, D));
+    float *out = copy_of(dout, n * d * sizeof *out);
+    bool same = true;
+    for (size_t i = 0; i < n; i++) same &= memcmp(out + i * d, x + (size_t)rows[i] * d, d * sizeof *x) == 0;
+    check_that(name, same, "bits differ");
+    check_free(dx), check_free(dout), check_free(drows);
+    free(x), free(rows), free(out);
+}
+
 /* Both halves must be what cu_norm (checked above) gives for rows in f32. */
 static void check_mtp_in(int32_t T, int32_t D) {
     enum { V = 300 };
@@ -671,6 +691,10 @@ void check_rows(void) {
     check_embed(301, 80);
     check_embed(50, 70);
     check_embed(130, 3000);
+    check_take_rows(1, 2560);
+    check_take_rows(301, 80);
+    check_take_rows(50, 70);
+    check_take_rows(1000, 3000);
     check_mtp_in(1, 64);
     check_mtp_in(70, 80);
     check_mtp_in(41, 70);

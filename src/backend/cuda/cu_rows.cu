@@ -1,5 +1,5 @@
-/* Kernels that take a row at a time: embedding, RMS norm (and its codes), the input of the multi-token-prediction
- * layer.
+/* Kernels that take a row at a time: embedding, RMS norm (and its codes), some of the rows, the input of the
+ * multi-token-prediction layer.
  *
  * A norm is one warp's work, whatever the launch: its sum is cu_sum_squares of cu_device.cuh, the same that the linears
  * with a norm in front call, so both give the same bits. Rows of up to 2560 numbers stay in registers between the sum
@@ -250,6 +250,29 @@ cudaError_t cu_embed(cudaStream_t s, float *x, int32_t *token, const int32_t *pr
     /* not early: it ends the step before for all that come after it, and some of those read before they wait */
     embed_kernel<<<(unsigned)n_row, EMBED_THREADS, 0, s>>>(x, token, prev, embed, n_hidden);
     return cudaGetLastError();
+}
+
+/* ---- some of the rows --------------------------------------------------------------------------------------------
+ */
+
+/* A block a row. */
+static __global__ void __launch_bounds__(EMBED_THREADS)
+    take_kernel(float *out, const float *x, const int32_t *rows, int32_t n_hidden) {
+    cu_launch_next();
+    cu_wait_previous();
+    const float *from = x + (int64_t)rows[blockIdx.x] * n_hidden;
+    float *to = out + (int64_t)blockIdx.x * n_hidden;
+    if ((n_hidden & 3) == 0) {
+        for (int32_t i = (int32_t)threadIdx.x * 4; i < n_hidden; i += 4 * EMBED_THREADS)
+            *(float4 *)(to + i) = *(const float4 *)(from + i);
+    } else {
+        for (int32_t i = (int32_t)threadIdx.x; i < n_hidden; i += EMBED_THREADS) to[i] = from[i];
+    }
+}
+
+cudaError_t cu_take_rows(cudaStream_t s, float *out, const float *x, const int32_t *rows, int32_t n, int32_t n_hidden) {
+    if (n <= 0) return cudaSuccess;
+    return cu_launch_args(s, take_kernel, (unsigned)n, EMBED_THREADS, true, out, x, rows, n_hidden);
 }
 
 /* ---- the input of the multi-token-prediction layer -----------------------------------------------------------------

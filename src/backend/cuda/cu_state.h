@@ -133,7 +133,8 @@ typedef struct cu_backend {
     /* device scratch; R = n_ffn_row, I = n_logit_row. Rows of bf16 are CU_PAD numbers apart, their pads zero */
     float *x;                               /* [T, D] residual stream */
     cu_bf16 *xn;                            /* [T, CU_PAD(D)] its norm; of wanted rows before the head */
-    float *qkv;                             /* [T, (H + 2G) C]; y of the experts where a probe looks [R, D] */
+    float *qkv;                             /* [T, (H + 2G) C]; y of the experts where a probe looks [R, D]; x of the
+                                             * wanted rows alone, behind the last attention [W, D] */
     cu_bf16 *q, *att;                       /* [T, H*C], [T, CU_PAD(H*C)] */
     float *inv_freq;                        /* [C/2] 1 / theta^(2j/C), rounded as docs/model.md 3.3 has it */
     void *attn;                             /* [attn_bytes] */

@@ -33,6 +33,9 @@ typedef struct run {
     int32_t n_page_used; /* entries of the longest page table */
     cu_input host, dev;
     cu_seqs seqs;
+    float *x;    /* residual stream [n_x, D] */
+    int32_t n_x; /* rows of it: the step's, and from the last feed-forward on the wanted ones where they suffice */
+    bool wanted_alone; /* they do: row w of x is wanted row w */
 } run;
 
 static bool failed(cu_backend *b) { return atomic_load_explicit(&b->error, memory_order_acquire) != cudaSuccess; }
@@ -128,7 +131,7 @@ static void norm_into(const run *r, cu_job *j, const float *x, const int32_t *ro
 static void dense_ffn(const run *r, const cu_layer *w, int32_t layer, int32_t row0, int32_t n) {
     cu_backend *b = r->b;
     const int32_t D = b->model->config.n_hidden;
-    float *x = b->x + (int64_t)row0 * D;
+    float *x = r->x + (int64_t)row0 * D;
     cu_job up = job_of(&w->ffn.up, CU_SWIGLU, b->xn, n);
     up.h = b->hid;
     up.ldh = CU_PAD(w->ffn.up.n_out);
@@ -243,7 +246,7 @@ static void moe_ffn(const run *r, const cu_layer *w, int32_t layer, int32_t row0
     cu_backend *b = r->b;
     const ern_config *m = &b->model->config;
     const int32_t D = m->n_hidden;
-    float *x = b->x + (int64_t)row0 * D;
+    float *x = r->x + (int64_t)row0 * D;
     cu_routes routes = b->routes;
     routes.tile_rows = cu_tile_rows(n, m->n_expert_used, m->n_expert);
     const cu_route_job route = {.x = x,
@@ -332,12 +335,24 @@ static void run_attention(const run *r, const cu_layer *w, int32_t layer) {
     }
 }
 
+/* Behind the attention of the last layer rows do not meet any more, and of what follows only the wanted ones are asked
+ * for; MTP and who looks at stages want all. */
+static void keep_wanted(run *r) {
+    cu_backend *b = r->b;
+    if (b->o.mtp || b->probe || r->n_want == r->n_row) return;
+    r->x = b->qkv; /* free by now, and large enough */
+    r->n_x = r->n_want;
+    r->wanted_alone = true;
+    CU_DO(b, cu_take_rows(b->stream, r->x, b->x, r->dev.want, r->n_want, b->model->config.n_hidden));
+}
+
 /* x -> x; keys and values go to cache layer `layer`. */
-static void run_layer(const run *r, const cu_layer *w, int32_t layer) {
+static void run_layer(run *r, const cu_layer *w, int32_t layer) {
     cu_backend *b = r->b;
     run_attention(r, w, layer);
-    for (int32_t row0 = 0; row0 < r->n_row; row0 += b->n_ffn_row) {
-        const int32_t rest = r->n_row - row0, n = rest < b->n_ffn_row ? rest : b->n_ffn_row;
+    if (layer == b->model->config.n_layer - 1) keep_wanted(r);
+    for (int32_t row0 = 0; row0 < r->n_x; row0 += b->n_ffn_row) {
+        const int32_t rest = r->n_x - row0, n = rest < b->n_ffn_row ? rest : b->n_ffn_row;
         if (w->is_moe)
             moe_ffn(r, w, layer, row0, n);
         else
@@ -386,12 +401,12 @@ static int32_t rules_turn(run *r, int32_t w0, int32_t n) {
 static void head_rows(const run *r, int32_t w0, int32_t n, bool main) {
     cu_backend *b = r->b;
     const int32_t D = b->model->config.n_hidden, V = b->model->config.n_vocab;
-    const int32_t first = r->host.want[w0];
-    const bool together = r->host.want[w0 + n - 1] - first == n - 1; /* they ascend */
+    const int32_t first = r->wanted_alone ? w0 : r->host.want[w0];
+    const bool together = r->wanted_alone || r->host.want[w0 + n - 1] - first == n - 1; /* they ascend */
     cu_job j = job_of(&b->weights.head, CU_STORE, b->xn, n);
     j.y = b->logits;
     j.ldy = V;
-    norm_into(r, &j, together ? b->x + (int64_t)first * D : b->x, together ? NULL : r->dev.want + w0, b->weights.norm,
+    norm_into(r, &j, together ? r->x + (int64_t)first * D : r->x, together ? NULL : r->dev.want + w0, b->weights.norm,
               n);
     CU_DO(b, cu_linear_run(b->stream, &j));
     for (int32_t i = 0; b->probe && i < n; i++) {
@@ -454,6 +469,8 @@ static run run_of(cu_backend *b, cu_slot *s, int32_t n_row, int32_t n_seq, int32
              .n_row = n_row,
              .n_seq = n_seq,
              .n_want = n_want,
+             .x = b->x,
+             .n_x = n_row,
              .decode = true,
              .greedy = true,
              .staged = true};
