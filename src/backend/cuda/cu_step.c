@@ -15,6 +15,7 @@ enum {
     SIZE_STEP_MORE = 16,      /* and of every so many above 128 */
     NARROW_BYTES = 256 << 10, /* page tables larger than this are sent only as wide as they are used */
     WARM_ROWS = 1024,
+    ONE_PASS_ROWS = 256, /* more rows than these: norm and codes in one pass; fewer are spread over more warps apart */
 };
 
 /* A step being queued. */
@@ -120,6 +121,13 @@ static void norm_into(const run *r, cu_job *j, const float *x, const int32_t *ro
         j->norm_w = w;
         j->eps = m->rms_eps;
         if (!b->probe) return; /* who looks at stages wants xn too */
+    }
+    if (j && !rows && takes_codes(&j->w) && n > ONE_PASS_ROWS && cu_norm_holds(m->n_hidden)) {
+        j->x8 = x8_in(&b->row8, m->n_hidden, n);
+        const cu_norm_job norm = {
+            .w = w, .eps = m->rms_eps, .xn = b->probe ? b->xn : NULL, .codes = b->codes, .x8 = j->x8};
+        CU_DO(b, cu_norm_run(b->stream, &norm, x, n, m->n_hidden));
+        return;
     }
     CU_DO(b, cu_norm(b->stream, b->xn, x, rows, w, n, m->n_hidden, m->rms_eps));
     if (j) rows_to_codes(r, j, &b->row8);
