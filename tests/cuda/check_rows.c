@@ -161,8 +161,8 @@ static void check_take_rows(int32_t T, int32_t D) {
     for (size_t i = 0; i < n; i++) rows[i] = (int32_t)(3 * i) + (3 * (int32_t)i + 2 < T ? random_below(3) : 0);
     float *dx = check_new(x, (size_t)T * d * sizeof *x), *dout = check_new(NULL, n * d * sizeof *x);
     int32_t *drows = check_new(rows, n * sizeof *rows);
-    CHECK_CUDA(cu_take_rows(0, dout, dx, drows, 0, D)); /* none */
-    CHECK_CUDA(cu_take_rows(0, dout, dx, drows, (int32_t)n, D));
+    CHECK_CUDA(cu_take_rows(0, dout, dx, drows, 0, D * 4)); /* none */
+    CHECK_CUDA(cu_take_rows(0, dout, dx, drows, (int32_t)n, D * 4));
     float *out = copy_of(dout, n * d * sizeof *out);
     bool same = true;
     for (size_t i = 0; i < n; i++) same &= memcmp(out + i * d, x + (size_t)rows[i] * d, d * sizeof *x) == 0;

@@ -314,8 +314,8 @@ cudaError_t cu_moe_few(cudaStream_t s, const cu_few_job *j);
 /* token[t] < 0 becomes prev[-1 - token[t]] in place (ERN_PREV); x[t] = embedding row, f32 [T, D]. */
 cudaError_t cu_embed(cudaStream_t s, float *x, int32_t *token, const int32_t *prev, const cu_bf16 *embed, int32_t n_row,
                      int32_t n_hidden);
-/* out [n, D] = rows rows[i] of x [., D]. */
-cudaError_t cu_take_rows(cudaStream_t s, float *out, const float *x, const int32_t *rows, int32_t n, int32_t n_hidden);
+/* out [n] = rows rows[i] of x, each of row_bytes, a multiple of 4. */
+cudaError_t cu_take_rows(cudaStream_t s, void *out, const void *x, const int32_t *rows, int32_t n, int32_t row_bytes);
 /* out bf16 [n, CU_PAD(D)] = bf16(norm of x row). rows NULL: row i of x; else rows[i] (wanted rows). */
 cudaError_t cu_norm(cudaStream_t s, cu_bf16 *out, const float *x, const int32_t *rows, const cu_bf16 *w, int32_t n,
                     int32_t n_hidden, float eps);

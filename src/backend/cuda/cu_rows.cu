@@ -255,24 +255,26 @@ cudaError_t cu_embed(cudaStream_t s, float *x, int32_t *token, const int32_t *pr
 /* ---- some of the rows --------------------------------------------------------------------------------------------
  */
 
-/* A block a row. */
+/* A block a row of so many words. */
 static __global__ void __launch_bounds__(EMBED_THREADS)
-    take_kernel(float *out, const float *x, const int32_t *rows, int32_t n_hidden) {
+    take_kernel(uint32_t *out, const uint32_t *x, const int32_t *rows, int32_t n_word) {
     cu_launch_next();
     cu_wait_previous();
-    const float *from = x + (int64_t)rows[blockIdx.x] * n_hidden;
-    float *to = out + (int64_t)blockIdx.x * n_hidden;
-    if ((n_hidden & 3) == 0) {
-        for (int32_t i = (int32_t)threadIdx.x * 4; i < n_hidden; i += 4 * EMBED_THREADS)
-            *(float4 *)(to + i) = *(const float4 *)(from + i);
+    const uint32_t *from = x + (int64_t)rows[blockIdx.x] * n_word;
+    uint32_t *to = out + (int64_t)blockIdx.x * n_word;
+    if ((n_word & 3) == 0) {
+        for (int32_t i = (int32_t)threadIdx.x * 4; i < n_word; i += 4 * EMBED_THREADS)
+            *(uint4 *)(to + i) = *(const uint4 *)(from + i);
     } else {
-        for (int32_t i = (int32_t)threadIdx.x; i < n_hidden; i += EMBED_THREADS) to[i] = from[i];
+        for (int32_t i = (int32_t)threadIdx.x; i < n_word; i += EMBED_THREADS) to[i] = from[i];
     }
 }
 
-cudaError_t cu_take_rows(cudaStream_t s, float *out, const float *x, const int32_t *rows, int32_t n, int32_t n_hidden) {
+cudaError_t cu_take_rows(cudaStream_t s, void *out, const void *x, const int32_t *rows, int32_t n, int32_t row_bytes) {
+    if (row_bytes % 4 != 0) return cudaErrorInvalidValue;
     if (n <= 0) return cudaSuccess;
-    return cu_launch_args(s, take_kernel, (unsigned)n, EMBED_THREADS, true, out, x, rows, n_hidden);
+    return cu_launch_args(s, take_kernel, (unsigned)n, EMBED_THREADS, true, (uint32_t *)out, (const uint32_t *)x, rows,
+                          row_bytes / 4);
 }
 
 /* ---- the input of the multi-token-prediction layer -----------------------------------------------------------------

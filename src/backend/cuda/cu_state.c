@@ -299,6 +299,8 @@ cu_input cu_input_at(const cu_backend *b, unsigned char *base, int32_t n_row, in
     in.row0 = take(&c, S + 1, id, PIECE);
     in.kv_len = take(&c, S, id, PIECE);
     in.want = take(&c, W, id, PIECE);
+    in.end0 = take(&c, S + 1, id, PIECE);
+    in.end_pos = take(&c, W, id, PIECE);
     in.page_at = c.used;
     in.page = take(&c, S * (size_t)b->n_page_max, id, PIECE);
     in.rule_at = c.used;
@@ -394,6 +396,8 @@ static void scratch_layout(cu_backend *b) {
         b->slot[i].input = cu_cut_take(c, input_bytes(b), 1);
         b->slot[i].attn_work =
             cu_cut_take(c, (size_t)cu_attn_work_count(&b->cache, b->o.n_row_max, b->o.n_seq_max), id);
+        b->slot[i].end_work =
+            cu_cut_take(c, (size_t)cu_attn_work_count(&b->cache, b->o.n_want_max, b->o.n_seq_max), id);
     }
     b->scratch_bytes = cut.used;
 }

@@ -77,6 +77,7 @@ typedef struct cu_input {
     int32_t *token, *next, *pos, *cell; /* [T] */
     int32_t *row0, *kv_len;             /* [S+1], [S] */
     int32_t *want;                      /* [W] */
+    int32_t *end0, *end_pos;            /* [S+1], [W] row0 and pos of the wanted rows alone */
     int32_t *page;                      /* [S, n_page_max] */
     cu_rule *rule;                      /* [W] */
     int32_t *aux;                       /* what the rules point to */
@@ -88,11 +89,12 @@ typedef struct cu_slot {
     unsigned char *block; /* pinned: a cu_input */
     unsigned char *input; /* device: the same */
     int32_t *attn_work;   /* [cu_attn_work_count] device */
+    int32_t *end_work;    /* the same, of the wanted rows alone */
     ern_sampled *sampled; /* [n_want_max] pinned, out */
     int32_t *draft;       /* the same; NULL without MTP */
     int32_t n_want;
     int64_t submit_us;
-    cudaEvent_t fed; /* input and attn_work are there */
+    cudaEvent_t fed; /* input, attn_work and end_work are there */
     cudaEvent_t end;
 } cu_slot;
 
@@ -134,7 +136,7 @@ typedef struct cu_backend {
     float *x;                               /* [T, D] residual stream */
     cu_bf16 *xn;                            /* [T, CU_PAD(D)] its norm; of wanted rows before the head */
     float *qkv;                             /* [T, (H + 2G) C]; y of the experts where a probe looks [R, D]; x of the
-                                             * wanted rows alone, behind the last attention [W, D] */
+                                             * wanted rows alone [W, D], and their q behind it */
     cu_bf16 *q, *att;                       /* [T, H*C], [T, CU_PAD(H*C)] */
     float *inv_freq;                        /* [C/2] 1 / theta^(2j/C), rounded as docs/model.md 3.3 has it */
     void *attn;                             /* [attn_bytes] */

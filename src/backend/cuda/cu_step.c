@@ -34,8 +34,10 @@ typedef struct run {
     int32_t n_page_used; /* entries of the longest page table */
     cu_input host, dev;
     cu_seqs seqs;
-    float *x;    /* residual stream [n_x, D] */
-    int32_t n_x; /* rows of it: the step's, and from the last feed-forward on the wanted ones where they suffice */
+    bool ends;        /* few rows are wanted, each the last of its sequence */
+    cu_seqs end_seqs; /* these rows alone */
+    float *x;         /* residual stream [n_x, D] */
+    int32_t n_x;      /* rows of it: the step's, and from the last feed-forward on the wanted ones where they suffice */
     bool wanted_alone; /* they do: row w of x is wanted row w */
 } run;
 
@@ -305,8 +307,40 @@ static void moe_ffn(const run *r, const cu_layer *w, int32_t layer, int32_t row0
     if (out) show(r, "experts", layer, row0, out, n, D);
 }
 
+/* Behind the last layer's keys and values rows do not meet any more, and of what follows only the wanted ones are asked
+ * for; MTP and who looks at stages want all. */
+static bool wanted_suffice(const run *r, int32_t layer) {
+    const cu_backend *b = r->b;
+    return layer == b->model->config.n_layer - 1 && !b->o.mtp && !b->probe && r->n_want < r->n_row;
+}
+
+/* x is the wanted rows from here on. */
+static void keep_wanted(run *r) {
+    cu_backend *b = r->b;
+    const int32_t D = b->model->config.n_hidden;
+    r->x = b->qkv; /* free by now, and large enough */
+    r->n_x = r->n_want;
+    r->wanted_alone = true;
+    CU_DO(b, cu_take_rows(b->stream, r->x, b->x, r->dev.want, r->n_want, D * (int32_t)sizeof *r->x));
+}
+
+/* x += o(attention), of the wanted rows: q and the cells of all rows are there. */
+static void attend_ends(run *r, const cu_layer *w, int32_t layer) {
+    cu_backend *b = r->b;
+    const ern_config *m = &b->model->config;
+    const int32_t n = r->n_want, Q = m->n_head * m->n_head_dim;
+    keep_wanted(r);
+    /* behind x: wanted rows are half of all at most */
+    cu_bf16 *q = (cu_bf16 *)(b->qkv + ((int64_t)n * m->n_hidden + 3) / 4 * 4);
+    if (n == 0) return;
+    CU_DO(b, cu_take_rows(b->stream, q, b->q, r->dev.want, n, Q * (int32_t)sizeof *q));
+    CU_DO(b,
+          cu_attend(b->stream, b->att, q, NULL, &b->cache, layer, &r->end_seqs, b->attn, (int64_t)b->attn_bytes, true));
+    linear(r, &w->o, CU_ADD, r->x, b->att, n, &b->row8);
+}
+
 /* x += o(attention of the norm of x); keys and values go to cache layer `layer`. */
-static void run_attention(const run *r, const cu_layer *w, int32_t layer) {
+static void run_attention(run *r, const cu_layer *w, int32_t layer) {
     cu_backend *b = r->b;
     const ern_config *m = &b->model->config;
     if (r->attn_one && cu_attn_one_takes(&w->qkv) && cu_attn_one_takes(&w->o)) {
@@ -328,6 +362,10 @@ static void run_attention(const run *r, const cu_layer *w, int32_t layer) {
     CU_DO(b, cu_linear_run(b->stream, &qkv));
     if (b->probe) CU_DO(b, cu_rope_store(b->stream, b->qkv, true, &rope));
     show_qkv(r, layer);
+    if (r->ends && wanted_suffice(r, layer)) {
+        attend_ends(r, w, layer);
+        return;
+    }
     if (r->wide && r->n_row > CU_SKINNY_MAX && takes_codes(&w->o) && cu_attend_codes_fits(&b->cache) && !b->probe) {
         cu_job o = job_of(&w->o, CU_ADD, NULL, r->n_row);
         o.y = b->x;
@@ -343,22 +381,11 @@ static void run_attention(const run *r, const cu_layer *w, int32_t layer) {
     }
 }
 
-/* Behind the attention of the last layer rows do not meet any more, and of what follows only the wanted ones are asked
- * for; MTP and who looks at stages want all. */
-static void keep_wanted(run *r) {
-    cu_backend *b = r->b;
-    if (b->o.mtp || b->probe || r->n_want == r->n_row) return;
-    r->x = b->qkv; /* free by now, and large enough */
-    r->n_x = r->n_want;
-    r->wanted_alone = true;
-    CU_DO(b, cu_take_rows(b->stream, r->x, b->x, r->dev.want, r->n_want, b->model->config.n_hidden));
-}
-
 /* x -> x; keys and values go to cache layer `layer`. */
 static void run_layer(run *r, const cu_layer *w, int32_t layer) {
     cu_backend *b = r->b;
     run_attention(r, w, layer);
-    if (layer == b->model->config.n_layer - 1) keep_wanted(r);
+    if (!r->wanted_alone && wanted_suffice(r, layer)) keep_wanted(r);
     for (int32_t row0 = 0; row0 < r->n_x; row0 += b->n_ffn_row) {
         const int32_t rest = r->n_x - row0, n = rest < b->n_ffn_row ? rest : b->n_ffn_row;
         if (w->is_moe)
@@ -495,6 +522,11 @@ static run run_of(cu_backend *b, cu_slot *s, int32_t n_row, int32_t n_seq, int32
                        .kv_len = r.dev.kv_len,
                        .page = r.dev.page,
                        .work = s->attn_work};
+    r.end_seqs = r.seqs;
+    r.end_seqs.n_row = n_want;
+    r.end_seqs.pos = r.dev.end_pos;
+    r.end_seqs.row0 = r.dev.end0;
+    r.end_seqs.work = s->end_work;
     return r;
 }
 
@@ -522,6 +554,8 @@ static void rows_fill(run *r) {
         ERN_ASSERT(in->token[t] < b->model->config.n_vocab && -1 - in->token[t] < b->n_prev_want);
     }
     r->wide = true;
+    r->ends = 2 * in->n_want <= in->n_row;
+    int32_t w = 0;
     for (int64_t q = 0; q < in->n_seq; q++) {
         const int32_t n = (in->kv_len[q] + P - 1) / P;
         ERN_ASSERT(in->kv_len[q] <= b->o.n_len_max && n <= in->n_page_max);
@@ -531,8 +565,15 @@ static void rows_fill(run *r) {
             r->decode = false;
         else
             r->wide = false;
+        h->end0[q] = w;
+        for (; w < in->n_want && in->want[w] < in->row0[q + 1]; w++) {
+            if (in->want[w] < in->row0[q + 1] - 1) r->ends = false;
+            h->end_pos[w] = in->pos[in->want[w]];
+        }
     }
-    for (int32_t w = 0; w < in->n_want; w++)
+    h->end0[in->n_seq] = w;
+    if (r->decode) r->ends = false; /* attention itself makes q, and stores */
+    for (w = 0; w < in->n_want; w++)
         if (!is_plain(&in->sample[w])) r->greedy = false;
 }
 
@@ -592,6 +633,7 @@ static void feed(const run *r) {
     cu_backend *b = r->b;
     send(r);
     CU_DO(b, cu_attn_plan(b->feed, &b->cache, &r->seqs, b->inv_freq));
+    if (r->ends && r->n_want > 0) CU_DO(b, cu_attn_plan(b->feed, &b->cache, &r->end_seqs, b->inv_freq));
     CU_DO(b, cudaEventRecord(r->slot->fed, b->feed));
     CU_DO(b, cudaStreamWaitEvent(b->stream, r->slot->fed, 0));
 }
