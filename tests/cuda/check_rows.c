@@ -372,7 +372,7 @@ static void check_router(const model *m) {
     char name[96];
     snprintf(name, sizeof name, "route %s", m->name);
     if (!check_begin(name)) return;
-    static const int32_t count[] = {CROWD, 1, 3, 64, 129, 200, 1000, 2100, -777, -8000}; /* -t: row t alone */
+    static const int32_t count[] = {CROWD, 1, 3, 64, 129, 200, 1000, 2100, 6161, -777, -8000}; /* -t: row t alone */
     const int32_t E = m->E, K = m->K, D = m->D;
     const size_t d = (size_t)D, e_row = (size_t)E, k_row = (size_t)K;
     const float eps = 1e-5f;
@@ -681,9 +681,10 @@ static void show_times(void) {
 
 void check_rows(void) {
     static const model models[] = {
-        {"21b-a3b", 64, 6, 2560, true, 1e-12f}, {"21b-a3b without bias", 64, 6, 2560, false, 1e-12f},
-        {"tiny-moe", 8, 3, 80, true, 1e-12f},   {"tiny-moe, large norm_min", 8, 3, 80, false, 0.75f},
-        {"demo-moe", 16, 4, 256, true, 1e-12f}, {"many experts", 160, 16, 100, true, 1e-12f},
+        {"21b-a3b", 64, 6, 2560, true, 1e-12f},      {"21b-a3b without bias", 64, 6, 2560, false, 1e-12f},
+        {"tiny-moe", 8, 3, 80, true, 1e-12f},        {"tiny-moe, large norm_min", 8, 3, 80, false, 0.75f},
+        {"demo-moe", 16, 4, 256, true, 1e-12f},      {"many experts", 160, 16, 100, true, 1e-12f},
+        {"ragged parts", 70, 5, 1668, true, 1e-12f}, {"one step a part", 64, 1, 132, true, 1e-12f},
     };
     static const int32_t widths[] = {64, 80, 70, 3, 256, 1000, 1024, 1028, 2560, 2561, 4096};
     for (size_t i = 0; i < sizeof widths / sizeof *widths; i++) check_norm(i % 2 ? 300 : 1000, widths[i]);

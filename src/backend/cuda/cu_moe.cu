@@ -189,11 +189,15 @@ static __global__ void __launch_bounds__(32 * WR * WX, 4)
  * lane, expert group bits 0, 2, 3, so that neighbouring lanes read the same pieces. Columns pass in steps of N runs of
  * 32 through STAGES buffers in shared memory, piece p of a row (four columns) at piece p ^ (row & 7). A thread
  * multiplies the numbers of x that it copied by norm_w before the others read them, and adds their squares: it has one
- * slice of its rows all the way. At the end of a part the slices meet in shared memory. Rows and experts beyond the
- * last are the last once more. Grid: rows, experts. */
+ * slice of its rows all the way. It does so for the next step in the middle of this one, so that behind the barrier
+ * between the two nothing is waited for but the first reads. At the end of a part the slices meet in shared memory, one
+ * half of the sums after the other, and are added to totals there. Rows and experts beyond the last are the last once
+ * more. Grid: rows, experts. */
 enum { WIDE_STAGES = 3, WIDE_X = 8, WIDE_EXPERTS = 8 * WIDE_X, WIDE_THREADS = 32 * SLICES };
 
 static __device__ __forceinline__ int piece_at(int row, int piece) { return row * 32 + (piece ^ (row & 7)) * 4; }
+/* at, which the compiler cannot work out once more where it is used: it would, in every step, to spare a register. */
+static __device__ __forceinline__ int keep_whole(int at) { return __shfl_sync(0xffffffffu, at, threadIdx.x & 31); }
 
 template <int R, int N>
 static __global__ void __launch_bounds__(WIDE_THREADS, R > 8 ? 1 : 2)
@@ -207,9 +211,10 @@ static __global__ void __launch_bounds__(WIDE_THREADS, R > 8 ? 1 : 2)
         SUMS = R * WIDE_X,
         EACH = SUMS / SLICES
     };
-    extern __shared__ __align__(128) float memory[]; /* [WIDE_STAGES][N][rows, experts][32], [SLICES][SUMS][32] */
+    /* [WIDE_STAGES][N][rows, experts][32], [SLICES][SUMS / 2][32], [EACH][threads] */
+    extern __shared__ __align__(128) float memory[];
     __shared__ float scales[ROWS];
-    float *meet = memory + WIDE_STAGES * N * RUN;
+    float *meet = memory + WIDE_STAGES * N * RUN, *total = meet + SLICES * SUMS / 2 * 32 + threadIdx.x;
     cu_launch_next();
     cu_wait_previous();
     clear_scratch(scratch, n_expert);
@@ -219,7 +224,7 @@ static __global__ void __launch_bounds__(WIDE_THREADS, R > 8 ? 1 : 2)
     const int32_t row0 = (int32_t)blockIdx.x * ROWS, expert0 = (int32_t)blockIdx.y * WIDE_EXPERTS;
 
     /* what this thread copies: piece `piece` of rows of, of + COPY_ROWS, ..., the same of experts */
-    const int piece = thread % SLICES, of = thread / SLICES, own = piece_at(of, piece);
+    const int piece = thread % SLICES, of = thread / SLICES, own = keep_whole(piece_at(of, piece));
     const float *x_from[X_COPIES], *w_from[W_COPIES];
 #pragma unroll
     for (int k = 0; k < X_COPIES; k++)
@@ -227,96 +232,124 @@ static __global__ void __launch_bounds__(WIDE_THREADS, R > 8 ? 1 : 2)
 #pragma unroll
     for (int k = 0; k < W_COPIES; k++)
         w_from[k] = j.router + (int64_t)min(expert0 + of + COPY_ROWS * k, n_expert - 1) * D + piece * 4;
-    const auto copy_step = [&](int32_t step, int stage) {
+    int32_t copy_left = D - piece * 4; /* columns from what is copied next on */
+    /* The next step, or zeros beyond the last. */
+    const auto copy_step = [&](int stage) {
 #pragma unroll
         for (int n = 0; n < N; n++) {
-            if (step >= n_step) break;
-            const int32_t run = (step * N + n) * 32;
-            const bool in = run + piece * 4 < D;
-            const int32_t at = in ? run : -piece * 4;
             float *to = memory + (stage * N + n) * RUN + own;
 #pragma unroll
-            for (int k = 0; k < X_COPIES; k++) copy16(to + COPY_ROWS * k * 32, x_from[k] + at, in);
+            for (int k = 0; k < X_COPIES; k++) copy16(to + COPY_ROWS * k * 32, x_from[k] + n * 32, n * 32 < copy_left);
 #pragma unroll
-            for (int k = 0; k < W_COPIES; k++) copy16(to + (ROWS + COPY_ROWS * k) * 32, w_from[k] + at, in);
+            for (int k = 0; k < W_COPIES; k++)
+                copy16(to + (ROWS + COPY_ROWS * k) * 32, w_from[k] + n * 32, n * 32 < copy_left);
         }
-        asm volatile("cp.async.commit_group;" ::: "memory"); /* an empty group counts as well */
-    };
-    const auto norm_of = [&](int32_t run) {
-        const int32_t column = run * 32 + piece * 4;
-        return column < D ? *(const uint2 *)(j.norm_w + column) : make_uint2(0u, 0u);
+        asm volatile("cp.async.commit_group;" ::: "memory");
+        copy_left -= N * 32;
+#pragma unroll
+        for (int k = 0; k < X_COPIES; k++) x_from[k] += N * 32;
+#pragma unroll
+        for (int k = 0; k < W_COPIES; k++) w_from[k] += N * 32;
     };
 
-    float sum[SUMS], total[EACH], square[X_COPIES], square_total[X_COPIES];
+    float sum[SUMS], square[X_COPIES], square_total[X_COPIES];
 #pragma unroll
     for (int k = 0; k < SUMS; k++) sum[k] = 0.0f;
 #pragma unroll
-    for (int k = 0; k < EACH; k++) total[k] = 0.0f;
+    for (int k = 0; k < EACH; k++) total[k * WIDE_THREADS] = 0.0f;
 #pragma unroll
     for (int k = 0; k < X_COPIES; k++) square[k] = square_total[k] = 0.0f;
 
-    for (int step = 0; step < WIDE_STAGES - 1; step++) copy_step(step, step);
-    uint2 norm[N];
+    uint2 norm[N]; /* of the step that is finished next */
+    const auto norm_of = [&](int32_t step) {
 #pragma unroll
-    for (int n = 0; n < N; n++) norm[n] = norm_of(n);
-    int32_t left = part_steps; /* of the part */
-    int stage = 0;
-    for (int32_t step = 0; step < n_step; step++) {
-        float *at = memory + stage * N * RUN;
+        for (int n = 0; n < N; n++) {
+            const int32_t column = (step * N + n) * 32 + piece * 4;
+            norm[n] = column < D ? *(const uint2 *)(j.norm_w + column) : make_uint2(0u, 0u);
+        }
+    };
+    /* This thread's numbers of x of a step. */
+    const auto finish_step = [&](int stage) {
         asm volatile("cp.async.wait_group %0;" ::"n"(WIDE_STAGES - 2) : "memory");
 #pragma unroll
         for (int n = 0; n < N; n++)
 #pragma unroll
             for (int k = 0; k < X_COPIES; k++) {
-                float4 *x_own = (float4 *)(at + n * RUN + own + COPY_ROWS * k * 32);
+                float4 *x_own = (float4 *)(memory + (stage * N + n) * RUN + own + COPY_ROWS * k * 32);
                 const float4 v = *x_own;
                 square[k] = cu_add_squares(v, square[k]);
                 *x_own = times(v, norm[n]);
             }
-        __syncthreads(); /* the step is whole; nobody reads the buffer of the step before any more */
-        copy_step(step + WIDE_STAGES - 1, stage == 0 ? WIDE_STAGES - 1 : stage - 1);
-#pragma unroll
-        for (int n = 0; n < N; n++) norm[n] = norm_of((step + 1) * N + n);
-        stage = stage == WIDE_STAGES - 1 ? 0 : stage + 1;
+    };
+
+    for (int stage = 0; stage < WIDE_STAGES - 1; stage++) copy_step(stage);
+    norm_of(0);
+    finish_step(0);
+    __syncthreads();
+    copy_step(WIDE_STAGES - 1);
+    const int x_at[2] = {keep_whole(piece_at(row_group, slice)), keep_whole(piece_at(row_group + 4, slice) - 4 * 32)};
+    const int w_at = keep_whole(piece_at(ROWS + expert_group, slice));
+    int32_t left = part_steps; /* of the part */
+    int stage = 0;
+    for (int32_t step = 0; step < n_step; step++) { /* the step is whole for all */
+        const float *at = memory + stage * N * RUN;
+        const int next = stage == WIDE_STAGES - 1 ? 0 : stage + 1;
+        const bool ends = left == 1 || step + 1 == n_step; /* a part */
+        float square_part[X_COPIES];
+        norm_of(step + 1);
 #pragma unroll
         for (int n = 0; n < N; n++, at += RUN) {
+            if (n == N / 2) {
+#pragma unroll
+                for (int k = 0; k < X_COPIES; k++) {
+                    square_part[k] = square[k];
+                    square[k] = ends ? 0.0f : square[k];
+                }
+                finish_step(next);
+            }
             float4 w[WIDE_X];
 #pragma unroll
-            for (int e = 0; e < WIDE_X; e++)
-                w[e] = *(const float4 *)(at + piece_at(ROWS + 8 * e + expert_group, slice));
+            for (int e = 0; e < WIDE_X; e++) w[e] = *(const float4 *)(at + w_at + 8 * e * 32);
 #pragma unroll
-            for (int r = 0; r < R; r++) {
-                const float4 x = *(const float4 *)(at + piece_at(4 * r + row_group, slice));
+            for (int r = 0; r < R; r++) { /* rows 4 r + row_group */
+                const float4 x = *(const float4 *)(at + x_at[r % 2] + 4 * r * 32);
 #pragma unroll
                 for (int e = 0; e < WIDE_X; e++) sum[r * WIDE_X + e] = add_products(x, w[e], sum[r * WIDE_X + e]);
             }
         }
-        if (--left > 0 && step + 1 < n_step) continue;
-        left = part_steps;
+        left--;
+        if (ends) {
+            left = part_steps;
 #pragma unroll
-        for (int k = 0; k < SUMS; k++) {
-            meet[(slice * SUMS + k) * 32 + lane] = sum[k];
-            sum[k] = 0.0f;
+            for (int half = 0; half < 2; half++) {
+                if (half > 0) __syncthreads(); /* the first is read */
+#pragma unroll
+                for (int k = 0; k < SUMS / 2; k++) {
+                    meet[(slice * SUMS / 2 + k) * 32 + lane] = sum[half * SUMS / 2 + k];
+                    sum[half * SUMS / 2 + k] = 0.0f;
+                }
+                __syncthreads();
+#pragma unroll
+                for (int k = 0; k < EACH / 2; k++) {
+                    const float *v = meet + (slice * EACH / 2 + k) * 32 + lane;
+                    float of_slice[SLICES], *to = total + (half * EACH / 2 + k) * WIDE_THREADS;
+#pragma unroll
+                    for (int i = 0; i < SLICES; i++) of_slice[i] = v[i * SUMS / 2 * 32];
+#pragma unroll
+                    for (int d = SLICES / 2; d > 0; d >>= 1)
+#pragma unroll
+                        for (int i = 0; i < d; i++) of_slice[i] = __fadd_rn(of_slice[i], of_slice[i + d]);
+                    *to = __fadd_rn(*to, of_slice[0]);
+                }
+            }
+#pragma unroll
+            for (int k = 0; k < X_COPIES; k++) square_total[k] = __fadd_rn(square_total[k], slices_sum(square_part[k]));
         }
-        __syncthreads();
-#pragma unroll
-        for (int k = 0; k < EACH; k++) {
-            const float *v = meet + (slice * EACH + k) * 32 + lane;
-            float of_slice[SLICES];
-#pragma unroll
-            for (int i = 0; i < SLICES; i++) of_slice[i] = v[i * SUMS * 32];
-#pragma unroll
-            for (int d = SLICES / 2; d > 0; d >>= 1)
-#pragma unroll
-                for (int i = 0; i < d; i++) of_slice[i] = __fadd_rn(of_slice[i], of_slice[i + d]);
-            total[k] = __fadd_rn(total[k], of_slice[0]);
-        }
-#pragma unroll
-        for (int k = 0; k < X_COPIES; k++) {
-            square_total[k] = __fadd_rn(square_total[k], slices_sum(square[k]));
-            square[k] = 0.0f;
-        }
+        __syncthreads(); /* nobody reads this buffer any more, and the next step is whole */
+        copy_step(stage);
+        stage = next;
     }
+    asm volatile("cp.async.wait_all;" ::: "memory");
 
 #pragma unroll
     for (int k = 0; k < X_COPIES; k++)
@@ -324,17 +357,18 @@ static __global__ void __launch_bounds__(WIDE_THREADS, R > 8 ? 1 : 2)
     __syncthreads();
 #pragma unroll
     for (int k = 0; k < EACH; k++) {
-        const int at = slice * EACH + k, r = at / WIDE_X * 4 + row_group;
+        const int at = k / (EACH / 2) * (SUMS / 2) + slice * EACH / 2 + k % (EACH / 2), r = at / WIDE_X * 4 + row_group;
         const int32_t row = row0 + r, expert = expert0 + at % WIDE_X * 8 + expert_group;
         if (row < j.n_row && expert < n_expert)
-            logit[(int64_t)row * n_expert + expert] = __fmul_rn(total[k], scales[r]);
+            logit[(int64_t)row * n_expert + expert] = __fmul_rn(total[k * WIDE_THREADS], scales[r]);
     }
 }
 
 template <int R, int N> static cudaError_t launch_wide(cudaStream_t s, const cu_route_job *j, const cu_routes *r) {
     static uint64_t ready;
     constexpr int BYTES =
-        (WIDE_STAGES * N * (4 * R + WIDE_EXPERTS) * 32 + SLICES * R * WIDE_X * 32) * (int)sizeof(float);
+        (WIDE_STAGES * N * (4 * R + WIDE_EXPERTS) * 32 + SLICES * R * WIDE_X / 2 * 32 + R * WIDE_X * 32) *
+        (int)sizeof(float);
     const cudaError_t e = cu_shared_bytes(&ready, (const void *)wide_logits<R, N>, BYTES);
     if (e != cudaSuccess) return e;
     cu_route_job job = *j;
