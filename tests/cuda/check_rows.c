@@ -235,6 +235,10 @@ typedef struct model {
 static cu_routes routes_new(int32_t T, int32_t E, int32_t K) {
     const size_t n = (size_t)T * (size_t)K * sizeof(int32_t);
     const size_t tiles = (size_t)cu_tiles_max(T, K, E) * sizeof(int32_t);
+    int32_t *zero = calloc((size_t)E * 2 + 2, sizeof *zero);
+    if (!zero) exit(2);
+    int32_t *scratch = check_new(zero, ((size_t)E * 2 + 2) * sizeof *zero);
+    free(zero);
     return (cu_routes){.n_expert = E,
                        .n_used = K,
                        .chosen = check_new(NULL, n),
@@ -247,7 +251,7 @@ static cu_routes routes_new(int32_t T, int32_t E, int32_t K) {
                        .n_tile = check_new(NULL, sizeof(int32_t)),
                        .tile_rows = cu_tile_rows(T, K, E),
                        .logit = check_new(NULL, (size_t)T * (size_t)E * sizeof(float)),
-                       .scratch = check_new(NULL, ((size_t)E * 2 + 2) * sizeof(int32_t))};
+                       .scratch = scratch};
 }
 
 static void routes_free(cu_routes *r) {

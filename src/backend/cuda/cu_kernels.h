@@ -200,7 +200,7 @@ typedef struct cu_routes {
     int32_t *n_tile;                   /* [1] */
     int32_t tile_rows;                 /* places of a tile: 8, 16, 32, 64 or 128; chosen by cu_tile_rows(T, K, E) */
     float *logit;                      /* [T, E] router logits (kept for the probe) */
-    int32_t *scratch;                  /* [E * 2 + 2]; the last is zero at first, and left so */
+    int32_t *scratch;                  /* [E * 2 + 2], zeros at first; what has to be is left so */
 } cu_routes;
 /* Depends on the step's size only for speed. */
 static inline int32_t cu_tile_rows(int32_t n_row, int32_t n_used, int32_t n_expert) {

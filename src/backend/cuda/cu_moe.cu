@@ -5,8 +5,9 @@
  * order, with fma; slices meet in the tree 4, 2, 1; parts are added first to last; the row's 1 / sqrt(mean + eps) comes
  * last: logit = scale * sum(router * (x * norm_w)). The squares of the row are added in the same order. Few rows: a
  * warp a logit, a lane a (part, slice) (few_logits). Many: a lane a slice, tiles in registers (many_logits). Very many:
- * a warp a slice, larger tiles (wide_logits). Columns beyond the row count as zeros, which change no bit. Two launches
- * for few rows, three for many. n_hidden is a multiple of 4; rows start at multiples of 16 bytes. */
+ * a warp a slice, larger tiles (wide_logits). Columns beyond the row count as zeros, which change no bit. Launches:
+ * logits, choice, places; of few rows the last two are one, of very many the first two (up to 64 experts). n_hidden is
+ * a multiple of 4; rows start at multiples of 16 bytes. */
 #include "backend/cuda/cu_a8_device.cuh"
 #include "backend/cuda/cu_launch.cuh"
 #include "backend/cuda/cu_route.cuh"
@@ -29,12 +30,8 @@ enum {
 
 static unsigned pieces(int32_t n, int32_t of) { return (unsigned)((n + of - 1) / of); }
 
-/* scratch: entries of an expert [E], next free place of an expert [E], blocks that are done [1]. The launch of the
- * logits clears it for the next. */
-static __device__ __forceinline__ void clear_scratch(int32_t *scratch, int32_t n_expert) {
-    if (blockIdx.x != 0 || blockIdx.y != 0) return;
-    for (int32_t i = (int32_t)threadIdx.x; i < 2 * n_expert + 1; i += (int32_t)blockDim.x) scratch[i] = 0;
-}
+/* scratch: entries of an expert [E] and, behind the next free places of experts [E], blocks that are done [1]: zeros at
+ * first; place_entries, which comes last, leaves them so. */
 
 /* ---- logits -------------------------------------------------------------------------------------------------------
  */
@@ -42,13 +39,12 @@ static __device__ __forceinline__ void clear_scratch(int32_t *scratch, int32_t n
 /* A warp: one expert, ROWS rows; BATCH loads of 16 bytes of each in flight. Grid: experts / warps, rows / ROWS. */
 template <int ROWS, int BATCH>
 static __global__ void __launch_bounds__(ROWS == 1 ? 64 : 256)
-    few_logits(cu_route_job j, float *logit, int32_t *scratch, int32_t n_expert) {
+    few_logits(cu_route_job j, float *logit, int32_t n_expert) {
     const int lane = threadIdx.x & 31;
     const int32_t expert = (int32_t)(blockIdx.x * (blockDim.x >> 5) + (threadIdx.x >> 5)), D = j.n_hidden;
     cu_launch_next();
     if (expert < n_expert) route_prefetch(j.router + (int64_t)expert * D, D, lane);
     cu_wait_previous();
-    clear_scratch(scratch, n_expert);
     if (expert >= n_expert) return;
     const int32_t row0 = (int32_t)blockIdx.y * ROWS;
     const float *x_row[ROWS];
@@ -90,8 +86,7 @@ template <int N, int DISTANCE = SLICES / 2> static __device__ __forceinline__ vo
  * norm_w before the others read them, and adds their squares: it has one row and one slice all the way.
  * Grid: rows, experts. */
 template <int R, int X, int WR, int WX, int STAGES>
-static __global__ void __launch_bounds__(32 * WR * WX, 4)
-    many_logits(cu_route_job j, float *logit, int32_t *scratch, int32_t n_expert) {
+static __global__ void __launch_bounds__(32 * WR * WX, 4) many_logits(cu_route_job j, float *logit, int32_t n_expert) {
     enum { THREADS = 32 * WR * WX, ROWS = 2 * R * WR, EXPERTS = 2 * X * WX, W_COPIES = EXPERTS * SLICES / THREADS };
     static_assert(ROWS * SLICES == THREADS, "a thread copies one piece of x a step");
     static_assert(EXPERTS * SLICES % THREADS == 0 && R * X % SLICES == 0, "");
@@ -100,7 +95,6 @@ static __global__ void __launch_bounds__(32 * WR * WX, 4)
     __shared__ float scales[ROWS];
     cu_launch_next();
     cu_wait_previous();
-    clear_scratch(scratch, n_expert);
     const int32_t D = j.n_hidden, n_step = (D + 31) / 32, part_steps = part_columns(D) / 32;
     const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5, slice = lane & 7;
     const int32_t row0 = (int32_t)blockIdx.x * ROWS, expert0 = (int32_t)blockIdx.y * EXPERTS;
@@ -183,6 +177,101 @@ static __global__ void __launch_bounds__(32 * WR * WX, 4)
     }
 }
 
+/* ---- choice, and where experts begin -------------------------------------------------------------------------------
+ */
+
+/* choose_rows of rows row .. row + M - 1 of n_row, to r's lists; count [E] shared: one more entry of each. logit: of
+ * the first of them, rows ld apart, of which as many are there. */
+template <int M, int Q>
+static __device__ __forceinline__ void choose_into(const cu_routes &r, int32_t *count, const float *logit, int32_t ld,
+                                                   const float *bias, float norm_min, int32_t row, int32_t n_row) {
+    if (row >= n_row) return; /* the whole warp */
+    const int32_t K = r.n_used, lane = (int32_t)(threadIdx.x & 31);
+    int32_t mine[M];
+    float share[M], l[M][Q];
+#pragma unroll
+    for (int m = 0; m < M; m++) {
+#pragma unroll
+        for (int q = 0; q < Q; q++) {
+            const bool in = row + m < n_row && lane + 32 * q < r.n_expert;
+            const float v = logit[in ? m * ld + lane + 32 * q : 0];
+            l[m][q] = in ? v : 0.0f;
+        }
+    }
+    choose_rows<M, Q>(mine, share, l, bias, norm_min, r.n_expert, K);
+#pragma unroll
+    for (int m = 0; m < M; m++) {
+        if (row + m >= n_row || lane >= K) continue;
+        r.chosen[(int64_t)(row + m) * K + lane] = mine[m];
+        r.share[(int64_t)(row + m) * K + lane] = share[m];
+        atomicAdd(&count[mine[m]], 1);
+    }
+}
+
+/* By a whole block, from the number of entries of each expert: first (also to `start`, shared), tiles, their number.
+ * tile_start [E + 1] shared. Ends with a barrier. */
+static __device__ void list_tiles(const cu_routes &r, const int32_t *count, int32_t *start, int32_t *tile_start) {
+    const int32_t E = r.n_expert, lane = (int32_t)(threadIdx.x & 31), warp = (int32_t)(threadIdx.x >> 5);
+    if (warp == 0) { /* a lane sums a run of experts, then lanes are summed, then it goes over its run again */
+        const int32_t run = (E + 31) / 32, low = lane * run < E ? lane * run : E, high = low + run < E ? low + run : E;
+        int32_t n = 0, n_tile = 0;
+        for (int32_t e = low; e < high; e++) {
+            n += count[e];
+            n_tile += (count[e] + r.tile_rows - 1) / r.tile_rows;
+        }
+        int32_t before = n, tiles_before = n_tile;
+        for (int d = 1; d < 32; d <<= 1) {
+            const int32_t a = __shfl_up_sync(0xffffffffu, before, d), b = __shfl_up_sync(0xffffffffu, tiles_before, d);
+            if (lane >= d) {
+                before += a;
+                tiles_before += b;
+            }
+        }
+        if (lane == 31) {
+            start[E] = r.first[E] = before;
+            tile_start[E] = *r.n_tile = tiles_before;
+        }
+        before -= n;
+        tiles_before -= n_tile;
+        for (int32_t e = low; e < high; e++) {
+            start[e] = r.first[e] = before;
+            tile_start[e] = tiles_before;
+            before += count[e];
+            tiles_before += (count[e] + r.tile_rows - 1) / r.tile_rows;
+        }
+    }
+    __syncthreads();
+    for (int32_t e = warp; e < E; e += (int32_t)(blockDim.x >> 5)) {
+        const int32_t at = tile_start[e], n = tile_start[e + 1] - at;
+        for (int32_t i = lane; i < n; i += 32) {
+            r.tile_expert[at + i] = e;
+            r.tile_place[at + i] = start[e] + i * r.tile_rows;
+        }
+    }
+    __syncthreads();
+}
+
+/* By all threads of each block of a grid of one row, once its entries of each expert are counted: the block that is
+ * done last lists the tiles. count, start, tile_start as list_tiles has them. */
+static __device__ void list_last(const cu_routes &r, int32_t *count, int32_t *start, int32_t *tile_start) {
+    __shared__ bool last;
+    const int32_t thread = (int32_t)threadIdx.x, E = r.n_expert, n_thread = (int32_t)blockDim.x;
+    int32_t *all_count = r.scratch, *next_place = r.scratch + E, *done = r.scratch + 2 * E;
+    __syncthreads();
+    for (int32_t e = thread; e < E; e += n_thread)
+        if (count[e] > 0) atomicAdd(&all_count[e], count[e]);
+    __threadfence(); /* the counts are out before the block is counted as done */
+    __syncthreads();
+    if (thread == 0) last = atomicAdd(done, 1) == (int32_t)gridDim.x - 1;
+    __syncthreads();
+    if (!last) return;
+    __threadfence();
+    for (int32_t e = thread; e < E; e += n_thread) count[e] = atomicAdd(&all_count[e], 0);
+    __syncthreads();
+    list_tiles(r, count, start, tile_start);
+    for (int32_t e = thread; e < E; e += n_thread) next_place[e] = start[e];
+}
+
 /* ---- logits of very many rows ------------------------------------------------------------------------------------
  *
  * A warp is a slice; a lane has R x X logits, of 4 R rows and 8 X experts of the block: row group bits 1 and 4 of the
@@ -192,16 +281,15 @@ static __global__ void __launch_bounds__(32 * WR * WX, 4)
  * slice of its rows all the way. It does so for the next step in the middle of this one, so that behind the barrier
  * between the two nothing is waited for but the first reads. At the end of a part the slices meet in shared memory, one
  * half of the sums after the other, and are added to totals there. Rows and experts beyond the last are the last once
- * more. Grid: rows, experts. */
-enum { WIDE_STAGES = 3, WIDE_X = 8, WIDE_EXPERTS = 8 * WIDE_X, WIDE_THREADS = 32 * SLICES };
+ * more. A block that has all experts chooses, a warp WIDE_CHOICE of its rows at once. Grid: rows, experts. */
+enum { WIDE_STAGES = 3, WIDE_X = 8, WIDE_EXPERTS = 8 * WIDE_X, WIDE_THREADS = 32 * SLICES, WIDE_CHOICE = 4 };
 
 static __device__ __forceinline__ int piece_at(int row, int piece) { return row * 32 + (piece ^ (row & 7)) * 4; }
 /* at, which the compiler cannot work out once more where it is used: it would, in every step, to spare a register. */
 static __device__ __forceinline__ int keep_whole(int at) { return __shfl_sync(0xffffffffu, at, threadIdx.x & 31); }
 
 template <int R, int N>
-static __global__ void __launch_bounds__(WIDE_THREADS, R > 8 ? 1 : 2)
-    wide_logits(cu_route_job j, float *logit, int32_t *scratch, int32_t n_expert) {
+static __global__ void __launch_bounds__(WIDE_THREADS, R > 8 ? 1 : 2) wide_logits(cu_route_job j, cu_routes routes) {
     enum {
         ROWS = 4 * R,
         COPY_ROWS = WIDE_THREADS / SLICES, /* rows that all threads copy at once */
@@ -217,8 +305,8 @@ static __global__ void __launch_bounds__(WIDE_THREADS, R > 8 ? 1 : 2)
     float *meet = memory + WIDE_STAGES * N * RUN, *total = meet + SLICES * SUMS / 2 * 32 + threadIdx.x;
     cu_launch_next();
     cu_wait_previous();
-    clear_scratch(scratch, n_expert);
     const int32_t D = j.n_hidden, part_steps = part_columns(D) / (32 * N), n_step = (D + 32 * N - 1) / (32 * N);
+    const int32_t n_expert = routes.n_expert;
     const int thread = threadIdx.x, lane = thread & 31, slice = thread >> 5;
     const int row_group = (lane >> 1 & 1) | (lane >> 3 & 2), expert_group = (lane & 1) | (lane >> 1 & 6);
     const int32_t row0 = (int32_t)blockIdx.x * ROWS, expert0 = (int32_t)blockIdx.y * WIDE_EXPERTS;
@@ -358,10 +446,20 @@ static __global__ void __launch_bounds__(WIDE_THREADS, R > 8 ? 1 : 2)
 #pragma unroll
     for (int k = 0; k < EACH; k++) {
         const int at = k / (EACH / 2) * (SUMS / 2) + slice * EACH / 2 + k % (EACH / 2), r = at / WIDE_X * 4 + row_group;
-        const int32_t row = row0 + r, expert = expert0 + at % WIDE_X * 8 + expert_group;
-        if (row < j.n_row && expert < n_expert)
-            logit[(int64_t)row * n_expert + expert] = __fmul_rn(total[k * WIDE_THREADS], scales[r]);
+        const int32_t row = row0 + r, e = at % WIDE_X * 8 + expert_group;
+        const float of_both = __fmul_rn(total[k * WIDE_THREADS], scales[r]);
+        if (row < j.n_row && expert0 + e < n_expert) routes.logit[(int64_t)row * n_expert + expert0 + e] = of_both;
+        meet[r * WIDE_EXPERTS + e] = of_both;
     }
+    if (n_expert > WIDE_EXPERTS) return; /* choose_many chooses */
+    __shared__ int32_t count[WIDE_EXPERTS], start[WIDE_EXPERTS + 1], tile_start[WIDE_EXPERTS + 1];
+    if (thread < WIDE_EXPERTS) count[thread] = 0;
+    __syncthreads();
+#pragma unroll 1
+    for (int r = slice * (ROWS / SLICES); r < (slice + 1) * (ROWS / SLICES); r += WIDE_CHOICE)
+        choose_into<WIDE_CHOICE, WIDE_EXPERTS / 32>(routes, count, meet + r * WIDE_EXPERTS, WIDE_EXPERTS, j.bias,
+                                                    j.norm_min, row0 + r, j.n_row);
+    list_last(routes, count, start, tile_start);
 }
 
 template <int R, int N> static cudaError_t launch_wide(cudaStream_t s, const cu_route_job *j, const cu_routes *r) {
@@ -372,75 +470,15 @@ template <int R, int N> static cudaError_t launch_wide(cudaStream_t s, const cu_
     const cudaError_t e = cu_shared_bytes(&ready, (const void *)wide_logits<R, N>, BYTES);
     if (e != cudaSuccess) return e;
     cu_route_job job = *j;
-    float *logit = r->logit;
-    int32_t *scratch = r->scratch, n_expert = r->n_expert;
-    void *args[] = {&job, &logit, &scratch, &n_expert};
-    return cu_launch(s, (const void *)wide_logits<R, N>, dim3(pieces(j->n_row, 4 * R), pieces(n_expert, WIDE_EXPERTS)),
-                     WIDE_THREADS, BYTES, true, 1, args);
+    cu_routes routes = *r;
+    void *args[] = {&job, &routes};
+    return cu_launch(s, (const void *)wide_logits<R, N>,
+                     dim3(pieces(j->n_row, 4 * R), pieces(r->n_expert, WIDE_EXPERTS)), WIDE_THREADS, BYTES, true, 1,
+                     args);
 }
 
-/* ---- choice -------------------------------------------------------------------------------------------------------
+/* ---- choice and sort, apart ----------------------------------------------------------------------------------------
  */
-
-/* choose_row, to r's lists of the row. */
-template <int Q>
-static __device__ __forceinline__ int32_t choose_into(const cu_routes &r, const float *bias, float norm_min,
-                                                      int32_t row) {
-    const int32_t K = r.n_used, lane = (int32_t)(threadIdx.x & 31);
-    float share, logit[Q];
-#pragma unroll
-    for (int q = 0; q < Q; q++)
-        logit[q] = lane + 32 * q < r.n_expert ? r.logit[(int64_t)row * r.n_expert + lane + 32 * q] : 0.0f;
-    const int32_t mine = choose_row<Q>(&share, logit, bias, norm_min, r.n_expert, K);
-    if (lane < K) {
-        r.chosen[(int64_t)row * K + lane] = mine;
-        r.share[(int64_t)row * K + lane] = share;
-    }
-    return mine;
-}
-
-/* By a whole block, from the number of entries of each expert: first (also to `start`, shared), tiles, their number.
- * tile_start [E + 1] shared. Ends with a barrier. */
-static __device__ void list_tiles(const cu_routes &r, const int32_t *count, int32_t *start, int32_t *tile_start) {
-    const int32_t E = r.n_expert, lane = (int32_t)(threadIdx.x & 31), warp = (int32_t)(threadIdx.x >> 5);
-    if (warp == 0) { /* a lane sums a run of experts, then lanes are summed, then it goes over its run again */
-        const int32_t run = (E + 31) / 32, low = lane * run < E ? lane * run : E, high = low + run < E ? low + run : E;
-        int32_t n = 0, n_tile = 0;
-        for (int32_t e = low; e < high; e++) {
-            n += count[e];
-            n_tile += (count[e] + r.tile_rows - 1) / r.tile_rows;
-        }
-        int32_t before = n, tiles_before = n_tile;
-        for (int d = 1; d < 32; d <<= 1) {
-            const int32_t a = __shfl_up_sync(0xffffffffu, before, d), b = __shfl_up_sync(0xffffffffu, tiles_before, d);
-            if (lane >= d) {
-                before += a;
-                tiles_before += b;
-            }
-        }
-        if (lane == 31) {
-            start[E] = r.first[E] = before;
-            tile_start[E] = *r.n_tile = tiles_before;
-        }
-        before -= n;
-        tiles_before -= n_tile;
-        for (int32_t e = low; e < high; e++) {
-            start[e] = r.first[e] = before;
-            tile_start[e] = tiles_before;
-            before += count[e];
-            tiles_before += (count[e] + r.tile_rows - 1) / r.tile_rows;
-        }
-    }
-    __syncthreads();
-    for (int32_t e = warp; e < E; e += (int32_t)(blockDim.x >> 5)) {
-        const int32_t at = tile_start[e], n = tile_start[e + 1] - at;
-        for (int32_t i = lane; i < n; i += 32) {
-            r.tile_expert[at + i] = e;
-            r.tile_place[at + i] = start[e] + i * r.tile_rows;
-        }
-    }
-    __syncthreads();
-}
 
 /* At most FEW_ROWS rows: choice and sort by one block. */
 template <int Q>
@@ -459,8 +497,15 @@ static __global__ void __launch_bounds__(32 * FEW_WARPS)
         const int32_t row = warp + k * n_warp;
         expert[k] = nth[k] = 0;
         if (row >= n_row) continue;
-        expert[k] = choose_into<Q>(r, bias, norm_min, row);
-        if (lane < r.n_used) nth[k] = atomicAdd(&count[expert[k]], 1);
+        float share, logit[Q];
+#pragma unroll
+        for (int q = 0; q < Q; q++)
+            logit[q] = lane + 32 * q < r.n_expert ? r.logit[(int64_t)row * r.n_expert + lane + 32 * q] : 0.0f;
+        expert[k] = choose_row<Q>(&share, logit, bias, norm_min, r.n_expert, r.n_used);
+        if (lane >= r.n_used) continue;
+        r.chosen[row * r.n_used + lane] = expert[k];
+        r.share[row * r.n_used + lane] = share;
+        nth[k] = atomicAdd(&count[expert[k]], 1);
     }
     __syncthreads();
     list_tiles(r, count, start, tile_start);
@@ -474,37 +519,19 @@ static __global__ void __launch_bounds__(32 * FEW_WARPS)
     }
 }
 
-/* Any number of rows: choice and count; the block that is done last lists the tiles. */
+/* Any number of rows: a warp two of them. */
 template <int Q>
 static __global__ void __launch_bounds__(LIST_THREADS)
     choose_many(cu_routes r, const float *bias, float norm_min, int32_t n_row) {
+    enum { M = CHOOSE_ROWS * 32 / LIST_THREADS };
     __shared__ int32_t count[EXPERTS_MAX], start[EXPERTS_MAX + 1], tile_start[EXPERTS_MAX + 1];
-    __shared__ bool last;
     cu_launch_next();
     cu_wait_previous();
-    const int32_t thread = (int32_t)threadIdx.x, lane = thread & 31, E = r.n_expert;
-    int32_t *all_count = r.scratch, *next_place = r.scratch + E, *done = r.scratch + 2 * E;
-    for (int32_t e = thread; e < E; e += LIST_THREADS) count[e] = 0;
+    const int32_t E = r.n_expert, row = (int32_t)(blockIdx.x * CHOOSE_ROWS + threadIdx.x / 32 * M);
+    for (int32_t e = (int32_t)threadIdx.x; e < E; e += LIST_THREADS) count[e] = 0;
     __syncthreads();
-    for (int32_t k = thread >> 5; k < CHOOSE_ROWS; k += LIST_THREADS / 32) {
-        const int32_t row = (int32_t)blockIdx.x * CHOOSE_ROWS + k;
-        if (row >= n_row) break;
-        const int32_t expert = choose_into<Q>(r, bias, norm_min, row);
-        if (lane < r.n_used) atomicAdd(&count[expert], 1);
-    }
-    __syncthreads();
-    for (int32_t e = thread; e < E; e += LIST_THREADS)
-        if (count[e] > 0) atomicAdd(&all_count[e], count[e]);
-    __threadfence(); /* the counts are out before the block is counted as done */
-    __syncthreads();
-    if (thread == 0) last = atomicAdd(done, 1) == (int32_t)gridDim.x - 1;
-    __syncthreads();
-    if (!last) return;
-    __threadfence();
-    for (int32_t e = thread; e < E; e += LIST_THREADS) count[e] = atomicAdd(&all_count[e], 0);
-    __syncthreads();
-    list_tiles(r, count, start, tile_start);
-    for (int32_t e = thread; e < E; e += LIST_THREADS) next_place[e] = start[e];
+    choose_into<M, Q>(r, count, r.logit + (int64_t)row * E, E, bias, norm_min, row, n_row);
+    list_last(r, count, start, tile_start);
 }
 
 /* Entries to their places: a block takes a run of places of each expert for its entries at once. */
@@ -514,7 +541,11 @@ static __global__ void __launch_bounds__(LIST_THREADS) place_entries(cu_routes r
     cu_wait_previous();
     const int32_t thread = (int32_t)threadIdx.x, E = r.n_expert, entry0 = (int32_t)blockIdx.x * PLACE_ENTRIES + thread;
     int32_t *next_place = r.scratch + E, expert[PLACE_ENTRIES / LIST_THREADS], nth[PLACE_ENTRIES / LIST_THREADS];
-    for (int32_t e = thread; e < E; e += LIST_THREADS) count[e] = 0;
+    for (int32_t e = thread; e < E; e += LIST_THREADS) {
+        count[e] = 0;
+        if (blockIdx.x == 0) r.scratch[e] = 0; /* for the next launches */
+    }
+    if (blockIdx.x == 0 && thread == 0) r.scratch[2 * E] = 0;
 #pragma unroll
     for (int k = 0; k < PLACE_ENTRIES / LIST_THREADS; k++) {
         const int32_t entry = entry0 + k * LIST_THREADS;
@@ -541,26 +572,28 @@ cudaError_t cu_route(cudaStream_t s, const cu_route_job *j, const cu_routes *r) 
     if (T <= 0 || E <= 0 || E > EXPERTS_MAX || K <= 0 || K > USED_MAX || K > E || j->n_hidden % 4 != 0)
         return cudaErrorInvalidValue;
     cudaError_t e;
+    bool chosen = false;
     if (T <= 4)
-        e = cu_launch_args(s, few_logits<1, 10>, dim3(pieces(E, 2), (unsigned)T), 64, true, *j, r->logit, r->scratch,
-                           E);
+        e = cu_launch_args(s, few_logits<1, 10>, dim3(pieces(E, 2), (unsigned)T), 64, true, *j, r->logit, E);
     else if (T < TILED_ROWS)
-        e = cu_launch_args(s, few_logits<4, 4>, dim3(pieces(E, 8), pieces(T, 4)), 256, true, *j, r->logit, r->scratch,
-                           E);
+        e = cu_launch_args(s, few_logits<4, 4>, dim3(pieces(E, 8), pieces(T, 4)), 256, true, *j, r->logit, E);
     else if (T < WIDE_ROWS || CU_PORTABLE) /* wide_logits wants more shared memory than some GPUs have */
         e = cu_launch_args(s, many_logits<4, 4, 2, 2, 8>, dim3(pieces(T, 16), pieces(E, 16)), 128, true, *j, r->logit,
-                           r->scratch, E);
-    else
+                           E);
+    else {
+        chosen = E <= WIDE_EXPERTS;
         e = T < WIDEST_ROWS || part_columns(j->n_hidden) % 64 != 0 ? launch_wide<8, 1>(s, j, r)
                                                                    : launch_wide<16, 2>(s, j, r);
+    }
     if (e != cudaSuccess) return e;
     if (T <= FEW_ROWS) {
         const unsigned threads = (unsigned)(T < 16 ? 16 : T < FEW_WARPS ? T : FEW_WARPS) * 32u;
         return cu_launch_args(s, E <= 64 ? choose_few<2> : choose_few<EXPERTS_MAX / 32>, 1, threads, true, *r, j->bias,
                               j->norm_min, T);
     }
-    e = cu_launch_args(s, E <= 64 ? choose_many<2> : choose_many<EXPERTS_MAX / 32>, pieces(T, CHOOSE_ROWS),
-                       LIST_THREADS, true, *r, j->bias, j->norm_min, T);
+    if (!chosen)
+        e = cu_launch_args(s, E <= 64 ? choose_many<2> : choose_many<EXPERTS_MAX / 32>, pieces(T, CHOOSE_ROWS),
+                           LIST_THREADS, true, *r, j->bias, j->norm_min, T);
     if (e != cudaSuccess) return e;
     return cu_launch_args(s, place_entries, pieces(T * K, PLACE_ENTRIES), LIST_THREADS, true, *r, T * K);
 }

@@ -90,57 +90,83 @@ static __device__ __forceinline__ uint32_t rank_key(float f) {
     return key > 0u ? key : 1u;
 }
 
-/* One row by one warp, from its logits: softmax, the K best of prob + bias, shares. Lane l has experts l + 32 q,
- * q < Q. Lane r < K returns the expert of rank r, and its share. */
+/* M rows by one warp, from their logits: softmax, the K best of prob + bias, shares. Lane l has experts l + 32 q,
+ * q < Q. Lane r < K gets the expert of rank r, and its share. */
+template <int M, int Q>
+static __device__ __forceinline__ void choose_rows(int32_t mine[M], float share[M], const float logit[M][Q],
+                                                   const float *bias, float norm_min, int32_t E, int32_t K) {
+    const int lane = threadIdx.x & 31;
+    float prob[M][Q], top[M], sum[M], mine_prob[M], chosen_sum[M];
+    uint32_t key[M][Q];
+#pragma unroll
+    for (int m = 0; m < M; m++) {
+        top[m] = -INFINITY;
+        sum[m] = mine_prob[m] = chosen_sum[m] = 0.0f;
+        mine[m] = 0;
+#pragma unroll
+        for (int q = 0; q < Q; q++) {
+            prob[m][q] = lane + 32 * q < E ? logit[m][q] : -INFINITY;
+            top[m] = fmaxf(top[m], prob[m][q]);
+        }
+    }
+#pragma unroll
+    for (int d = 16; d > 0; d >>= 1)
+#pragma unroll
+        for (int m = 0; m < M; m++) top[m] = fmaxf(top[m], __shfl_xor_sync(0xffffffffu, top[m], d));
+#pragma unroll
+    for (int m = 0; m < M; m++) {
+#pragma unroll
+        for (int q = 0; q < Q; q++) {
+            prob[m][q] = lane + 32 * q < E ? expf(__fsub_rn(prob[m][q], top[m])) : 0.0f;
+            sum[m] = __fadd_rn(sum[m], prob[m][q]);
+        }
+    }
+#pragma unroll
+    for (int m = 0; m < M; m++) sum[m] = cu_warp_sum(sum[m]);
+#pragma unroll
+    for (int m = 0; m < M; m++) {
+#pragma unroll
+        for (int q = 0; q < Q; q++) {
+            const int32_t e = lane + 32 * q;
+            prob[m][q] = __fdiv_rn(prob[m][q], sum[m]);
+            /* 0: not to be chosen */
+            key[m][q] = e < E ? rank_key(bias ? __fadd_rn(prob[m][q], bias[e]) : prob[m][q]) : 0u;
+        }
+    }
+    for (int32_t rank = 0; rank < K; rank++) {
+#pragma unroll
+        for (int m = 0; m < M; m++) {
+            uint32_t best = 0u, best_id = 0xffffffffu;
+#pragma unroll
+            for (int q = 0; q < Q; q++) best = key[m][q] > best ? key[m][q] : best;
+            best = __reduce_max_sync(0xffffffffu, best);
+#pragma unroll
+            for (int q = Q - 1; q >= 0; q--)
+                if (key[m][q] == best) best_id = (uint32_t)(lane + 32 * q);
+            best_id = __reduce_min_sync(0xffffffffu, best_id);
+            float p = 0.0f;
+#pragma unroll
+            for (int q = 0; q < Q; q++) {
+                const bool chosen = best_id == (uint32_t)(lane + 32 * q);
+                p = chosen ? prob[m][q] : p;
+                key[m][q] = chosen ? 0u : key[m][q];
+            }
+            p = __shfl_sync(0xffffffffu, p, (int)(best_id % 32u));
+            chosen_sum[m] = __fadd_rn(chosen_sum[m], p);
+            if (lane == rank) {
+                mine[m] = (int32_t)best_id;
+                mine_prob[m] = p;
+            }
+        }
+    }
+#pragma unroll
+    for (int m = 0; m < M; m++) share[m] = __fdiv_rn(mine_prob[m], chosen_sum[m] < norm_min ? norm_min : chosen_sum[m]);
+}
 template <int Q>
 static __device__ __forceinline__ int32_t choose_row(float *share, const float logit[Q], const float *bias,
                                                      float norm_min, int32_t E, int32_t K) {
-    const int lane = threadIdx.x & 31;
-    float prob[Q], top = -INFINITY, sum = 0.0f;
-    uint32_t key[Q];
-#pragma unroll
-    for (int q = 0; q < Q; q++) {
-        prob[q] = lane + 32 * q < E ? logit[q] : -INFINITY;
-        top = fmaxf(top, prob[q]);
-    }
-    for (int d = 16; d > 0; d >>= 1) top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, d));
-#pragma unroll
-    for (int q = 0; q < Q; q++) {
-        prob[q] = lane + 32 * q < E ? expf(__fsub_rn(prob[q], top)) : 0.0f;
-        sum = __fadd_rn(sum, prob[q]);
-    }
-    sum = cu_warp_sum(sum);
-#pragma unroll
-    for (int q = 0; q < Q; q++) {
-        const int32_t e = lane + 32 * q;
-        prob[q] = __fdiv_rn(prob[q], sum);
-        key[q] = e < E ? rank_key(bias ? __fadd_rn(prob[q], bias[e]) : prob[q]) : 0u; /* 0: not to be chosen */
-    }
-    int32_t mine = 0;
-    float mine_prob = 0.0f, chosen_sum = 0.0f;
-    for (int32_t rank = 0; rank < K; rank++) {
-        uint32_t best = 0u, best_id = 0xffffffffu;
-#pragma unroll
-        for (int q = 0; q < Q; q++) best = key[q] > best ? key[q] : best;
-        best = __reduce_max_sync(0xffffffffu, best);
-#pragma unroll
-        for (int q = Q - 1; q >= 0; q--)
-            if (key[q] == best) best_id = (uint32_t)(lane + 32 * q);
-        best_id = __reduce_min_sync(0xffffffffu, best_id);
-        float p = 0.0f;
-#pragma unroll
-        for (int q = 0; q < Q; q++) {
-            p = best_id / 32u == (uint32_t)q ? prob[q] : p;
-            key[q] = best_id == (uint32_t)(lane + 32 * q) ? 0u : key[q];
-        }
-        p = __shfl_sync(0xffffffffu, p, (int)(best_id % 32u));
-        chosen_sum = __fadd_rn(chosen_sum, p);
-        if (lane == rank) {
-            mine = (int32_t)best_id;
-            mine_prob = p;
-        }
-    }
-    *share = __fdiv_rn(mine_prob, chosen_sum < norm_min ? norm_min : chosen_sum);
+    int32_t mine;
+    choose_rows<1, Q>(&mine, share, (const float(*)[Q])logit, bias, norm_min, E, K);
     return mine;
 }
 
