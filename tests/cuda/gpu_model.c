@@ -307,6 +307,7 @@ static void add_seq(rig *g, ern_batch *in, int32_t index, int32_t pos, int32_t n
     }
     g->kv_len[s] = pos + n;
     g->row0[s + 1] = in->n_row;
+    if (target && pos + n < PROMPT) return; /* nothing is wanted of it yet */
     g->sample[in->n_want] = (ern_sample){.temperature = w->plain || index % 2 ? 0 : 0.9f,
                                          .top_p = w->plain ? 1 : 0.95f,
                                          .top_k = w->plain ? 0 : 50,
