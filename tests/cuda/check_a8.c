@@ -538,6 +538,7 @@ void check_a8(void) {
         for (int codes = CU_CODES_F8; codes <= CU_CODES_I8; codes++) {
             check_quant((cu_codes)codes, 1, widths[i]);
             check_quant((cu_codes)codes, 133, widths[i]);
+            check_quant((cu_codes)codes, 261, widths[i]);
         }
     for (int f = CU_PLAIN_FORMATS; f < CU_FORMATS; f++) {
         shape s;
