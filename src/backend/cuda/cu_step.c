@@ -541,7 +541,7 @@ static void rows_fill(run *r) {
     const cu_backend *b = r->b;
     const ern_batch *in = r->in;
     const cu_input *h = &r->host;
-    const int32_t P = b->o.n_page_cell, most = decode_rows(&b->model->config);
+    const int32_t P = b->o.n_page_cell, n_cell = b->o.n_page * P, most = decode_rows(&b->model->config);
     copy_ints(h->token, in->token, in->n_row);
     if (b->o.mtp) copy_ints(h->next, in->next, in->n_row);
     copy_ints(h->pos, in->pos, in->n_row);
@@ -550,7 +550,7 @@ static void rows_fill(run *r) {
     copy_ints(h->kv_len, in->kv_len, in->n_seq);
     copy_ints(h->want, in->want, in->n_want);
     for (int32_t t = 0; t < in->n_row; t++) {
-        ERN_ASSERT(in->cell[t] >= 0 && in->cell[t] / P < b->o.n_page && in->pos[t] < b->o.n_len_max);
+        ERN_ASSERT(in->cell[t] >= 0 && in->cell[t] < n_cell && in->pos[t] < b->o.n_len_max);
         ERN_ASSERT(in->token[t] < b->model->config.n_vocab && -1 - in->token[t] < b->n_prev_want);
     }
     r->wide = true;
