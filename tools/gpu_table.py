@@ -8,12 +8,14 @@ made there (21b-a3b: 44 GB in bf16, 34 quantized) and stays; with --drop each go
 names hold one of the words. --cupti: the folder of libcupti.so, where it is not the toolkit's usual one.
 
 What a row is held against:
-  decode, prefill  its floor: the slower of moving the counted bytes at the read bandwidth and doing the counted operations at
+  decode           its floor: the slower of moving the counted bytes at the read bandwidth and doing the counted operations at
                    the rate of bf16 products (that of fp8 products for fp8 weights). The figure is floor over time.
+  prefill          the same, operator by operator, one after the other: attention is of bf16 whatever the weights are. Of the
+                   last layer nobody needs more than keys and values of the rows that are not wanted: no more is counted
   8-bit, 4-bit     the time of bf16 at the same work
   serving          over HTTP, on loopback, S streams of IN + OUT tokens. The floor is that all S requests of a wave are prefilled
-                   and then decoded together, each operator as long as the slower of its bytes and its operations, one
-                   after the other:  S * OUT / (S * prefill(IN) + OUT * decode(S rows, IN + OUT/2 tokens of context))
+                   and then decoded together, each as prefill is counted:
+                   S * OUT / (S * prefill(IN) + OUT * decode(S rows, IN + OUT/2 tokens of context))
   idle             from the last kernel of a step to the first of the next, as libgpu_timeline.so saw them, over the step's
                    time untraced
   sampling         the sampler's time by the same timeline, over the step's, top-k, top-p and all penalties on
@@ -65,6 +67,7 @@ LINE = re.compile(r"^(decode b=(\d+) ctx=\d+|prefill (\d+)) +([\d.]+) +([\d.]+) 
 STEPS = re.compile(r"timeline: \d+ steps of \d+ rows, ([\d.]+) us each, ([\d.]+) us from")
 KERNEL = re.compile(r"timeline: +([\d.]+) x +[\d.]+ us +([\d.]+) us  (\w+)")
 SAMPLERS = ("sample_kernel", "stream_kernel")  # of rules other than arg-max; a step has one of them or both
+CHUNK = 8192  # rows of a full step
 SERVED, CLIENT_S, START_S = 8, 150, 240  # waves of short replies; limits of a load and of a start
 
 
@@ -96,7 +99,7 @@ class CannotRun(Exception):
 
 
 def bench_step(o, model, context, batches, prompts, more=(), env=None):
-    command = [f"{o.build}/ernest", "bench", "step", "--backend", "cuda", "--model", model, "--max-num-batched-tokens", "8192", "--context", str(context),
+    command = [f"{o.build}/ernest", "bench", "step", "--backend", "cuda", "--model", model, "--max-num-batched-tokens", str(CHUNK), "--context", str(context),
                "--batch", ",".join(map(str, batches)) or "1", "--prompt", ",".join(map(str, prompts)) or "0", *more]
     run = subprocess.run(command, capture_output=True, text=True, timeout=START_S, env=env)
     if run.returncode:
@@ -137,39 +140,49 @@ def timeline(o, model, context, batch, more=()):
     return float(total[1]), float(total[2]), kernels
 
 
-# ---- the floor of serving -------------------------------------------------------------------------------------------
+# ---- floors, operator by operator -----------------------------------------------------------------------------------
 
 
 def operators(model, weights, rows, wanted, reads, pairs):
-    """(bytes, operations, may be fp8) of each operator of one step: rows of tokens, wanted rows, tokens whose keys and values are
-    read, and (row, visible token) pairs."""
+    """(bytes, operations, may be fp8) of each operator of one step: rows of tokens, wanted rows (each the last of its sequence),
+    tokens whose keys and values are read, and (row, visible token) pairs."""
     with open(f"{model}/config.json") as f:
         c = json.load(f)
     D, L, V, C = c["hidden_size"], c["num_hidden_layers"], c["vocab_size"], c["head_dim"]
     H, G, E, K = c["num_attention_heads"], c["num_key_value_heads"], c.get("moe_num_experts", 0), c.get("moe_k", 0)
     dense, routed = BYTES[weights]
     first = c["moe_layer_start_index"] if E else L
-    linear = lambda n, each=dense: (n * each, 2 * n * rows, weights == "fp8")
+    linear = lambda n, of: (n * dense if of else 0, 2 * n * of, weights == "fp8")
     ops = []
     for layer in range(L):
-        ops += [linear(D * (H + 2 * G) * C), (2 * reads * 2 * G * C, 4 * pairs * H * C, False), linear(H * C * D)]
+        of, seen, seen_by = (rows, reads, pairs) if layer < L - 1 else (wanted, reads if wanted else 0, min(pairs, reads if wanted else 0))
+        ops += [linear(2 * D * G * C, rows), linear(D * H * C, of), (2 * seen * 2 * G * C, 4 * seen_by * H * C, False), linear(H * C * D, of)]
         if layer < first:
-            ops.append(linear(3 * D * c["intermediate_size"]))
+            ops.append(linear(3 * D * c["intermediate_size"], of))
             continue
         expert = 3 * D * c["moe_intermediate_size"]
-        touched = E * (1 - (1 - K / E) ** rows)
-        ops += [(4 * E * D, 2 * E * D * rows, False), (touched * expert * routed, 2 * expert * K * rows, weights == "fp8"),
-                linear(c["moe_num_shared_experts"] * expert)]
-    return ops + [(2 * V * D, 2 * V * D * wanted, False)]
+        touched = E * (1 - (1 - K / E) ** of)
+        ops += [(4 * E * D if of else 0, 2 * E * D * of, False), (touched * expert * routed, 2 * expert * K * of, weights == "fp8"),
+                linear(c["moe_num_shared_experts"] * expert, of)]
+    return ops + [(2 * V * D if wanted else 0, 2 * V * D * wanted, False)]
 
 
 def floor_s(o, ops):
     return sum(max(n_bytes / o.read, n_op / (o.rate8 if fp8 else o.rate)) for n_bytes, n_op, fp8 in ops)
 
 
+def prefill_floor(o, model, weights, n):
+    """Seconds of a prompt of n tokens, a full step after another."""
+    s = 0
+    for at in range(0, n, CHUNK):
+        rows = min(CHUNK, n - at)
+        s += floor_s(o, operators(model, weights, rows, int(at + rows == n), at + rows, rows * at + rows * (rows + 1) / 2))
+    return s
+
+
 def serving_floor(o, model, weights, streams, n_in, n_out):
-    """Output tokens a second. Prompts are prefilled in full steps of 8192 tokens, each prompt seeing itself alone."""
-    packed = 8192 // n_in or 1
+    """Output tokens a second. Prompts are prefilled in full steps, each prompt seeing itself alone."""
+    packed = CHUNK // n_in or 1
     prefill = floor_s(o, operators(model, weights, packed * n_in, packed, packed * n_in, packed * n_in * (n_in + 1) / 2)) / packed
     context = n_in + n_out // 2
     decode = floor_s(o, operators(model, weights, streams, streams, streams * context, streams * context))
@@ -300,7 +313,8 @@ def one_row(o, model, shape, weights, kind, size, found, bf16_s):
         if (kind, size) not in found:
             raise CannotRun("finds no memory on this GPU")
         tokens, took, n_bytes, n_op = found[kind, size]
-        floor = max(n_bytes / o.read, n_op / (o.rate8 if weights == "fp8" else o.rate))
+        at_once = max(n_bytes / o.read, n_op / (o.rate8 if weights == "fp8" else o.rate))
+        floor = prefill_floor(o, model, weights, size) if kind == "prefill" else at_once
         return 100 * floor / took, f"{tokens:,.0f} tokens/s, {took * 1e3:.3f} ms, floor {floor * 1e3:.3f}"
     if kind == "times":
         took, of = found["prefill", size[0]][1], bf16_s.get((shape, size[0]))
