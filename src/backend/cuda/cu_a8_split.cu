@@ -10,7 +10,7 @@
  *
  *      square 2 i + p: rows 8 i .. 8 i + 7, bands 2 p and 2 p + 1; of rank (2 i + p) % n_rank
  *   shared: ring [slot][codes of a tile's segment] | x [own segment][ROWS][128], swizzled (cu_a8_device.cuh)
- *           | sums [segment][own square][8][SUM_ROW] f32 | by_row [segment][ROWS] f32 | fp8: by_band [segment][4] */
+ *           | sums [segment][own square][row][SUM_ROW] f32 | by_row [segment][ROWS] f32 | fp8: by_band [segment][4] */
 #include "backend/cuda/cu_a8_device.cuh"
 #include "backend/cuda/cu_cluster.cuh"
 #include "backend/cuda/cu_launch.cuh"
@@ -22,7 +22,6 @@ enum {
     SLOTS_MAX = 8,
     RANKS_MAX = 8,
     SUM_ROW = 36, /* a row of 32 sums and a gap: neither who writes nor who reads meets a bank twice */
-    SUM_BYTES = 8 * SUM_ROW * 4,
     SHARED_MAX = 220 * 1024,
     SEGMENTS_MANY = 10,
     SQUARES = 2, /* most of a block: n_rank is at least ROWS / 8 */
@@ -33,6 +32,7 @@ typedef struct split_args {
     cu_job j;
     int32_t n_rank, n_each, n_slot;
     int32_t n_square; /* of a block, but for ranks that have none */
+    int32_t n_high;   /* rows of a square: 8, or all where there are less */
     uint32_t per_row; /* 2^16 / n_row and a little: to divide by n_row */
     bool wide;        /* x_f32 and norm_w can be read four numbers at once */
 } split_args;
@@ -45,7 +45,7 @@ template <cu_format F, int ROWS> static __host__ __device__ __forceinline__ spli
     split_map m;
     m.x = a->n_slot * a8_tile_bytes(F);
     m.sums = m.x + a->n_each * ROWS * CU_SEGMENT;
-    m.by_row = m.sums + a->n_rank * a->n_each * a->n_square * SUM_BYTES;
+    m.by_row = m.sums + a->j.w.n_seg * a->n_square * a->n_high * SUM_ROW * 4;
     m.by_band = m.by_row + a->j.w.n_seg * ROWS * 4;
     m.end = m.by_band + (F == CU_F8A8 ? a->j.w.n_seg * A8_TILE_BANDS * 4 : 0);
     return m;
@@ -256,16 +256,22 @@ __global__ void __launch_bounds__(THREADS, 2) a8_split(const __grid_constant__ s
     a8_show();
     barrier_of(group + 1, 128);
 
-    /* A thread finishes of each square of this block output `out` of row `row`: of pairs gate and up. */
-    const int32_t across = j->w.pairs ? 16 : 32, row_in = thread / across, out_in = thread % across;
+    /* A thread finishes SQUARES times output `out` of row `row`: of pairs gate and up. from: where the first of its
+     * sums lies. */
+    const int32_t log_across = j->w.pairs ? 4 : 5, out_in = thread & ((1 << log_across) - 1),
+                  square_bytes = a.n_high * SUM_ROW * 4;
     float old[SQUARES] = {}, total[SQUARES][2] = {}, by_out[SQUARES][2];
-    int32_t out[SQUARES], row[SQUARES];
+    int32_t out[SQUARES], row[SQUARES], half[SQUARES], from[SQUARES];
 #pragma unroll
     for (int q = 0; q < SQUARES; q++) {
-        const int32_t square = rank + q * a.n_rank, band = band0 + square % 2 * 2;
+        const int32_t line = (thread + q * WARPS * 32) >> log_across, own = line >= a.n_high,
+                      row_in = line - own * a.n_high;
+        const int32_t square = rank + own * a.n_rank, band = band0 + square % 2 * 2;
+        half[q] = square % 2 * 2;
         row[q] = square / 2 * 8 + row_in;
         out[q] = (j->w.pairs ? band / 2 : band) * CU_BAND + out_in;
-        if (q >= a.n_square || square >= ROWS / 4 || row_in >= 8 || row[q] >= n_row || out[q] >= j->w.n_out)
+        from[q] = own * square_bytes / 4 + row_in * SUM_ROW + out_in;
+        if (own >= a.n_square || square >= ROWS / 4 || row_in >= a.n_high || row[q] >= n_row || out[q] >= j->w.n_out)
             out[q] = -1;
         by_out[q][0] = by_out[q][1] = 1.0f;
         if (out[q] < 0) continue;
@@ -279,11 +285,11 @@ __global__ void __launch_bounds__(THREADS, 2) a8_split(const __grid_constant__ s
 #pragma unroll
     for (int i = 0; i < ROWS / 8; i++) {
         const int32_t square = 2 * i + warp % 4 / 2;
-        to[i] = at_rank(memory_at + m.sums + square / a.n_rank * SUM_BYTES +
+        to[i] = at_rank(memory_at + m.sums + square / a.n_rank * square_bytes +
                             (2 * (lane & 3) * SUM_ROW + warp % 2 * CU_BAND + lane / 4) * 4,
                         square % a.n_rank);
     }
-    const int32_t each = a.n_square * SUM_BYTES;
+    const int32_t each = a.n_square * square_bytes, left = n_row - 2 * (lane & 3); /* rows from the lane's first on */
     for (int32_t k = group; k < n_own; k += GROUPS) {
         const int slot = k % a.n_slot;
         a8_sum<F> acc[ROWS / 2] = {};
@@ -298,10 +304,14 @@ __global__ void __launch_bounds__(THREADS, 2) a8_split(const __grid_constant__ s
         const int32_t at = (seg0 + k) * each;
 #pragma unroll
         for (int i = 0; i < ROWS / 8; i++) {
-            send(to[i] + at, a8_number(acc[4 * i]));
-            send(to[i] + at + SUM_ROW * 4, a8_number(acc[4 * i + 1]));
-            send(to[i] + at + 32, a8_number(acc[4 * i + 2]));
-            send(to[i] + at + (SUM_ROW + 8) * 4, a8_number(acc[4 * i + 3]));
+            if (left > 8 * i) {
+                send(to[i] + at, a8_number(acc[4 * i]));
+                send(to[i] + at + 32, a8_number(acc[4 * i + 2]));
+            }
+            if (left > 8 * i + 1) {
+                send(to[i] + at + SUM_ROW * 4, a8_number(acc[4 * i + 1]));
+                send(to[i] + at + (SUM_ROW + 8) * 4, a8_number(acc[4 * i + 3]));
+            }
         }
     }
     cluster_arrive();
@@ -309,15 +319,15 @@ __global__ void __launch_bounds__(THREADS, 2) a8_split(const __grid_constant__ s
 #pragma unroll
     for (int q = 0; q < SQUARES; q++) {
         if (out[q] < 0) continue;
-        const float *from = (const float *)(memory + m.sums + q * SUM_BYTES) + row_in * SUM_ROW + out_in;
+        const float *sum = (const float *)(memory + m.sums) + from[q];
         const float *by_row = (const float *)(memory + m.by_row) + row[q];
-        const float *band = by_band + (rank + q * a.n_rank) % 2 * 2 + (j->w.pairs ? 0 : out_in / CU_BAND);
-#pragma unroll 4
-        for (int32_t i = 0; i < n_seg; i++, from += each / 4, band += A8_TILE_BANDS) {
+        const float *band = by_band + half[q] + (j->w.pairs ? 0 : out_in / CU_BAND);
+#pragma unroll 8
+        for (int32_t i = 0; i < n_seg; i++, sum += each / 4, band += A8_TILE_BANDS) {
             const float s = by_row[i * ROWS];
-            total[q][0] = __fmaf_rn(F == CU_F8A8 ? __fmul_rn(s, band[0]) : s, from[0], total[q][0]);
+            total[q][0] = __fmaf_rn(F == CU_F8A8 ? __fmul_rn(s, band[0]) : s, sum[0], total[q][0]);
             if (j->w.pairs)
-                total[q][1] = __fmaf_rn(F == CU_F8A8 ? __fmul_rn(s, band[1]) : s, from[CU_BAND], total[q][1]);
+                total[q][1] = __fmaf_rn(F == CU_F8A8 ? __fmul_rn(s, band[1]) : s, sum[CU_BAND], total[q][1]);
         }
         if (F != CU_F8A8) {
             total[q][0] = __fmul_rn(total[q][0], by_out[q][0]);
@@ -340,6 +350,7 @@ static bool aligned(const void *p) { return ((uintptr_t)p & 15) == 0; }
 template <cu_format F, int ROWS> static bool plan(split_args *a, int32_t n_rank) {
     a->n_rank = n_rank;
     a->n_square = ceil_div(ROWS / 4, n_rank);
+    a->n_high = least(a->j.n_row, 8);
     a->n_each = ceil_div(a->j.w.n_seg, n_rank);
     a->n_slot = least(a->n_each, SLOTS_MAX);
     return map_of<F, ROWS>(a).end <= SHARED_MAX;
