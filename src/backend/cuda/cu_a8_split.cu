@@ -19,13 +19,14 @@ enum {
     GROUPS = 2, /* warpgroups */
     WARPS = GROUPS * 4,
     THREADS = GROUPS * 128 + 32,
-    SLOTS_MAX = 8,
+    SLOTS_MAX = 12,
+    SLOTS_FEW = 4, /* the least that a block that leaves room for another has */
     RANKS_MAX = 8,
     SUM_ROW = 36, /* a row of 32 sums and a gap: neither who writes nor who reads meets a bank twice */
     SHARED_MAX = 220 * 1024,
-    SEGMENTS_MANY = 10,
-    SQUARES = 2, /* most of a block: n_rank is at least ROWS / 8 */
-    LOADS = 6    /* of a lane at once */
+    SHARED_TWO = 228 * 1024 / 2 - 2 * 1024, /* of a block where two share a multiprocessor */
+    SQUARES = 2,                            /* most of a block: n_rank is at least ROWS / 8 */
+    LOADS = 6                               /* of a lane at once */
 };
 
 typedef struct split_args {
@@ -346,17 +347,26 @@ static int32_t ceil_div(int32_t a, int32_t b) { return (a + b - 1) / b; }
 static int32_t least(int32_t a, int32_t b) { return a < b ? a : b; }
 static bool aligned(const void *p) { return ((uintptr_t)p & 15) == 0; }
 
-/* n_rank blocks a tile; false: no room. */
+/* n_rank blocks a tile; false: no room. A block that leaves room for another lets one of the next kernel in, which asks
+ * for its codes while this one runs. Of a ring that comes round a slot is always the same warpgroup's: phases of a
+ * barrier are told apart by parity, and one that did not wait for the codes before could take the end of those before
+ * them for the end of its own. */
 template <cu_format F, int ROWS> static bool plan(split_args *a, int32_t n_rank) {
     a->n_rank = n_rank;
     a->n_square = ceil_div(ROWS / 4, n_rank);
     a->n_high = least(a->j.n_row, 8);
     a->n_each = ceil_div(a->j.w.n_seg, n_rank);
-    a->n_slot = least(a->n_each, SLOTS_MAX);
-    return map_of<F, ROWS>(a).end <= SHARED_MAX;
+    a->n_slot = 0;
+    const int32_t rest = map_of<F, ROWS>(a).end, enough = least(a->n_each, SLOTS_FEW);
+    const int32_t two = (SHARED_TWO - rest) / a8_tile_bytes(F), one = (SHARED_MAX - rest) / a8_tile_bytes(F);
+    a->n_slot = least(least(a->n_each, SLOTS_MAX), two >= enough ? two : one);
+    if (a->n_slot < a->n_each) a->n_slot -= a->n_slot % GROUPS;
+    return a->n_slot >= enough;
 }
 
-/* As many blocks a tile as give every multiprocessor something, and no block very many segments. */
+/* As many blocks a tile as give every multiprocessor something. Where that leaves a block more segments than it can ask
+ * for at once, no more blocks than multiprocessors if that is most of them: codes keep coming while a block runs, and a
+ * second wave would begin with none on their way. */
 template <cu_format F, int ROWS> static cudaError_t run(cudaStream_t s, const cu_job *j) {
     static uint64_t ready;
     split_args a = {};
@@ -368,9 +378,9 @@ template <cu_format F, int ROWS> static cudaError_t run(cudaStream_t s, const cu
     a.per_row = 65536u / (uint32_t)j->n_row + 1;
     a.wide = j->w.n_in % 4 == 0 && aligned(j->x_f32) && aligned(j->norm_w);
     const int32_t n_tile = ceil_div(j->w.n_band, A8_TILE_BANDS);
-    while (n_rank < RANKS_MAX && n_rank * 4 <= j->w.n_seg &&
-           (n_tile * n_rank * 5 < n_core * 6 || n_rank * SEGMENTS_MANY < j->w.n_seg))
-        n_rank *= 2;
+    while (n_rank < RANKS_MAX && n_rank * 4 <= j->w.n_seg && n_tile * n_rank * 5 < n_core * 6) n_rank *= 2;
+    const int32_t once = n_core / n_tile;
+    if (ceil_div(j->w.n_seg, n_rank) > SLOTS_MAX && once >= ROWS / 8 && once * n_tile * 4 >= n_core * 3) n_rank = once;
     while (!plan<F, ROWS>(&a, n_rank)) /* more blocks have more room for x */
         if ((n_rank *= 2) > RANKS_MAX) return cudaErrorInvalidValue;
     void *args[] = {&a};
