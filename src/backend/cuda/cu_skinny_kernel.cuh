@@ -120,18 +120,23 @@ typedef struct skinny_walk {
     int32_t job, v; /* next to ask for */
 } skinny_walk;
 
+/* Ask for unit `at` of the matrix. pack: with the lane's 16 bytes added. */
+template <cu_format F>
+static __device__ __forceinline__ void skinny_ask_unit(const unsigned char *pack, const float *scale, int32_t at,
+                                                       uint32_t slot, int lane) {
+    const unsigned char *from = pack + (int64_t)at * skinny_shape<F>::UNIT;
+    const uint32_t to = slot + lane * 16;
+#pragma unroll
+    for (int i = 0; i < skinny_shape<F>::UNIT; i += 512) skinny_copy16(to + i, from + i);
+    if (F == CU_F8 && lane == 0) skinny_copy4(slot + skinny_shape<F>::UNIT, scale + at);
+}
 /* Ask for the next unit; a group of copies is closed each time, with or without any. */
 template <cu_format F> static __device__ __forceinline__ void skinny_ask(skinny_walk *k, uint32_t slot, int lane) {
     if (k->job < k->n_job) {
         const int32_t seg = (k->v >> k->pairs) * k->n_cw + k->cw;
-        if (seg < k->n_seg) {
-            const int32_t at = ((k->job << k->pairs) + (k->v & k->pairs)) * k->n_seg + seg;
-            const unsigned char *from = k->pack + (int64_t)at * skinny_shape<F>::UNIT;
-            const uint32_t to = slot + lane * 16;
-#pragma unroll
-            for (int i = 0; i < skinny_shape<F>::UNIT; i += 512) skinny_copy16(to + i, from + i);
-            if (F == CU_F8 && lane == 0) skinny_copy4(slot + skinny_shape<F>::UNIT, k->scale + at);
-        }
+        if (seg < k->n_seg)
+            skinny_ask_unit<F>(k->pack, k->scale, ((k->job << k->pairs) + (k->v & k->pairs)) * k->n_seg + seg, slot,
+                               lane);
         if (++k->v == k->n_unit) {
             k->v = 0;
             k->job += k->step;
