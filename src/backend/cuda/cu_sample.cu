@@ -570,6 +570,8 @@ static __device__ __forceinline__ void sample_rows(const sample_args *a) {
 
 /* ---- arg-max alone --------------------------------------------------------------------------------------------- */
 
+enum { GREEDY_BLOCKS = 16 /* most of a row */ };
+
 /* BATCH fours, the first at i; what is past the end is taken from the end: a maximum does not mind, and all loads are
  * under way before the first is waited for. */
 static __device__ __forceinline__ void load_batch(const float *l, int32_t i, int32_t end, bool vec, float4 v[BATCH]) {
@@ -588,7 +590,7 @@ static __device__ __forceinline__ void load_batch(const float *l, int32_t i, int
 }
 
 /* One pass, a batch on its way while the one before is looked at. What is kept of a batch is its maximum; in which
- * batch a thread's best was first is enough to find its id again. */
+ * batch a thread's best was first is enough to find its id again. A single batch is still there. */
 static __device__ __forceinline__ uint64_t best_of(const float *l, int32_t lo, int32_t hi, bool vec) {
     enum { STEP = BATCH * THREADS * 4 };
     if (lo >= hi) return 0;
@@ -599,19 +601,21 @@ static __device__ __forceinline__ uint64_t best_of(const float *l, int32_t lo, i
     load_batch(l, first, hi, vec, v);
     for (int32_t base = lo; base < hi; base += STEP) {
         const int32_t i = base - lo + first;
-        if (base + STEP < hi) load_batch(l, i + STEP, hi, vec, w);
+        const bool more = base + STEP < hi;
+        if (more) load_batch(l, i + STEP, hi, vec, w);
         float most = v[0].x;
 #pragma unroll
         for (int j = 0; j < BATCH; j++) most = max_nan(max_nan(most, max_nan(v[j].x, v[j].y)), max_nan(v[j].z, v[j].w));
         if (!(most <= best)) at = i; /* once NaN, always */
         best = max_nan(best, most);
+        if (!more) break;
 #pragma unroll
         for (int j = 0; j < BATCH; j++) v[j] = w[j];
     }
     const uint32_t key = ordered(best);
     uint32_t most = __reduce_max_sync(ALL_LANES, key), id = 0;
     if (key == most && key < KEY_BAD && key > KEY_NONE) { /* few threads: those of the warp's best */
-        load_batch(l, at, hi, vec, v);
+        if (hi - lo > STEP) load_batch(l, at, hi, vec, v);
 #pragma unroll
         for (int j = BATCH - 1; j >= 0; j--) {
             const int32_t i = at + j * THREADS * 4;
@@ -625,7 +629,7 @@ static __device__ __forceinline__ uint64_t best_of(const float *l, int32_t lo, i
 }
 
 static __device__ __forceinline__ void greedy_row(ern_sampled *out, int32_t *ids, const float *logits, int32_t V) {
-    __shared__ uint64_t warp[WARPS], block;
+    __shared__ uint64_t warp[WARPS], blocks[GREEDY_BLOCKS];
     const int32_t size = cluster_size(), rank = cluster_rank(), w = (int32_t)blockIdx.x / size;
     const int32_t slice = slice_of(V, size), lo = rank * slice, tid = (int32_t)threadIdx.x;
     const uint64_t mine = best_of(logits + (int64_t)w * V, lo, lo + slice < V ? lo + slice : V, V % 4 == 0);
@@ -637,10 +641,10 @@ static __device__ __forceinline__ void greedy_row(ern_sampled *out, int32_t *ids
         best = o > best ? o : best;
     }
     if (size > 1) {
-        if (tid == 0) block = best;
+        if (tid == 0) send64(&blocks[rank], 0, best);
         cluster_sync();
         if (rank == 0) {
-            best = remote64(&block, tid % 32 < size ? tid % 32 : 0);
+            best = blocks[tid % 32 < size ? tid % 32 : 0];
             for (int d = 16; d > 0; d >>= 1) {
                 const uint64_t o = __shfl_xor_sync(ALL_LANES, best, d);
                 best = o > best ? o : best;
@@ -655,7 +659,6 @@ static __device__ __forceinline__ void greedy_row(ern_sampled *out, int32_t *ids
         if (out && tid < OUT_WORDS) /* token, bad, zeros */
             ((uint32_t *)(out + w))[tid] = tid == 0 ? (uint32_t)id : tid == 1 ? (uint32_t)bad : 0u;
     }
-    if (size > 1) cluster_sync(); /* nobody leaves while its memory is read */
 }
 
 /* ---- host ------------------------------------------------------------------------------------------------------ */
@@ -677,13 +680,14 @@ static __global__ void __launch_bounds__(THREADS, 2) stream_kernel(const __grid_
 static __global__ void __launch_bounds__(THREADS, 2)
     greedy_kernel(ern_sampled *out, int32_t *ids, const float *logits, int32_t V) {
     cu_launch_next();
+    if (cluster_size() > 1) cluster_sync(); /* the first block is there: the others write to it */
     cu_wait_previous();
     greedy_row(out, ids, logits, V);
 }
 
 /* A row's blocks: as many as may help where there are few rows, one where the rows fill the chip. */
 static unsigned greedy_blocks(int32_t n) {
-    return CU_PORTABLE ? 1 : n <= 8 ? 16 : n <= 33 ? 8 : n <= 66 ? 4 : n <= 132 ? 2 : 1;
+    return CU_PORTABLE ? 1 : n <= 8 ? GREEDY_BLOCKS : n <= 33 ? 8 : n <= 66 ? 4 : n <= 132 ? 2 : 1;
 }
 
 static cudaError_t run_greedy(cudaStream_t s, ern_sampled *out, int32_t *ids, const float *logits, int32_t n,
