@@ -364,6 +364,15 @@ template <cu_format F, int ROWS> static bool plan(split_args *a, int32_t n_rank)
     return a->n_slot >= enough;
 }
 
+/* Once a device. All of a multiprocessor's memory is to be shared memory: where a kernel is given only what its own
+ * blocks take, the next one's find no room beside them. */
+static cudaError_t kernel_ready(uint64_t *ready, const void *kernel) {
+    const uint64_t before = *ready;
+    const cudaError_t e = cu_shared_bytes(ready, kernel, SHARED_MAX);
+    if (e != cudaSuccess || *ready == before) return e;
+    return cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+}
+
 /* As many blocks a tile as give every multiprocessor something. Where that leaves a block more segments than it can ask
  * for at once, no more blocks than multiprocessors if that is most of them: codes keep coming while a block runs, and a
  * second wave would begin with none on their way. */
@@ -372,7 +381,7 @@ template <cu_format F, int ROWS> static cudaError_t run(cudaStream_t s, const cu
     split_args a = {};
     int32_t n_core, n_rank = ROWS / 8;
     cudaError_t e = cu_core_count(&n_core);
-    if (e == cudaSuccess) e = cu_shared_bytes(&ready, (const void *)a8_split<F, ROWS>, SHARED_MAX);
+    if (e == cudaSuccess) e = kernel_ready(&ready, (const void *)a8_split<F, ROWS>);
     if (e != cudaSuccess) return e;
     a.j = *j;
     a.per_row = 65536u / (uint32_t)j->n_row + 1;
