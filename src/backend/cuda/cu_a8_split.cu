@@ -6,11 +6,13 @@
  * A tile is 64 outputs and all rows. A cluster of n_rank blocks has one, each block n_each segments that follow one
  * another, each of its warpgroups every second of these; one warp more asks for the codes. Totals are to be added in
  * the order of segments, so every segment's sums go to the block that owns the square (32 outputs by 8 rows), which
- * adds them up once all have come.
+ * adds them up once all have come. Of very many tiles a block takes whole ones, every n_cluster-th, and asks for the
+ * codes of the next while it computes: rows are brought once, and the places of sums and of by_band take turns.
  *
  *      square 2 i + p: rows 8 i .. 8 i + 7, bands 2 p and 2 p + 1; of rank (2 i + p) % n_rank
  *   shared: ring [slot][codes of a tile's segment] | x [own segment][ROWS][128], swizzled (cu_a8_device.cuh)
- *           | sums [segment][own square][row][SUM_ROW] f32 | by_row [segment][ROWS] f32 | fp8: by_band [segment][4] */
+ *           | sums [turn][segment][own square][row][SUM_ROW] f32 | by_row [segment][row] f32
+ *           | fp8: by_band [turn][segment][4] */
 #include "backend/cuda/cu_a8_device.cuh"
 #include "backend/cuda/cu_cluster.cuh"
 #include "backend/cuda/cu_launch.cuh"
@@ -19,19 +21,25 @@ enum {
     GROUPS = 2, /* warpgroups */
     WARPS = GROUPS * 4,
     THREADS = GROUPS * 128 + 32,
-    SLOTS_MAX = 12,
-    SLOTS_FEW = 4, /* the least that a block that leaves room for another has */
+    SLOTS_MAX = 24,
+    SLOTS_FEW = 4,      /* the least that a block that leaves room for another has */
+    SEGMENTS_MANY = 12, /* a block does not ask for so many at once */
     RANKS_MAX = 8,
     SUM_ROW = 36, /* a row of 32 sums and a gap: neither who writes nor who reads meets a bank twice */
     SHARED_MAX = 220 * 1024,
-    SHARED_TWO = 228 * 1024 / 2 - 2 * 1024, /* of a block where two share a multiprocessor */
-    SQUARES = 2,                            /* most of a block: n_rank is at least ROWS / 8 */
-    LOADS = 6                               /* of a lane at once */
+    /* Of a block, without the two kilobytes it holds besides: two share a multiprocessor; of blocks that stay no two
+     * do, but one and one that is BESIDE it. */
+    SHARED_TWO = 112 * 1024,
+    SHARED_WALK = 128 * 1024,
+    SHARED_BESIDE = 96 * 1024,
+    SQUARES = 2, /* most of a block: n_rank is at least ROWS / 8 */
+    LOADS = 6    /* of a lane at once */
 };
 
 typedef struct split_args {
     cu_job j;
     int32_t n_rank, n_each, n_slot;
+    int32_t n_tile, n_cluster, n_turn;
     int32_t n_square; /* of a block, but for ranks that have none */
     int32_t n_high;   /* rows of a square: 8, or all where there are less */
     uint32_t per_row; /* 2^16 / n_row and a little: to divide by n_row */
@@ -46,9 +54,9 @@ template <cu_format F, int ROWS> static __host__ __device__ __forceinline__ spli
     split_map m;
     m.x = a->n_slot * a8_tile_bytes(F);
     m.sums = m.x + a->n_each * ROWS * CU_SEGMENT;
-    m.by_row = m.sums + a->j.w.n_seg * a->n_square * a->n_high * SUM_ROW * 4;
-    m.by_band = m.by_row + a->j.w.n_seg * ROWS * 4;
-    m.end = m.by_band + (F == CU_F8A8 ? a->j.w.n_seg * A8_TILE_BANDS * 4 : 0);
+    m.by_row = m.sums + a->n_turn * a->j.w.n_seg * a->n_square * a->n_high * SUM_ROW * 4;
+    m.by_band = m.by_row + a->j.w.n_seg * a->j.n_row * 4;
+    m.end = m.by_band + (F == CU_F8A8 ? a->n_turn * a->j.w.n_seg * A8_TILE_BANDS * 4 : 0);
     return m;
 }
 
@@ -148,7 +156,7 @@ static __device__ __forceinline__ void quantize_rows(uint2 w[LOADS], const split
             }
             const uint32_t code = a8_quantize<C>(&scale, f);
             *(uint32_t *)(memory + m->x + own * (8 * CU_SEGMENT) + a8_piece_at(row, lane / 4) + lane % 4 * 4) = code;
-            if (lane < min(a->n_rank, 2)) send(at_rank(by_row + (seg * 8 + row) * 4, lane), scale);
+            if (lane < min(a->n_rank, 2)) send(at_rank(by_row + (seg * a->j.n_row + row) * 4, lane), scale);
         }
     }
 }
@@ -184,7 +192,7 @@ __global__ void __launch_bounds__(THREADS, 2) a8_split(const __grid_constant__ s
     const split_map m = map_of<F, ROWS>(&a);
     const int lane = threadIdx.x % 32, warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), thread = threadIdx.x;
     const int32_t rank = (int32_t)cu_cluster_rank(), n_seg = j->w.n_seg, n_row = j->n_row;
-    const int32_t band0 = (int32_t)(blockIdx.x / a.n_rank) * A8_TILE_BANDS, seg0 = rank * a.n_each;
+    const int32_t first = (int32_t)(blockIdx.x / a.n_rank), seg0 = rank * a.n_each;
     const int32_t n_own = max(min(n_seg - seg0, a.n_each), 0);
     const uint32_t memory_at = (uint32_t)__cvta_generic_to_shared(memory);
     const uint32_t full = (uint32_t)__cvta_generic_to_shared(bars), empty = full + SLOTS_MAX * 8;
@@ -203,31 +211,37 @@ __global__ void __launch_bounds__(THREADS, 2) a8_split(const __grid_constant__ s
     cluster_arrive(); /* the others may write to our memory from here on */
 
     if (warp == WARPS) { /* asks for codes; before it waits for a slot it meets the others, who wait for that first */
-        const unsigned char *from = (const unsigned char *)j->w.pack + a8_at(band0, seg0, n_seg) * BAND_BYTES;
-        for (int32_t k = 0; k < n_own; k++) {
-            const int slot = k % a.n_slot;
-            if (k == a.n_slot) cluster_meet();
-            if (k >= a.n_slot) bar_wait(empty + slot * 8, (k / a.n_slot - 1) & 1);
-            if (lane == 0) {
-                bar_arrive_expect(full + slot * 8, TILE_BYTES);
-                copy_bulk(memory_at + slot * TILE_BYTES, from + (int64_t)k * (CU_A8_BANDS * BAND_BYTES), TILE_BYTES,
-                          full + slot * 8);
+        int32_t asked = 0;
+        for (int32_t tile = first; tile < a.n_tile; tile += a.n_cluster) {
+            const unsigned char *from =
+                (const unsigned char *)j->w.pack + a8_at(tile * A8_TILE_BANDS, seg0, n_seg) * BAND_BYTES;
+            for (int32_t k = 0; k < n_own; k++, asked++) {
+                const int slot = asked % a.n_slot;
+                if (asked == a.n_slot) cluster_meet();
+                if (asked >= a.n_slot) bar_wait(empty + slot * 8, (asked / a.n_slot - 1) & 1);
+                if (lane == 0) {
+                    bar_arrive_expect(full + slot * 8, TILE_BYTES);
+                    copy_bulk(memory_at + slot * TILE_BYTES, from + (int64_t)k * (CU_A8_BANDS * BAND_BYTES), TILE_BYTES,
+                              full + slot * 8);
+                }
+                __syncwarp();
             }
-            __syncwarp();
         }
-        if (n_own <= a.n_slot) cluster_meet();
-        cluster_arrive();
-        cluster_meet();
+        if (asked <= a.n_slot) cluster_meet();
+        if (a.n_rank > 1) {
+            cluster_arrive();
+            cluster_meet();
+        }
         return;
     }
 
     const int group = warp / 4;
-    float *const by_band = (float *)(memory + m.by_band);
+    float *const by_band0 = (float *)(memory + m.by_band);
     const int32_t n_item = (n_own - group + GROUPS - 1) / GROUPS * n_row; /* to be quantized */
     uint2 norm_w[LOADS];
     if (ROWS == 8 && j->x_f32) weights_load(norm_w, &a, seg0, warp % 4, n_item, group, lane);
     for (int32_t i = thread; F == CU_F8A8 && i < n_seg * A8_TILE_BANDS; i += WARPS * 32)
-        by_band[i] = __ldg(j->w.scale + a8_at(band0, i / A8_TILE_BANDS, n_seg) + i % A8_TILE_BANDS);
+        by_band0[i] = __ldg(j->w.scale + a8_at(first * A8_TILE_BANDS, i / A8_TILE_BANDS, n_seg) + i % A8_TILE_BANDS);
     cluster_meet();
     cu_wait_previous();
 
@@ -235,7 +249,9 @@ __global__ void __launch_bounds__(THREADS, 2) a8_split(const __grid_constant__ s
         bring_rows<ROWS>(&a, memory_at + m.x, rank, n_own, group, thread % 128);
         const uint32_t by_row_at = memory_at + m.by_row;
         for (int32_t i = thread; i < n_seg * ROWS; i += WARPS * 32)
-            if (i % ROWS < n_row) copy4(by_row_at + i * 4, j->x8.scale + i / ROWS * j->x8.ld_scale + i % ROWS);
+            if (i % ROWS < n_row)
+                copy4(by_row_at + (i / ROWS * n_row + i % ROWS) * 4,
+                      j->x8.scale + i / ROWS * j->x8.ld_scale + i % ROWS);
         asm volatile("cp.async.wait_all;" ::: "memory");
     } else if (j->x_f32) {
         /* The cluster's blocks share the rows; where there are less, each block takes all. The last warps have the
@@ -257,30 +273,9 @@ __global__ void __launch_bounds__(THREADS, 2) a8_split(const __grid_constant__ s
     a8_show();
     barrier_of(group + 1, 128);
 
-    /* A thread finishes SQUARES times output `out` of row `row`: of pairs gate and up. from: where the first of its
-     * sums lies. */
-    const int32_t log_across = j->w.pairs ? 4 : 5, out_in = thread & ((1 << log_across) - 1),
-                  square_bytes = a.n_high * SUM_ROW * 4;
-    float old[SQUARES] = {}, total[SQUARES][2] = {}, by_out[SQUARES][2];
-    int32_t out[SQUARES], row[SQUARES], half[SQUARES], from[SQUARES];
-#pragma unroll
-    for (int q = 0; q < SQUARES; q++) {
-        const int32_t line = (thread + q * WARPS * 32) >> log_across, own = line >= a.n_high,
-                      row_in = line - own * a.n_high;
-        const int32_t square = rank + own * a.n_rank, band = band0 + square % 2 * 2;
-        half[q] = square % 2 * 2;
-        row[q] = square / 2 * 8 + row_in;
-        out[q] = (j->w.pairs ? band / 2 : band) * CU_BAND + out_in;
-        from[q] = own * square_bytes / 4 + row_in * SUM_ROW + out_in;
-        if (own >= a.n_square || square >= ROWS / 4 || row_in >= a.n_high || row[q] >= n_row || out[q] >= j->w.n_out)
-            out[q] = -1;
-        by_out[q][0] = by_out[q][1] = 1.0f;
-        if (out[q] < 0) continue;
-        if (j->epilogue == CU_ADD) old[q] = __ldcg(j->y + row[q] * j->ldy + out[q]);
-        if (F == CU_F8A8) continue;
-        by_out[q][0] = __ldg(j->w.scale + band * CU_BAND + out_in);
-        if (j->w.pairs) by_out[q][1] = __ldg(j->w.scale + (band + 1) * CU_BAND + out_in);
-    }
+    const int32_t log_across = j->w.pairs ? 4 : 5, out_in = thread & ((1 << log_across) - 1);
+    const int32_t square_bytes = a.n_high * SUM_ROW * 4, each = a.n_square * square_bytes;
+    const int32_t left = n_row - 2 * (lane & 3); /* rows from the lane's first on */
     /* Where the warp's sums of rows 8 i .. 8 i + 7 go: of outputs g and g + 8 of its band, row 2 c. */
     uint32_t to[ROWS / 8];
 #pragma unroll
@@ -290,54 +285,95 @@ __global__ void __launch_bounds__(THREADS, 2) a8_split(const __grid_constant__ s
                             (2 * (lane & 3) * SUM_ROW + warp % 2 * CU_BAND + lane / 4) * 4,
                         square % a.n_rank);
     }
-    const int32_t each = a.n_square * square_bytes, left = n_row - 2 * (lane & 3); /* rows from the lane's first on */
-    for (int32_t k = group; k < n_own; k += GROUPS) {
-        const int slot = k % a.n_slot;
-        a8_sum<F> acc[ROWS / 2] = {};
-        uint32_t code[4][4];
-        bar_wait(full + slot * 8, (k / a.n_slot) & 1);
-        a8_codes<F>(code, memory + slot * TILE_BYTES + warp % 4 * BAND_BYTES, lane);
-        a8_segment<ROWS>(acc, code, memory_at + m.x + k * (ROWS * CU_SEGMENT));
-        wide_wait<0>();
-        a8_hold<ROWS / 2>(acc);
-        wide_hold_codes<4>(code);
-        if (lane == 0) bar_arrive(empty + slot * 8);
-        const int32_t at = (seg0 + k) * each;
+    /* Segments of tiles before, of which the warpgroups took every second as well: slots stay theirs. Where this tile's
+     * sums and by_band are. */
+    int32_t used = 0, turn = 0;
+    for (int32_t tile = first;;) {
+        const int32_t band0 = tile * A8_TILE_BANDS;
+        float *const by_band = by_band0 + turn * n_seg * A8_TILE_BANDS;
+        for (int32_t i = thread; F == CU_F8A8 && used > 0 && i < n_seg * A8_TILE_BANDS; i += WARPS * 32)
+            copy4((uint32_t)__cvta_generic_to_shared(by_band + i),
+                  j->w.scale + a8_at(band0, i / A8_TILE_BANDS, n_seg) + i % A8_TILE_BANDS);
+        /* A thread finishes SQUARES times output `out` of row `row`: of pairs gate and up. from: where the first of its
+         * sums lies. */
+        float old[SQUARES] = {}, total[SQUARES][2] = {}, by_out[SQUARES][2];
+        int32_t out[SQUARES], row[SQUARES], half[SQUARES], from[SQUARES];
 #pragma unroll
-        for (int i = 0; i < ROWS / 8; i++) {
-            if (left > 8 * i) {
-                send(to[i] + at, a8_number(acc[4 * i]));
-                send(to[i] + at + 32, a8_number(acc[4 * i + 2]));
-            }
-            if (left > 8 * i + 1) {
-                send(to[i] + at + SUM_ROW * 4, a8_number(acc[4 * i + 1]));
-                send(to[i] + at + (SUM_ROW + 8) * 4, a8_number(acc[4 * i + 3]));
+        for (int q = 0; q < SQUARES; q++) {
+            const int32_t line = (thread + q * WARPS * 32) >> log_across, own = line >= a.n_high,
+                          row_in = line - own * a.n_high;
+            const int32_t square = rank + own * a.n_rank, band = band0 + square % 2 * 2;
+            half[q] = square % 2 * 2;
+            row[q] = square / 2 * 8 + row_in;
+            out[q] = (j->w.pairs ? band / 2 : band) * CU_BAND + out_in;
+            from[q] = own * square_bytes / 4 + row_in * SUM_ROW + out_in;
+            if (own >= a.n_square || square >= ROWS / 4 || row_in >= a.n_high || row[q] >= n_row ||
+                out[q] >= j->w.n_out)
+                out[q] = -1;
+            by_out[q][0] = by_out[q][1] = 1.0f;
+            if (out[q] < 0) continue;
+            if (j->epilogue == CU_ADD) old[q] = __ldcg(j->y + row[q] * j->ldy + out[q]);
+            if (F == CU_F8A8) continue;
+            by_out[q][0] = __ldg(j->w.scale + band * CU_BAND + out_in);
+            if (j->w.pairs) by_out[q][1] = __ldg(j->w.scale + (band + 1) * CU_BAND + out_in);
+        }
+        for (int32_t k = (used + group) % GROUPS; k < n_own; k += GROUPS) {
+            const int slot = (used + k) % a.n_slot;
+            a8_sum<F> acc[ROWS / 2] = {};
+            uint32_t code[4][4];
+            bar_wait(full + slot * 8, ((used + k) / a.n_slot) & 1);
+            a8_codes<F>(code, memory + slot * TILE_BYTES + warp % 4 * BAND_BYTES, lane);
+            a8_segment<ROWS>(acc, code, memory_at + m.x + k * (ROWS * CU_SEGMENT));
+            wide_wait<0>();
+            a8_hold<ROWS / 2>(acc);
+            wide_hold_codes<4>(code);
+            if (lane == 0) bar_arrive(empty + slot * 8);
+            const int32_t at = (turn * n_seg + seg0 + k) * each;
+#pragma unroll
+            for (int i = 0; i < ROWS / 8; i++) {
+                if (left > 8 * i) {
+                    send(to[i] + at, a8_number(acc[4 * i]));
+                    send(to[i] + at + 32, a8_number(acc[4 * i + 2]));
+                }
+                if (left > 8 * i + 1) {
+                    send(to[i] + at + SUM_ROW * 4, a8_number(acc[4 * i + 1]));
+                    send(to[i] + at + (SUM_ROW + 8) * 4, a8_number(acc[4 * i + 3]));
+                }
             }
         }
-    }
-    cluster_arrive();
-    cluster_meet();
+        if (a.n_rank > 1) {
+            cluster_arrive();
+            cluster_meet();
+        } else { /* behind it nobody reads what the next tile but one writes to, and all rows are there */
+            asm volatile("cp.async.wait_all;" ::: "memory");
+            barrier_of(GROUPS + 1, WARPS * 32);
+        }
 #pragma unroll
-    for (int q = 0; q < SQUARES; q++) {
-        if (out[q] < 0) continue;
-        const float *sum = (const float *)(memory + m.sums) + from[q];
-        const float *by_row = (const float *)(memory + m.by_row) + row[q];
-        const float *band = by_band + half[q] + (j->w.pairs ? 0 : out_in / CU_BAND);
+        for (int q = 0; q < SQUARES; q++) {
+            if (out[q] < 0) continue;
+            const float *sum = (const float *)(memory + m.sums + turn * n_seg * each) + from[q];
+            const float *by_row = (const float *)(memory + m.by_row) + row[q];
+            const float *band = by_band + half[q] + (j->w.pairs ? 0 : out_in / CU_BAND);
 #pragma unroll 8
-        for (int32_t i = 0; i < n_seg; i++, sum += each / 4, band += A8_TILE_BANDS) {
-            const float s = by_row[i * ROWS];
-            total[q][0] = __fmaf_rn(F == CU_F8A8 ? __fmul_rn(s, band[0]) : s, sum[0], total[q][0]);
-            if (j->w.pairs)
-                total[q][1] = __fmaf_rn(F == CU_F8A8 ? __fmul_rn(s, band[1]) : s, sum[CU_BAND], total[q][1]);
+            for (int32_t i = 0; i < n_seg; i++, sum += each / 4, band += A8_TILE_BANDS) {
+                const float s = by_row[i * n_row];
+                total[q][0] = __fmaf_rn(F == CU_F8A8 ? __fmul_rn(s, band[0]) : s, sum[0], total[q][0]);
+                if (j->w.pairs)
+                    total[q][1] = __fmaf_rn(F == CU_F8A8 ? __fmul_rn(s, band[1]) : s, sum[CU_BAND], total[q][1]);
+            }
+            if (F != CU_F8A8) {
+                total[q][0] = __fmul_rn(total[q][0], by_out[q][0]);
+                total[q][1] = __fmul_rn(total[q][1], by_out[q][1]);
+            }
+            if (j->epilogue == CU_SWIGLU)
+                j->h[row[q] * j->ldh + out[q]] = cu_round(cu_swiglu(total[q][0], total[q][1]));
+            else
+                j->y[row[q] * j->ldy + out[q]] = j->epilogue == CU_ADD ? __fadd_rn(old[q], total[q][0]) : total[q][0];
         }
-        if (F != CU_F8A8) {
-            total[q][0] = __fmul_rn(total[q][0], by_out[q][0]);
-            total[q][1] = __fmul_rn(total[q][1], by_out[q][1]);
-        }
-        if (j->epilogue == CU_SWIGLU)
-            j->h[row[q] * j->ldh + out[q]] = cu_round(cu_swiglu(total[q][0], total[q][1]));
-        else
-            j->y[row[q] * j->ldy + out[q]] = j->epilogue == CU_ADD ? __fadd_rn(old[q], total[q][0]) : total[q][0];
+        tile += a.n_cluster;
+        if (tile >= a.n_tile) break;
+        used += n_own;
+        turn ^= 1;
     }
 }
 
@@ -347,20 +383,22 @@ static int32_t ceil_div(int32_t a, int32_t b) { return (a + b - 1) / b; }
 static int32_t least(int32_t a, int32_t b) { return a < b ? a : b; }
 static bool aligned(const void *p) { return ((uintptr_t)p & 15) == 0; }
 
-/* n_rank blocks a tile; false: no room. A block that leaves room for another lets one of the next kernel in, which asks
- * for its codes while this one runs. Of a ring that comes round a slot is always the same warpgroup's: phases of a
- * barrier are told apart by parity, and one that did not wait for the codes before could take the end of those before
- * them for the end of its own. */
-template <cu_format F, int ROWS> static bool plan(split_args *a, int32_t n_rank) {
+/* n_rank blocks a tile, of n_cluster tiles at once; a block's memory is `room`, or what it takes to have a ring at all.
+ * false: that is too much. Of a ring that comes round a slot is always the same warpgroup's: phases of a barrier are
+ * told apart by parity, and one that did not wait for the codes before could take the end of those before them for the
+ * end of its own. */
+template <cu_format F, int ROWS> static bool plan(split_args *a, int32_t n_rank, int32_t n_cluster, int32_t room) {
     a->n_rank = n_rank;
+    a->n_cluster = n_cluster;
+    a->n_turn = n_cluster < a->n_tile ? 2 : 1;
     a->n_square = ceil_div(ROWS / 4, n_rank);
     a->n_high = least(a->j.n_row, 8);
     a->n_each = ceil_div(a->j.w.n_seg, n_rank);
     a->n_slot = 0;
-    const int32_t rest = map_of<F, ROWS>(a).end, enough = least(a->n_each, SLOTS_FEW);
-    const int32_t two = (SHARED_TWO - rest) / a8_tile_bytes(F), one = (SHARED_MAX - rest) / a8_tile_bytes(F);
-    a->n_slot = least(least(a->n_each, SLOTS_MAX), two >= enough ? two : one);
-    if (a->n_slot < a->n_each) a->n_slot -= a->n_slot % GROUPS;
+    const int32_t rest = map_of<F, ROWS>(a).end, n_ask = a->n_each * ceil_div(a->n_tile, n_cluster);
+    const int32_t enough = least(n_ask, SLOTS_FEW), n = (room - rest) / a8_tile_bytes(F);
+    a->n_slot = least(least(n_ask, SLOTS_MAX), n >= enough ? n : (SHARED_MAX - rest) / a8_tile_bytes(F));
+    if (a->n_slot < n_ask) a->n_slot -= a->n_slot % GROUPS;
     return a->n_slot >= enough;
 }
 
@@ -373,28 +411,32 @@ static cudaError_t kernel_ready(uint64_t *ready, const void *kernel) {
     return cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
 }
 
-/* As many blocks a tile as give every multiprocessor something. Where that leaves a block more segments than it can ask
- * for at once, no more blocks than multiprocessors if that is most of them: codes keep coming while a block runs, and a
- * second wave would begin with none on their way. */
+/* As many blocks a tile as give every multiprocessor something. Where a block has more segments than it can ask for at
+ * once, codes should keep coming, and a second wave of blocks would begin with none on their way: no more blocks than
+ * multiprocessors, if that is most of them, and several of very many tiles a block. Gate and up go the second way, down
+ * of the same layer the first: its blocks find room beside those, and ask for what they can before they wait. */
 template <cu_format F, int ROWS> static cudaError_t run(cudaStream_t s, const cu_job *j) {
     static uint64_t ready;
     split_args a = {};
-    int32_t n_core, n_rank = ROWS / 8;
+    int32_t n_core, n_rank = ROWS / 8, room = SHARED_TWO;
     cudaError_t e = cu_core_count(&n_core);
     if (e == cudaSuccess) e = kernel_ready(&ready, (const void *)a8_split<F, ROWS>);
     if (e != cudaSuccess) return e;
     a.j = *j;
     a.per_row = 65536u / (uint32_t)j->n_row + 1;
     a.wide = j->w.n_in % 4 == 0 && aligned(j->x_f32) && aligned(j->norm_w);
-    const int32_t n_tile = ceil_div(j->w.n_band, A8_TILE_BANDS);
-    while (n_rank < RANKS_MAX && n_rank * 4 <= j->w.n_seg && n_tile * n_rank * 5 < n_core * 6) n_rank *= 2;
-    const int32_t once = n_core / n_tile;
-    if (ceil_div(j->w.n_seg, n_rank) > SLOTS_MAX && once >= ROWS / 8 && once * n_tile * 4 >= n_core * 3) n_rank = once;
-    while (!plan<F, ROWS>(&a, n_rank)) /* more blocks have more room for x */
-        if ((n_rank *= 2) > RANKS_MAX) return cudaErrorInvalidValue;
+    const int32_t n_tile = a.n_tile = ceil_div(j->w.n_band, A8_TILE_BANDS);
+    const int32_t n_walk = ceil_div(n_tile, ceil_div(n_tile, n_core)), once = n_core / n_tile;
+    if (n_rank > 1 || n_tile < 2 * n_core || !plan<F, ROWS>(&a, 1, n_walk, SHARED_WALK)) {
+        while (n_rank < RANKS_MAX && n_rank * 4 <= j->w.n_seg && n_tile * n_rank * 5 < n_core * 6) n_rank *= 2;
+        if (n_rank * SEGMENTS_MANY < j->w.n_seg && once >= ROWS / 8 && once * n_tile * 4 >= n_core * 3)
+            n_rank = once, room = SHARED_BESIDE;
+        while (!plan<F, ROWS>(&a, n_rank, n_tile, room)) /* more blocks have more room for x */
+            if ((n_rank *= 2) > RANKS_MAX) return cudaErrorInvalidValue;
+    }
     void *args[] = {&a};
-    return cu_launch(s, (const void *)a8_split<F, ROWS>, dim3((unsigned)(n_tile * n_rank)), THREADS,
-                     (size_t)map_of<F, ROWS>(&a).end, !j->alone, (unsigned)n_rank, args);
+    return cu_launch(s, (const void *)a8_split<F, ROWS>, dim3((unsigned)(a.n_cluster * a.n_rank)), THREADS,
+                     (size_t)map_of<F, ROWS>(&a).end, !j->alone, (unsigned)a.n_rank, args);
 }
 template <int ROWS> static cudaError_t run_any(cudaStream_t s, const cu_job *j) {
     return j->w.format == CU_F8A8   ? run<CU_F8A8, ROWS>(s, j)
