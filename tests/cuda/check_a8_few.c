@@ -434,8 +434,8 @@ static void show_linear_times(void) {
     static const struct {
         int32_t n_out, n_in;
         bool pairs;
-    } shapes[] = {
-        {3584, 2560, false}, {2560, 2560, false}, {3072, 2560, true}, {2560, 3072, false}, {103424, 2560, false}};
+    } shapes[] = {{3584, 2560, false}, {2560, 2560, false},  {3072, 2560, true},   {2560, 3072, false},
+                  {12288, 2560, true}, {2560, 12288, false}, {103424, 2560, false}};
     static const cu_format formats[] = {CU_F8A8, CU_I8A8, CU_I4A8, CU_I8};
     static const int32_t n_rows[] = {1, 2, 8};
     if (!check_begin("times of few rows")) return;
@@ -503,8 +503,76 @@ static void show_linear_times(void) {
     CHECK_CUDA(cudaStreamDestroy(s));
 }
 
+/* A dense layer's feed-forward again and again, on copies of its weights: with a norm's kernel in front, and without.
+ */
+static void show_dense_times(void) {
+    enum { D = 2560, F = 12288, COPIES = 8 };
+    static const cu_format formats[] = {CU_F8A8, CU_I8A8};
+    static const int32_t n_rows[] = {1, 2, 4, 8};
+    if (!check_begin("times of dense layers")) return;
+    cudaStream_t s;
+    CHECK_CUDA(cudaStreamCreate(&s));
+    rows r = rows_new(CU_SKINNY_MAX, D, false);
+    cu_bf16 *h = check_new(NULL, (size_t)CU_SKINNY_MAX * F * sizeof *h);
+    CHECK_CUDA(cudaMemset(r.xn, 0, r.xn_bytes));
+    CHECK_CUDA(cudaMemset(h, 0, (size_t)CU_SKINNY_MAX * F * sizeof *h));
+    for (size_t f = 0; f < sizeof formats / sizeof *formats; f++) {
+        cu_linear w[COPIES][2];
+        void *pack[COPIES][2], *scale;
+        size_t n_scale = 0;
+        for (int i = 0; i < COPIES; i++)
+            for (int k = 0; k < 2; k++) {
+                const int32_t n_out = k ? D : F, n_in = k ? F : D;
+                w[i][k] = (cu_linear){.format = formats[f],
+                                      .n_out = n_out,
+                                      .n_in = n_in,
+                                      .n_band = CU_BANDS(n_out) * (k ? 1 : 2),
+                                      .n_seg = n_in / CU_SEGMENT,
+                                      .pairs = !k};
+                const size_t bytes = (size_t)cu_pack_bytes(&w[i][k]), n = (size_t)cu_scale_count(&w[i][k]);
+                CHECK_CUDA(cudaMalloc(&pack[i][k], bytes));
+                CHECK_CUDA(cudaMemset(pack[i][k], 0x31 + i, bytes));
+                w[i][k].pack = pack[i][k];
+                if (n > n_scale) n_scale = n;
+            }
+        CHECK_CUDA(cudaMalloc(&scale, n_scale * sizeof(float)));
+        CHECK_CUDA(cudaMemset(scale, 0, n_scale * sizeof(float)));
+        for (size_t q = 0; q < sizeof n_rows / sizeof *n_rows; q++)
+            for (int inside = 0; inside < 2; inside++) {
+                cudaGraph_t graph;
+                cudaGraphExec_t exec;
+                CHECK_CUDA(cudaStreamBeginCapture(s, cudaStreamCaptureModeThreadLocal));
+                for (int i = 0; i < COPIES; i++) {
+                    w[i][0].scale = w[i][1].scale = scale;
+                    cu_job up = {
+                        .w = w[i][0], .epilogue = CU_SWIGLU, .x = r.xn, .ldx = D, .n_row = n_rows[q], .h = h, .ldh = F};
+                    if (inside) up.x_f32 = r.x, up.norm_w = r.w, up.eps = 1e-5f;
+                    const cu_job down = {
+                        .w = w[i][1], .epilogue = CU_ADD, .x = h, .ldx = F, .n_row = n_rows[q], .y = r.x, .ldy = D};
+                    if (!inside) CHECK_CUDA(cu_norm(s, r.xn, r.x, NULL, r.w, n_rows[q], D, 1e-5f));
+                    CHECK_CUDA(cu_a8_skinny_run(s, &up));
+                    CHECK_CUDA(cu_a8_skinny_run(s, &down));
+                }
+                CHECK_CUDA(cudaStreamEndCapture(s, &graph));
+                CHECK_CUDA(cudaGraphInstantiate(&exec, graph, 0));
+                const double us = us_each(s, exec, COPIES);
+                printf("      dense layer, %s, %d rows, norm %s: %.2f us, %.2f TB/s\n", format_name[formats[f]],
+                       n_rows[q], inside ? "inside" : "apart", us,
+                       (double)(cu_pack_bytes(&w[0][0]) + cu_pack_bytes(&w[0][1])) / us * 1e-6);
+                CHECK_CUDA(cudaGraphExecDestroy(exec));
+                CHECK_CUDA(cudaGraphDestroy(graph));
+            }
+        for (int i = 0; i < COPIES; i++)
+            for (int k = 0; k < 2; k++) CHECK_CUDA(cudaFree(pack[i][k]));
+        CHECK_CUDA(cudaFree(scale));
+    }
+    rows_free(&r);
+    check_free(h);
+    CHECK_CUDA(cudaStreamDestroy(s));
+}
+
 void check_a8_few(void) {
-    /* outputs, inputs: ugly ones; a block alone, with a ring that comes round; clusters of 2, 4 and 8 */
+    /* outputs, inputs: ugly ones; clusters of 2, 4 and 8; a block alone, and one that stays for several tiles */
     static const int32_t shapes[][2] = {{44, 80},      {130, 300},   {200, 176},   {16, 128},
                                         {512, 2560},   {96, 1536},   {70, 12288},  {10240, 1280},
                                         {10240, 1100}, {3000, 2000}, {20608, 2560}};
@@ -523,4 +591,5 @@ void check_a8_few(void) {
     }
     show_times();
     show_linear_times();
+    show_dense_times();
 }

@@ -264,6 +264,49 @@ static void check_plain(cu_format f, cu_epilogue e, int32_t n_out, int32_t n_in,
     check_weights_free(&s);
 }
 
+/* ---- codes that come late --------------------------------------------------------------------------------------- */
+
+/* Rows in company have the bits of rows alone when every second segment's codes lie in the second cache and the others
+ * have to come from memory: of those asked for, many come before the ones asked for earlier. */
+static void check_late(cu_format f, cu_epilogue e, int32_t n_out, int32_t n_in) {
+    enum { MOST = CU_SKINNY_MAX };
+    static const size_t flush = (size_t)256 << 20;
+    char name[NAME], what[NAME] = "";
+    snprintf(name, sizeof name, "a8 %s %s %d x %d, codes late", kind_name[f], epilogue_name[e], n_out, n_in);
+    if (!check_begin(name)) return;
+    check_weights s = weights_new(f, n_out, n_in, e == CU_SWIGLU);
+    rows x = rows_new(f, MOST, n_in);
+    results r = results_new(e, MOST, n_out);
+    const size_t line = (size_t)r.ld * r.each, segment = CU_A8_BANDS * 2 * (size_t)cu_group_bytes(f);
+    const size_t n_pair = (size_t)cu_pack_bytes(&s.w) / (2 * segment);
+    unsigned char *scratch, *alone = take(r.bytes);
+    CHECK_CUDA(cudaMalloc((void **)&scratch, flush));
+    for (int32_t row = 0; row < MOST; row++) {
+        const cu_job j = job_of(&s, e, &x, row, 1, &r, row);
+        CHECK_CUDA(cu_a8_skinny_run(0, &j));
+    }
+    check_get(alone, r.device, r.bytes);
+    for (int32_t n_row = 1; n_row <= MOST; n_row++)
+        for (size_t late = 0; late < 4; late++) {
+            const cu_job j = job_of(&s, e, &x, 0, n_row, &r, 0);
+            const unsigned char *early = (const unsigned char *)s.d_pack + (late & 1 ? 0 : segment);
+            results_reset(&r);
+            CHECK_CUDA(cudaMemset(scratch, 0, flush));
+            CHECK_CUDA(cudaMemcpy2D(scratch, segment, early, 2 * segment, segment, n_pair, cudaMemcpyDeviceToDevice));
+            CHECK_CUDA(cu_a8_skinny_run(0, &j));
+            check_get(r.at, r.device, r.bytes);
+            for (int32_t row = 0; row < MOST && !*what; row++)
+                if (memcmp(r.at + (size_t)row * line, (row < n_row ? alone : r.before) + (size_t)row * line, line) != 0)
+                    snprintf(what, sizeof what, "row %d of %d is another one", row, n_row);
+        }
+    check_that(name, !*what, what);
+    CHECK_CUDA(cudaFree(scratch));
+    free(alone);
+    results_free(&r);
+    rows_free(&x);
+    check_weights_free(&s);
+}
+
 /* ---- the norm in front ------------------------------------------------------------------------------------------- */
 
 static void check_norm_front(cu_format format, cu_epilogue e, int32_t n_out, int32_t n_in, int shift) {
@@ -640,12 +683,20 @@ void check_a8_mid(void) {
             check_plain(f, (cu_epilogue)e, 64, 12288, FEW);
             check_plain(f, (cu_epilogue)e, e == CU_SWIGLU ? 3072 : 6200, 256, FEW);
             check_plain(f, (cu_epilogue)e, e == CU_SWIGLU ? 5120 : 10240, 1300, 9);
+            /* blocks that stay: an odd number of segments, of several tiles more than slots; a tile less for some */
+            check_plain(f, (cu_epilogue)e, e == CU_SWIGLU ? 8500 : 17000, 640, FEW);
+            check_plain(f, (cu_epilogue)e, e == CU_SWIGLU ? 13000 : 26000, 100, 9);
         }
+        check_plain(f, CU_ADD, 2560, 12288, 16); /* three blocks a tile, whose rings come round */
         check_norm_front(f, CU_STORE, 200, 176, 0);
         check_norm_front(f, CU_SWIGLU, 130, 300, 0);
         check_norm_front(f, CU_STORE, 96, 2560, 0);
         check_norm_front(f, CU_STORE, 96, 2560, 1);
         check_norm_front(f, CU_SWIGLU, 44, 81, 1);
+        check_norm_front(f, CU_STORE, 17000, 300, 1);
+        if (f != CU_I4A8) check_norm_front(f, CU_SWIGLU, 12288, 2560, 0);
+        if (f != CU_I4A8) check_late(f, CU_STORE, 17000, 2560);
+        if (f != CU_I4A8) check_late(f, CU_ADD, 2560, 12288);
         for (int32_t tile = 8; tile <= 64; tile *= 2)
             for (int way = 0; way < (tile == 8 ? 3 : 2); way++) {
                 check_experts(f, way == 1, 44, 80, 9, tile, way == 2);
@@ -658,6 +709,10 @@ void check_a8_mid(void) {
         check_chain(f, 2560, 1536, 3);
         check_chain(f, 512, 384, 20);
         check_chain(f, 2560, 1536, 64);
+        if (f != CU_I4A8) { /* of 21b-a3b */
+            check_chain(f, 2560, 12288, 1);
+            check_chain(f, 2560, 12288, 5);
+        }
     }
     static const int32_t n_rows[] = {1, 8, 32, 128, 256};
     if (check_filter && !strcmp(check_filter, "a8 speed"))

@@ -796,6 +796,7 @@ void check_linears(void) {
         }
         check_plain((cu_format)f, CU_STORE, 60001, 170); /* so many bands that warps take them alone (cu_tall.cu) */
         check_plain((cu_format)f, CU_STORE, 52000, 1024);
+        if (f == CU_I8) check_plain((cu_format)f, CU_STORE, 51000, 2560); /* fewer blocks of more rows */
         check_norm_front((cu_format)f, CU_STORE, 55000, 300, false);
         check_norm_front((cu_format)f, CU_STORE, 2000, 1024, false);
         check_norm_front((cu_format)f, CU_SWIGLU, 72, 2560, false);
