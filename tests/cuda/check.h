@@ -99,6 +99,7 @@ void check_a8_mid(void);    /* rows of 8 bits: skinny, mid, grouped mid (check_a
 void check_large(void);     /* large, grouped large; the same bits as skinny (check_large.c) */
 void check_a8(void);        /* rows to codes; rows of 8 bits: large, grouped large (check_a8.c) */
 void check_a8_few(void);    /* few rows of 8 bits: router, linears (check_a8_few.c) */
+void check_half(void);      /* the feed-forward half of layers of experts, few rows of 8 bits (check_a8_half.c) */
 void check_attention(void); /* check_attention.c */
 void check_sampling(void);  /* check_sampling.c */
 void check_layers(void);    /* all layers in one kernel (check_chain.c) */

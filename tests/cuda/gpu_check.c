@@ -95,6 +95,7 @@ int main(int argc, char **argv) {
     check_a8();
     check_a8_mid();
     check_a8_few();
+    check_half();
 #endif
     check_rows();
     check_attention();
