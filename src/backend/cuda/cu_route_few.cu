@@ -218,7 +218,9 @@ static __global__ void __maxnreg__(MANY ? 160 : 104) route_few(const __grid_cons
     cu_bf16 *const norm = (cu_bf16 *)(xw + a.n_each * D);
     const uint32_t came = (uint32_t)__cvta_generic_to_shared(&s.came);
 
-    cu_launch_next();
+    /* Of one row shared experts begin beside this kernel: the blocks of what is behind it, which could only wait, would
+     * take their places. */
+    if (MANY || j->n_row > 1) cu_launch_next();
     if (rank < n_row) {
         for (int32_t e = thread; e < E; e += n_thread) s.count[e] = 0;
         if (thread == 0) {
@@ -284,6 +286,7 @@ static __global__ void __maxnreg__(MANY ? 160 : 104) route_few(const __grid_cons
     }
     if (rank >= n_row) return;
     __syncthreads();
+    if (!MANY && j->n_row == 1) cu_launch_next();
     if (s.last) sort_entries(&s, &a.r, j->n_row * a.r.n_used);
 }
 

@@ -184,9 +184,13 @@ static void run_experts(const run *r, const cu_layer *w, const cu_routes *routes
     CU_DO(b, cu_grouped_run(b->stream, &down));
 }
 
-/* shared_y = the shared experts. Of few rows they run beside the router and the other experts, whose first kernels
- * leave the memory idle, until shared_join. */
-static void run_shared(const run *r, const cu_layer *w, int32_t n, const cu_x8 *x8) {
+/* Whether the shared experts begin beside the router, not behind it: of one row. They norm x themselves then, which of
+ * more rows takes longer than is gained. */
+static bool shared_first(const cu_layer *w, int32_t n) { return w->has_shared && n == 1 && takes_codes(&w->ffn.up); }
+
+/* shared_y = the shared experts. Of few rows they run beside the other experts, whose first kernels leave the memory
+ * idle, until shared_join. x8: the rows; route: what makes them, where shared_first. */
+static void run_shared(const run *r, const cu_layer *w, int32_t n, const cu_x8 *x8, const cu_route_job *route) {
     cu_backend *b = r->b;
     const bool beside = n <= CU_SKINNY_MAX;
     cudaStream_t s = beside ? b->side : b->stream;
@@ -199,6 +203,7 @@ static void run_shared(const run *r, const cu_layer *w, int32_t n, const cu_x8 *
     up.ldh = CU_PAD(w->ffn.up.n_out);
     up.alone = beside;
     up.x8 = *x8;
+    if (shared_first(w, n)) up.x_f32 = route->x, up.norm_w = route->norm_w, up.eps = route->eps;
     CU_DO(b, cu_linear_run(s, &up));
     cu_job down = job_of(&w->ffn.down, CU_STORE, b->shared_hid, n);
     down.y = b->shared_y;
@@ -280,6 +285,7 @@ static void moe_ffn(const run *r, const cu_layer *w, int32_t layer, int32_t row0
                         cu_norm_spreads(D); /* the norm is told the places */
     cu_x8 x8 = {0};
     if (codes) x8 = x8_in(&b->row8, D, n);
+    if (shared_first(w, n)) run_shared(r, w, n, &x8, &route);
     if (together) {
         CU_DO(b, cu_route_few(b->stream, &route, &routes, &x8, codes ? b->codes : CU_CODES_NONE, b->xn));
     } else {
@@ -296,7 +302,7 @@ static void moe_ffn(const run *r, const cu_layer *w, int32_t layer, int32_t row0
     }
     show_bf16(r, "ffn_norm", layer, row0, b->xn, n, D);
     show(r, "router", layer, row0, routes.logit, n, m->n_expert);
-    if (w->has_shared) run_shared(r, w, n, &x8);
+    if (w->has_shared && !shared_first(w, n)) run_shared(r, w, n, &x8, &route);
     run_experts(r, w, &routes, n, &x8, spread);
     if (w->has_shared) shared_join(r, n);
     float *out = b->probe ? b->qkv : NULL; /* free by now, and large enough */
