@@ -108,6 +108,8 @@ static __device__ __forceinline__ void fill_codes(const a8_args *args, const a8_
     constexpr int STEP = S::SEGMENTS * CU_A8_BANDS; /* segments of bands from slot to slot */
     const large_args *a = &args->l;
     const int32_t n_seg = a->w.n_seg;
+    /* So few rows are one tile, of each expert, too: nobody else reads its weights. */
+    const uint64_t policy = S::ROWS == 8 && a->n_row <= 8 ? cu_read_once() : cu_read_often();
     if (a->experts && !(S::EARLY && args->routed)) cu_wait_previous();
     const uint32_t n_tile = tile_count(a);
     large_tile list = tiles_find<S>(args, blockIdx.x);
@@ -131,13 +133,13 @@ static __device__ __forceinline__ void fill_codes(const a8_args *args, const a8_
                 if (seg == 0) tiles[slot] = t;
                 bar_arrive_expect(full, n * (S::CODES + (S::F == CU_F8A8 ? S::BANDS * 4 : 0)));
                 if (S::BANDS == CU_A8_BANDS) { /* segments lie together */
-                    copy_bulk(to, from, n * S::CODES, full);
+                    copy_bulk_by(to, from, n * S::CODES, full, policy);
                 } else {
 #pragma unroll
                     for (int i = 0; i < S::SEGMENTS; i++)
                         if (i < n)
-                            copy_bulk(to + i * S::CODES, from + i * (CU_A8_BANDS * a8_band_bytes(S::F)), S::CODES,
-                                      full);
+                            copy_bulk_by(to + i * S::CODES, from + i * (CU_A8_BANDS * a8_band_bytes(S::F)), S::CODES,
+                                         full, policy);
                 }
                 if (S::F == CU_F8A8)
                     copy_bulk(ring->scales + (slot * S::SCALES + S::ROWS) * 4, scale, S::BANDS * 4, full);

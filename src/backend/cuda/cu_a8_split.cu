@@ -221,8 +221,8 @@ __global__ void __launch_bounds__(THREADS, 2) a8_split(const __grid_constant__ s
                 if (asked >= a.n_slot) bar_wait(empty + slot * 8, (asked / a.n_slot - 1) & 1);
                 if (lane == 0) {
                     bar_arrive_expect(full + slot * 8, TILE_BYTES);
-                    copy_bulk(memory_at + slot * TILE_BYTES, from + (int64_t)k * (CU_A8_BANDS * BAND_BYTES), TILE_BYTES,
-                              full + slot * 8);
+                    copy_bulk_once(memory_at + slot * TILE_BYTES, from + (int64_t)k * (CU_A8_BANDS * BAND_BYTES),
+                                   TILE_BYTES, full + slot * 8);
                 }
                 __syncwarp();
             }

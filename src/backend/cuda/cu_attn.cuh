@@ -246,14 +246,9 @@ static __device__ __forceinline__ void attn_copy16(uint32_t to, const void *from
 static __device__ __forceinline__ void attn_copy4(uint32_t to, const void *from, bool real) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(real ? 4 : 0) : "memory");
 }
-static __device__ __forceinline__ uint64_t attn_once(void) {
-    uint64_t policy;
-    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-    return policy;
-}
 static __device__ __forceinline__ void attn_copy16_all(uint32_t to, const void *from) {
     asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
-                 "l"(attn_once())
+                 "l"(cu_read_once())
                  : "memory");
 }
 /* 16 bytes or zeros, or nothing at all; without a branch. */

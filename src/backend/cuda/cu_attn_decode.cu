@@ -395,7 +395,7 @@ static __device__ __forceinline__ void bulk_load(const attn_args *a, const bulk 
     const int64_t plane = page * a->page_bytes + head * a->plane_bytes + (which ? a->value : 0);
     asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], "
                  "[%1, {%2, %3}], [%4], %5;" ::"r"(attn_smem(smem + (which ? sh::v_at : sh::k_at)) + in_tile * C),
-                 "l"(b->cells), "r"(0), "r"((int32_t)(plane / C) + cell), "r"(bar), "l"(attn_once())
+                 "l"(b->cells), "r"(0), "r"((int32_t)(plane / C) + cell), "r"(bar), "l"(cu_read_once())
                  : "memory");
     if (which) return;
     const unsigned char *scale = a->kv + plane + a->scale_at + cell * 4;

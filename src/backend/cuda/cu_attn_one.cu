@@ -107,9 +107,10 @@ static __device__ __forceinline__ void load_band(band_codes *c, const cu_linear 
         for (int t = 0; t < 4; t++)
 #pragma unroll
             for (int r = 0; r < 4; r++) /* outputs g and g + 8, the first 16 inputs of 32 and the last */
-                asm volatile("ld.global.nc.L2::256B.u32 %0, [%1];"
+                asm volatile("ld.global.nc.L2::cache_hint.L2::256B.u32 %0, [%1], %2;"
                              : "=r"(c->a[k][t][r / 2 + r % 2 * 2])
-                             : "l"(from + r / 2 * (8 * CU_SEGMENT) + (((2 * t + r % 2) ^ g) << 4)));
+                             : "l"(from + r / 2 * (8 * CU_SEGMENT) + (((2 * t + r % 2) ^ g) << 4)),
+                               "l"(cu_read_once()));
     }
 }
 /* An asker's share of a band of o, to shared memory. */
@@ -120,8 +121,8 @@ static __device__ __forceinline__ void ask_band(const one_args *a, int32_t band,
     if (lane == 0) bar_arrive_expect(bar, O_EACH * UNIT_BYTES);
     __syncwarp();
     if (lane < O_EACH)
-        copy_bulk(to + seg * UNIT_BYTES, (const unsigned char *)a->o.pack + a8_at(band, seg, SEGS) * UNIT_BYTES,
-                  UNIT_BYTES, bar);
+        copy_bulk_once(to + seg * UNIT_BYTES, (const unsigned char *)a->o.pack + a8_at(band, seg, SEGS) * UNIT_BYTES,
+                       UNIT_BYTES, bar);
 }
 template <cu_format F>
 static __device__ __forceinline__ void take_band(band_codes *c, const unsigned char *from, int warp, int lane) {

@@ -3,6 +3,8 @@
 #ifndef ERN_BACKEND_CUDA_CU_TENSOR_CUH
 #define ERN_BACKEND_CUDA_CU_TENSOR_CUH
 
+#include "backend/cuda/cu_device.cuh"
+
 #include <stdint.h>
 
 /* ---- barriers and copies; bar: an address in shared memory --------------------------------------------------------
@@ -36,6 +38,18 @@ static __device__ __forceinline__ void copy_bulk(uint32_t to, const void *from, 
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
                  "l"(from), "r"(bytes), "r"(bar)
                  : "memory");
+}
+/* With a policy for the L2 cache. */
+static __device__ __forceinline__ void copy_bulk_by(uint32_t to, const void *from, int bytes, uint32_t bar,
+                                                    uint64_t policy) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::
+            "r"(to),
+        "l"(from), "r"(bytes), "r"(bar), "l"(policy)
+        : "memory");
+}
+static __device__ __forceinline__ void copy_bulk_once(uint32_t to, const void *from, int bytes, uint32_t bar) {
+    copy_bulk_by(to, from, bytes, bar, cu_read_once());
 }
 
 /* ---- products of a warpgroup (wgmma) ------------------------------------------------------------------------------
