@@ -68,6 +68,12 @@ static __device__ __forceinline__ uint32_t skinny_shared(const void *p) {
 static __device__ __forceinline__ void skinny_copy16(uint32_t to, const void *from) {
     asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
 }
+/* The same of weights that nobody else reads (cu_read_once). */
+static __device__ __forceinline__ void skinny_copy16_once(uint32_t to, const void *from) {
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
+                 "l"(cu_read_once())
+                 : "memory");
+}
 static __device__ __forceinline__ void skinny_copy4(uint32_t to, const void *from) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
 }
@@ -120,14 +126,15 @@ typedef struct skinny_walk {
     int32_t job, v; /* next to ask for */
 } skinny_walk;
 
-/* Ask for unit `at` of the matrix. pack: with the lane's 16 bytes added. */
-template <cu_format F>
+/* Ask for unit `at` of the matrix. pack: with the lane's 16 bytes added. ONCE: nobody else reads it. */
+template <cu_format F, bool ONCE>
 static __device__ __forceinline__ void skinny_ask_unit(const unsigned char *pack, const float *scale, int32_t at,
                                                        uint32_t slot, int lane) {
     const unsigned char *from = pack + (int64_t)at * skinny_shape<F>::UNIT;
     const uint32_t to = slot + lane * 16;
 #pragma unroll
-    for (int i = 0; i < skinny_shape<F>::UNIT; i += 512) skinny_copy16(to + i, from + i);
+    for (int i = 0; i < skinny_shape<F>::UNIT; i += 512)
+        ONCE ? skinny_copy16_once(to + i, from + i) : skinny_copy16(to + i, from + i);
     if (F == CU_F8 && lane == 0) skinny_copy4(slot + skinny_shape<F>::UNIT, scale + at);
 }
 /* Ask for the next unit; a group of copies is closed each time, with or without any. */
@@ -135,8 +142,8 @@ template <cu_format F> static __device__ __forceinline__ void skinny_ask(skinny_
     if (k->job < k->n_job) {
         const int32_t seg = (k->v >> k->pairs) * k->n_cw + k->cw;
         if (seg < k->n_seg)
-            skinny_ask_unit<F>(k->pack, k->scale, ((k->job << k->pairs) + (k->v & k->pairs)) * k->n_seg + seg, slot,
-                               lane);
+            skinny_ask_unit<F, false>(k->pack, k->scale, ((k->job << k->pairs) + (k->v & k->pairs)) * k->n_seg + seg,
+                                      slot, lane);
         if (++k->v == k->n_unit) {
             k->v = 0;
             k->job += k->step;

@@ -31,7 +31,7 @@ template <cu_format F>
 static __device__ __forceinline__ void tall_ask(tall_walk *k, const skinny_args *a, int32_t n_alone, uint32_t slot,
                                                 int warp, int lane) {
     if (k->band < a->n_job) {
-        skinny_ask_unit<F>(a->pack + lane * 16, a->scale, k->band * a->n_seg + k->seg, slot, lane);
+        skinny_ask_unit<F, true>(a->pack + lane * 16, a->scale, k->band * a->n_seg + k->seg, slot, lane);
         k->seg += k->step;
         if (k->seg >= a->n_seg) {
             const bool alone = k->step == 1;
