@@ -5,15 +5,16 @@
  *
  * One block a multiprocessor, all there at once. A block has at most two bands of qkv and two of o. Eight warps
  * compute: a warpgroup a band, four segments at a time; a row's segments are different columns of one product, of which
- * each warp takes that of its own segment. The codes of qkv are asked for first of all and wait in registers for x.
- * Four warps serve: two bring x and sum up its squares, two ask for keys and values of the block's first tile and then
- * for o's codes; all of them join tiles. x and o's codes come by the copy engine: loads of other blocks' words wait
- * behind loads of weights, but not behind its copies.
+ * each warp takes that of its own segment. The codes of qkv are asked for first of all and multiplied where they lie;
+ * o's take their place. Four warps serve: two bring x and sum up its squares, two ask for keys and values of the
+ * block's first tile and then for o's codes; all of them join tiles. x and all codes come by the copy engine: loads of
+ * other blocks' words wait behind loads of weights, but not behind its copies.
  *
  * Between blocks the data is its own flag (cu_chain_words.cuh). There are two sets of places; a launch uses one and
  * fills the other for the next. Results of tiles have one reader, who fills their places again.
  *
- *   shared: weights of o [band][segment][2048] | x [four segments][segment][ROWS][128], swizzled (cu_a8_device.cuh)
+ *   shared: weights of qkv, then of o [band][segment][2048]
+ *           | x [four segments][segment][ROWS][128], swizzled (cu_a8_device.cuh)
  *           | tile (cu_attn_tile.cuh) | x [ROWS][D] f32 | sums [band][segment][ROWS][16] f32 */
 #include "backend/cuda/cu_a8_device.cuh"
 #include "backend/cuda/cu_attn_tile.cuh"
@@ -91,46 +92,92 @@ template <cu_format F> static __device__ __forceinline__ uint32_t disguise(uint3
 
 /* ---- weights ----------------------------------------------------------------------------------------------------- */
 
-/* A warp's units of a band, every fourth segment: the lane's bytes as it feeds them to the products. */
-typedef struct band_codes {
-    uint32_t a[QUADS][4][4];
-} band_codes;
-/* From global memory as the products want them, without a stop in shared memory: 4 bytes a lane. Two loads after one
- * another use the two halves of the same sectors. */
-static __device__ __forceinline__ void load_band(band_codes *c, const cu_linear *w, int32_t band, int warp, int lane) {
-    const int g = lane / 4;
-#pragma unroll
-    for (int k = 0; k < QUADS; k++) {
-        const unsigned char *from = (const unsigned char *)w->pack + a8_at(band, 4 * k + warp, SEGS) * UNIT_BYTES +
-                                    g * CU_SEGMENT + lane % 4 * 4;
-#pragma unroll
-        for (int t = 0; t < 4; t++)
-#pragma unroll
-            for (int r = 0; r < 4; r++) /* outputs g and g + 8, the first 16 inputs of 32 and the last */
-                asm volatile("ld.global.nc.L2::cache_hint.L2::256B.u32 %0, [%1], %2;"
-                             : "=r"(c->a[k][t][r / 2 + r % 2 * 2])
-                             : "l"(from + r / 2 * (8 * CU_SEGMENT) + (((2 * t + r % 2) ^ g) << 4)),
-                               "l"(cu_read_once()));
-    }
+/* A warp's units of a band of qkv, every fourth segment, to shared memory; bars: of the band's quads. */
+static __device__ __forceinline__ void ask_units(const cu_linear *w, int32_t band, uint32_t to, uint32_t bars, int warp,
+                                                 int lane) {
+    const int32_t seg = 4 * lane + warp;
+    if (lane >= QUADS) return;
+    bar_arrive_expect(bars + lane * 8, UNIT_BYTES);
+    copy_bulk_once(to + seg * UNIT_BYTES, (const unsigned char *)w->pack + a8_at(band, seg, SEGS) * UNIT_BYTES,
+                   UNIT_BYTES, bars + lane * 8);
 }
 /* An asker's share of a band of o, to shared memory. */
 static __device__ __forceinline__ void ask_band(const one_args *a, int32_t band, uint32_t to, uint32_t bar, int servant,
                                                 int lane) {
     const int32_t seg = (servant - FIRST_ASKER) * O_EACH + lane;
-    if (band < 0 || servant < FIRST_ASKER) return;
     if (lane == 0) bar_arrive_expect(bar, O_EACH * UNIT_BYTES);
     __syncwarp();
     if (lane < O_EACH)
         copy_bulk_once(to + seg * UNIT_BYTES, (const unsigned char *)a->o.pack + a8_at(band, seg, SEGS) * UNIT_BYTES,
                        UNIT_BYTES, bar);
 }
+/* A warp's units of a band, every fourth segment: the lane's bytes as it feeds them to the products. */
+typedef struct band_codes {
+    uint32_t a[QUADS][4][4];
+} band_codes;
 template <cu_format F>
 static __device__ __forceinline__ void take_band(band_codes *c, const unsigned char *from, int warp, int lane) {
 #pragma unroll
     for (int k = 0; k < QUADS; k++) a8_codes<F>(c->a[k], from + (4 * k + warp) * UNIT_BYTES, lane);
 }
 
-/* All segments of a warpgroup's band: sums to part [segment][ROWS][16]. x: of all quarters. */
+/* d = A B + (add ? d : 0), 32 inputs: 64 outputs and N rows, both in shared memory. */
+#define ONE_PRODUCT(n, types, signs, names, from, on, list, c)                                               \
+    asm volatile("{.reg .pred p; setp.ne.b32 p, " on ", 0;\n"                                                \
+                 "wgmma.mma_async.sync.aligned.m64n" n "k32." types " {" names "}, " from ", p" signs ";}\n" \
+                 : list(c, d)                                                                                \
+                 : "l"(a), "l"(b), "r"(add))
+#define ONE_PRODUCTS(types, signs, c)                                                                 \
+    static_assert(N == 8 || N == 16, "rows of a product");                                            \
+    if constexpr (N == 8) ONE_PRODUCT("8", types, signs, "%0, %1, %2, %3", "%4, %5", "%6", A8_D4, c); \
+    if constexpr (N == 16) ONE_PRODUCT("16", types, signs, "%0, %1, %2, %3, %4, %5, %6, %7", "%8, %9", "%10", A8_D8, c)
+template <int N> static __device__ __forceinline__ void product(float *d, uint64_t a, uint64_t b, int add) {
+    ONE_PRODUCTS("f32.e4m3.e4m3", ", 1, 1", "+f");
+}
+template <int N> static __device__ __forceinline__ void product(int32_t *d, uint64_t a, uint64_t b, int add) {
+    ONE_PRODUCTS("s32.s8.s8", "", "+r");
+}
+
+/* The lane's sums of a warpgroup's band, of the warp's segments, to part [segment][ROWS][16]. */
+template <cu_format F, int ROWS>
+static __device__ __forceinline__ void put_sums(a8_sum<F> acc[QUADS][one_shape<ROWS>::COLUMNS / 2], float *part,
+                                                int warp, int lane) {
+    typedef one_shape<ROWS> sh;
+    const int g = lane / 4, column = warp * ROWS, square = column / 8, row = 2 * (lane % 4) - column % 8;
+    if (row < 0 || row >= ROWS) return; /* of another segment */
+#pragma unroll
+    for (int k = 0; k < QUADS; k++) {
+        float *to = part + ((4 * k + warp) * ROWS + row) * CU_BAND + g;
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+            const float v = a8_number(sh::COLUMNS == 16 && square ? acc[k][sh::COLUMNS / 2 - 4 + e] : acc[k][e]);
+            to[e % 2 * CU_BAND + e / 2 * 8] = v;
+        }
+    }
+}
+/* All segments of a warpgroup's band of qkv, a quad when it is there. x: of all quads. */
+template <cu_format F, int ROWS>
+static __device__ __forceinline__ void multiply_there(float *part, uint32_t codes, uint32_t bars, uint32_t x, int warp,
+                                                      int lane) {
+    typedef one_shape<ROWS> sh;
+    a8_sum<F> acc[QUADS][sh::COLUMNS / 2];
+#pragma unroll
+    for (int k = 0; k < QUADS; k++) {
+        const uint64_t a = wide_matrix(codes + k * (4 * UNIT_BYTES));
+        const uint64_t b = wide_matrix(x + k * (sh::COLUMNS * CU_SEGMENT));
+        chain_wait(bars + k * 8, 0);
+        a8_hold<sh::COLUMNS / 2>(acc[k]);
+        wide_fence();
+#pragma unroll
+        for (int t = 0; t < 4; t++) product<sh::COLUMNS>(acc[k], a + 2 * t, b + 2 * t, t > 0);
+        wide_commit();
+    }
+    wide_wait<0>();
+#pragma unroll
+    for (int k = 0; k < QUADS; k++) a8_hold<sh::COLUMNS / 2>(acc[k]);
+    put_sums<F, ROWS>(acc, part, warp, lane);
+}
+/* The same of o, with the codes in registers. */
 template <cu_format F, int ROWS>
 static __device__ __forceinline__ void multiply(band_codes *c, float *part, uint32_t x, int warp, int lane) {
     typedef one_shape<ROWS> sh;
@@ -143,17 +190,7 @@ static __device__ __forceinline__ void multiply(band_codes *c, float *part, uint
         a8_hold<sh::COLUMNS / 2>(acc[k]);
         wide_hold_codes<4>(c->a[k]);
     }
-    const int g = lane / 4, column = warp * ROWS, square = column / 8, row = 2 * (lane % 4) - column % 8;
-    if (row < 0 || row >= ROWS) return; /* of another segment */
-#pragma unroll
-    for (int k = 0; k < QUADS; k++) {
-        float *to = part + ((4 * k + warp) * ROWS + row) * CU_BAND + g;
-#pragma unroll
-        for (int e = 0; e < 4; e++) {
-            const float v = a8_number(sh::COLUMNS == 16 && square ? acc[k][sh::COLUMNS / 2 - 4 + e] : acc[k][e]);
-            to[e % 2 * CU_BAND + e / 2 * 8] = v;
-        }
-    }
+    put_sums<F, ROWS>(acc, part, warp, lane);
 }
 
 /* The total of one output and row, first segment first. by_band: fp8's. */
@@ -518,8 +555,9 @@ static __device__ __forceinline__ void stretch_of(const one_args *a, const int32
 /* What a block's threads share beside the large pieces. */
 typedef struct one_shared {
     float4 room[HEAD / 4];
-    uint64_t rows, o[GROUPS]; /* x and a band of o in shared memory */
-    uint64_t ready, kv[2];    /* row_scale, set, pos and by_band are there; keys and values of the first tile */
+    uint64_t qkv[GROUPS][QUADS], done[GROUPS]; /* a band of qkv in shared memory, and nobody reads it any more */
+    uint64_t rows, o[GROUPS];                  /* x and a band of o in shared memory */
+    uint64_t ready, kv[2]; /* row_scale, set, pos and by_band are there; keys and values of the first tile */
     float row_scale[4], by_row[SEGS * 4], by_band[2][GROUPS][SEGS];
     int64_t cells[CU_KEYS]; /* of the first tile */
     int32_t pos[4], set;
@@ -570,10 +608,15 @@ static __device__ __forceinline__ void serve(const one_args *a, one_shared *s, u
         }
         if (lane == 0) bar_arrive(ready);
     }
+    if (servant >= FIRST_ASKER) {
 #pragma unroll
-    for (int g = 0; g < GROUPS; g++)
-        ask_band(a, o_band(a, block, n_block, g), attn_smem(memory) + g * BAND_BYTES, attn_smem(s->o + g), servant,
-                 lane);
+        for (int g = GROUPS - 1; g >= 0; g--) { /* blocks with a second band of o have none of qkv in its place */
+            const int32_t band = o_band(a, block, n_block, g);
+            if (band < 0) continue;
+            if (qkv_band(a, block, n_block, g) >= 0) chain_wait(attn_smem(s->done + g), 0);
+            ask_band(a, band, attn_smem(memory) + g * BAND_BYTES, attn_smem(s->o + g), servant, lane);
+        }
+    }
     chain_wait(ready, 0);
     uint32_t *const other = a->set[s->set ^ 1];
 #pragma unroll 1
@@ -596,6 +639,7 @@ __global__ void __launch_bounds__(THREADS, 1) attn_one(const __grid_constant__ o
     unsigned char *const tile = memory + sh::tile_at;
     if (warp >= WARPS) {
         if (warp == WARPS && lane == 0) {
+            for (int g = 0; g < GROUPS; g++) bar_init(attn_smem(s.done + g), WARPS / GROUPS);
             bar_init(attn_smem(&s.rows), 1);
             bar_init(attn_smem(s.o), N_ASKER);
             bar_init(attn_smem(s.o + 1), N_ASKER);
@@ -612,8 +656,13 @@ __global__ void __launch_bounds__(THREADS, 1) attn_one(const __grid_constant__ o
 
     const int group = warp / 4;
     const int32_t bands[2] = {qkv_band(&a, block, n_block, group), o_band(&a, block, n_block, group)};
-    band_codes codes;
-    if (bands[0] >= 0) load_band(&codes, &a.qkv, bands[0], warp % 4, lane);
+    const uint32_t codes_at = memory_at + group * BAND_BYTES, here = attn_smem(s.qkv[group]);
+    if (warp == 0 && lane < GROUPS * QUADS) {
+        bar_init(attn_smem(s.qkv[0]) + lane * 8, WARPS / GROUPS);
+        bar_init_end();
+    }
+    one_sync<BAR_ALL, COMPUTERS>();
+    if (bands[0] >= 0) ask_units(&a.qkv, bands[0], codes_at, here, warp % 4, lane);
     /* What a thread adds up: an output of a row. */
     const int32_t mine = thread % 128, row = mine / CU_BAND, out_in = mine % CU_BAND;
     const bool adds = row < a.n_row;
@@ -646,7 +695,11 @@ __global__ void __launch_bounds__(THREADS, 1) attn_one(const __grid_constant__ o
                 norm_row<F, ROWS>(f32 + r * HIDDEN, norm_w, s.row_scale[r], memory + sh::x_at, s.by_row, r, warp, lane);
         a8_show();
         one_sync<BAR_ALL, COMPUTERS>();
-        if (bands[0] >= 0) multiply<F, ROWS>(&codes, part, x_at, warp % 4, lane);
+        if (bands[0] >= 0) {
+            multiply_there<F, ROWS>(part, codes_at, here, x_at, warp % 4, lane);
+            __syncwarp();
+            if (lane == 0) bar_arrive(attn_smem(s.done + group));
+        }
     }
     uint32_t *const set = a.set[s.set];
     if (bands[0] >= 0) {
@@ -662,6 +715,7 @@ __global__ void __launch_bounds__(THREADS, 1) attn_one(const __grid_constant__ o
     {
         attn_copy_wait<0>();
         if (bands[1] >= 0) chain_wait(attn_smem(s.o + group), 0);
+        band_codes codes;
         if (bands[1] >= 0) take_band<F>(&codes, memory + group * BAND_BYTES, warp % 4, lane);
         one_sync<BAR_ALL, COMPUTERS>(); /* nobody reads the rows of qkv, their scales and sums any more */
         bring_codes<F, ROWS>(&a, set, memory + sh::x_at, s.by_row, warp, lane);
