@@ -15,7 +15,7 @@
  *
  *   shared: weights of qkv, then of o [band][segment][2048]
  *           | x [four segments][segment][ROWS][128], swizzled (cu_a8_device.cuh)
- *           | tile (cu_attn_tile.cuh) | x [ROWS][D] f32 | sums [band][segment][ROWS][16] f32 */
+ *           | tile (cu_attn_tile.cuh) | x [ROWS][D] f32, then tiles to join | sums [band][segment][ROWS][16] f32 */
 #include "backend/cuda/cu_a8_device.cuh"
 #include "backend/cuda/cu_attn_tile.cuh"
 #include "backend/cuda/cu_chain_tile.cuh"
@@ -39,7 +39,10 @@ enum {
     BAND_BYTES = SEGS * UNIT_BYTES,
     O_EACH = SEGS / N_ASKER,               /* segments of a band of o, an asker's */
     OWN_SEGS = (SEGS + WARPS - 1) / WARPS, /* of a row, a warp's */
-    ONCE = 32,                             /* tiles that a join reads at once */
+    ONCE = 40,                             /* tiles that a join reads at once */
+    LOOKS = ONCE / 4,                      /* in so many vectors of a lane */
+    JOIN_STEP = 8,
+    JOIN_DIMS = HEAD / SERVANTS,
 };
 enum { BAR_ALL = 1, BAR_GROUP = 2 /* and 3 */, BAR_SERVE = 4, BAR_START, BAR_ASK };
 
@@ -63,6 +66,7 @@ template <int ROWS> struct one_shape {
     static constexpr int COLUMNS = 4 * ROWS; /* of a product: four segments of all rows */
     static constexpr int x_at = GROUPS * BAND_BYTES, tile_at = x_at + QUADS * COLUMNS * CU_SEGMENT;
     static constexpr int f32_at = tile_at + tile::end_at;
+    static_assert(SERVANTS * ONCE * JOIN_DIMS <= ROWS * HIDDEN, "joins' tiles lie where x was");
     static constexpr int part_at = f32_at + ROWS * HIDDEN * 4;
     static constexpr int end_at = part_at + GROUPS * SEGS * ROWS * CU_BAND * 4;
 };
@@ -419,96 +423,100 @@ static __device__ __forceinline__ void attend(const one_args *args, unsigned cha
     }
 }
 
-/* A word, where it was not there yet; without a branch. */
-static __device__ __forceinline__ void read_if_none(uint32_t *v, const void *p) {
-    asm volatile("{.reg .pred p; setp.eq.u32 p, %0, 0xffffffff; @p ld.relaxed.gpu.global.u32 %0, [%1];}"
-                 : "+r"(*v)
-                 : "l"(p)
+/* A vector of which words were missing; without a branch. */
+static __device__ __forceinline__ void look_if(uint4 *v, const void *p, uint32_t missing) {
+    asm volatile("{.reg .pred p; setp.ne.u32 p, %4, 0; @p ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%5];}"
+                 : "+r"(v->x), "+r"(v->y), "+r"(v->z), "+r"(v->w)
+                 : "r"(missing), "l"(p)
+                 : "memory");
+}
+static __device__ __forceinline__ void look2_if(uint2 *v, const void *p, uint32_t missing) {
+    asm volatile("{.reg .pred p; setp.ne.u32 p, %2, 0; @p ld.relaxed.gpu.global.v2.u32 {%0, %1}, [%3];}"
+                 : "+r"(v->x), "+r"(v->y)
+                 : "r"(missing), "l"(p)
                  : "memory");
 }
 
-/* Words of up to ONCE tiles of a head, of which there are `count`, that were not there yet: O of a lane's dimension,
- * and the lane's tile's M and L. */
-static __device__ __forceinline__ void look_again(uint32_t o[ONCE], uint2 *ml, const float *piece,
-                                                  const float2 *piece_ml, int lane) {
-    if (max(ml->x, ml->y) == CHAIN_NONE) *ml = cu_look2(piece_ml + lane);
-#pragma unroll
-    for (int j = 0; j < ONCE; j++) read_if_none(&o[j], piece + j * HEAD);
-}
-static __device__ __forceinline__ void first_look(uint32_t o[ONCE], uint2 *ml, const float *piece,
-                                                  const float2 *piece_ml, int32_t count, int lane) {
-    *ml = lane < count ? make_uint2(CHAIN_NONE, CHAIN_NONE) : make_uint2(__float_as_uint(-INFINITY), 0);
-#pragma unroll
-    for (int j = 0; j < ONCE; j++) o[j] = j < count ? CHAIN_NONE : 0;
-    look_again(o, ml, piece, piece_ml, lane);
-}
-
-/* Join the tiles of a row's head, a servant 32 dimensions, a lane a dimension; then its codes, for o. room: f32 [128]
- */
+/* Join the tiles of a row's head, a servant JOIN_DIMS dimensions, a lane a dimension; then its codes, for o. A look is
+ * at four tiles a vector; what came is joined while the next look is on its way, out of shared memory: o [ONCE]
+ * [JOIN_DIMS] and ml [ONCE], the servant's. So the code is small, and nearly all of it ran before the last words come:
+ * what runs first after them is far away. room: f32 [128] */
 template <cu_format F>
-static __device__ __forceinline__ void join(const one_args *a, const int32_t *pos, uint32_t *set, float *room,
-                                            int32_t row, int32_t head, int servant, int lane) {
-    const int32_t n_tile = chain_tiles(pos[row]), dim = servant * 32 + lane;
+static __device__ __forceinline__ void join(const one_args *a, const int32_t *pos, uint32_t *set, float *o, float2 *ml,
+                                            float *room, int32_t row, int32_t head, int servant, int lane) {
+    const int32_t n_tile = chain_tiles(pos[row]), nth = lane / 8;
     const int64_t at = piece_at(a, row, head, 0);
-    float *piece = a->piece + at * HEAD + dim;
-    float2 *piece_ml = a->piece_ml + at;
+    const float *piece = a->piece + (at + nth) * HEAD + servant * JOIN_DIMS + lane % 8 * 4;
+    const float2 *piece_ml = a->piece_ml + at + lane;
     float M = -INFINITY, L = 0.0f, acc = 0.0f;
-    uint32_t o[ONCE];
-    uint2 ml;
-    first_look(o, &ml, piece, piece_ml, n_tile, lane);
+    int32_t before = 0, count = 0, joined = 0; /* tiles of earlier rounds, of this one, those of it that are joined */
+    uint32_t missing = 0;                      /* of a lane's vectors of O, then of M and L */
+    uint4 v[LOOKS] = {};
+    uint2 v_ml[2] = {};
 #pragma unroll 1
-    for (int32_t from = 0; from < n_tile; from += ONCE) {
-        const int32_t count = min((int32_t)ONCE, n_tile - from);
-        for (int looks = 0;; chain_again(&looks)) {
-            uint32_t most = max(ml.x, ml.y);
+    for (int looks = 0;; chain_again(&looks)) {
 #pragma unroll
-            for (int j = 0; j < ONCE; j++) most = max(most, o[j]);
-            if (!__any_sync(0xffffffffu, most == CHAIN_NONE)) break;
-            look_again(o, &ml, piece + from * HEAD, piece_ml + from, lane);
-        }
-        uint32_t next_o[ONCE];
-        uint2 next_ml;
-        first_look(next_o, &next_ml, piece + (from + ONCE) * HEAD, piece_ml + from + ONCE, n_tile - from - ONCE, lane);
-        /* The lane's tile: M after it, before it, and its factors. */
-        const float m = __uint_as_float(ml.x);
-        float after = fmaxf(M, m);
-#pragma unroll
-        for (int d = 1; d < 32; d *= 2) {
-            const float other = __shfl_up_sync(0xffffffffu, after, d);
-            if (lane >= d) after = fmaxf(after, other);
-        }
-        float before = __shfl_up_sync(0xffffffffu, after, 1);
-        if (lane == 0) before = M;
-        const float f = attn_ex2(__fsub_rn(before, after)), by = attn_ex2(__fsub_rn(m, after));
-        M = __shfl_sync(0xffffffffu, after, 31);
-#pragma unroll
-        for (int j = 0; j < ONCE; j++) {
-            const float fj = __shfl_sync(0xffffffffu, f, j), bj = __shfl_sync(0xffffffffu, by, j);
-            const float lj = __shfl_sync(0xffffffffu, __uint_as_float(ml.y), j);
-            if (j >= count) continue;
-            L = attn_join(L, lj, fj, bj);
-            acc = attn_join(acc, __uint_as_float(o[j]), fj, bj);
+        for (int i = 0; i < LOOKS; i++) {
+            if (!chain_none(v[i])) missing &= ~(1u << i);
+            *(uint4 *)(o + (4 * i + nth) * JOIN_DIMS + lane % 8 * 4) = v[i];
         }
 #pragma unroll
-        for (int j = 0; j < ONCE; j++) o[j] = next_o[j];
-        ml = next_ml;
+        for (int i = 0; i < 2; i++) {
+            if (max(v_ml[i].x, v_ml[i].y) != CHAIN_NONE) missing &= ~(1u << (LOOKS + i));
+            if (32 * i + lane < ONCE) *(uint2 *)(ml + 32 * i + lane) = v_ml[i];
+        }
+        int32_t first = count; /* that is not there */
+        if (missing >> LOOKS) first = missing >> LOOKS & 1 ? lane : 32 + lane;
+        if (missing << (32 - LOOKS)) first = min(first, 4 * (__ffs((int)missing) - 1) + nth);
+        first = __reduce_min_sync(0xffffffffu, first);
+        const bool all = first == count;
+        const int32_t there = all ? count : first / JOIN_STEP * JOIN_STEP;
+        if (all) { /* the next round's */
+            before += count;
+            count = min(n_tile - before, (int32_t)ONCE);
+            missing = (1u << ((count - nth + 3) >> 2)) - 1;
+            if (lane < count) missing |= 1u << LOOKS;
+            if (32 + lane < count) missing |= 2u << LOOKS;
+        }
+#pragma unroll
+        for (int i = 0; i < LOOKS; i++) look_if(&v[i], piece + (before + 4 * i) * HEAD, missing & 1u << i);
+#pragma unroll
+        for (int i = 0; i < 2; i++) look2_if(&v_ml[i], piece_ml + before + 32 * i, missing & 1u << (LOOKS + i));
+        __syncwarp();
+#pragma unroll 1
+        for (; joined < there; joined += JOIN_STEP) {
+#pragma unroll
+            for (int j = 0; j < JOIN_STEP; j++) {
+                const bool real = joined + j < there;
+                const float2 of_tile = ml[joined + j];
+                float f, b;
+                attn_factors(&M, real ? of_tile.x : -INFINITY, &f, &b);
+                const float next_L = attn_join(L, of_tile.y, f, b);
+                const float next_acc = attn_join(acc, o[(joined + j) * JOIN_DIMS + lane], f, b);
+                if (real) L = next_L, acc = next_acc;
+            }
+        }
+        __syncwarp();
+        if (all) joined = 0;
+        if (count == 0) break;
     }
-    room[dim] = cu_f32(cu_round(__fdiv_rn(acc, L)));
+    room[servant * JOIN_DIMS + lane] = cu_f32(cu_round(__fdiv_rn(acc, L)));
     one_sync<BAR_SERVE, SERVANTS * 32>(); /* the segment is there; M and L were read */
     if (servant == 0) {
         const float4 y = *(const float4 *)(room + lane * 4);
-        const float v[4] = {y.x, y.y, y.z, y.w};
+        const float x[4] = {y.x, y.y, y.z, y.w};
         float scale;
-        const uint32_t code = a8_quantize<a8_codes_of(F)>(&scale, v);
+        const uint32_t code = a8_quantize<a8_codes_of(F)>(&scale, x);
         chain_write(set + a->code_at + ((int64_t)row * a->att.n_head + head) * 32 + lane, disguise<F>(code));
         if (lane == 0) chain_write(set + a->scale_at + row * a->att.n_head + head, __float_as_uint(scale));
     }
+    float *own = a->piece + at * HEAD + servant * JOIN_DIMS + lane;
 #pragma unroll 1
-    for (int32_t j = 0; j < n_tile; j++) chain_write(piece + j * HEAD, CHAIN_NONE);
+    for (int32_t j = 0; j < n_tile; j++) chain_write(own + j * HEAD, CHAIN_NONE);
     if (servant == 1)
 #pragma unroll 1
         for (int32_t j = lane; j < n_tile; j += 32)
-            chain_write2(piece_ml + j, __uint_as_float(CHAIN_NONE), __uint_as_float(CHAIN_NONE));
+            chain_write2(a->piece_ml + at + j, __uint_as_float(CHAIN_NONE), __uint_as_float(CHAIN_NONE));
 }
 
 /* ---- o's rows ---------------------------------------------------------------------------------------------------- */
@@ -555,7 +563,8 @@ static __device__ __forceinline__ void stretch_of(const one_args *a, const int32
 /* What a block's threads share beside the large pieces. */
 typedef struct one_shared {
     float4 room[HEAD / 4];
-    uint64_t qkv[GROUPS][QUADS], done[GROUPS]; /* a band of qkv in shared memory, and nobody reads it any more */
+    float2 ml[SERVANTS][ONCE];                 /* of tiles that are joined */
+    uint64_t qkv[GROUPS][QUADS], done[GROUPS]; /* a band of qkv in shared memory; nobody reads it, nor x, any more */
     uint64_t rows, o[GROUPS];                  /* x and a band of o in shared memory */
     uint64_t ready, kv[2]; /* row_scale, set, pos and by_band are there; keys and values of the first tile */
     float row_scale[4], by_row[SEGS * 4], by_band[2][GROUPS][SEGS];
@@ -567,7 +576,7 @@ template <cu_format F, int ROWS>
 static __device__ __forceinline__ void serve(const one_args *a, one_shared *s, unsigned char *memory, int servant,
                                              int lane) {
     typedef one_shape<ROWS> sh;
-    const float *const f32 = (const float *)(memory + sh::f32_at);
+    float *const f32 = (float *)(memory + sh::f32_at);
     const uint32_t ready = attn_smem(&s->ready);
     const int32_t block = blockIdx.x, n_block = gridDim.x, asker = (servant - FIRST_ASKER) * 32 + lane;
     if (servant == 0 && F == CU_F8A8) {
@@ -624,7 +633,9 @@ static __device__ __forceinline__ void serve(const one_args *a, one_shared *s, u
         other[i] = CHAIN_NONE;
     const int32_t task = n_block - 1 - block;
     if (task < a->n_row * a->att.n_head) {
-        join<F>(a, s->pos, a->set[s->set], (float *)s->room, task / a->att.n_head, task % a->att.n_head, servant, lane);
+        chain_wait(attn_smem(s->done), 0); /* tiles go where x was */
+        join<F>(a, s->pos, a->set[s->set], f32 + servant * (ONCE * JOIN_DIMS), s->ml[servant], (float *)s->room,
+                task / a->att.n_head, task % a->att.n_head, servant, lane);
     }
 }
 
@@ -695,11 +706,9 @@ __global__ void __launch_bounds__(THREADS, 1) attn_one(const __grid_constant__ o
                 norm_row<F, ROWS>(f32 + r * HIDDEN, norm_w, s.row_scale[r], memory + sh::x_at, s.by_row, r, warp, lane);
         a8_show();
         one_sync<BAR_ALL, COMPUTERS>();
-        if (bands[0] >= 0) {
-            multiply_there<F, ROWS>(part, codes_at, here, x_at, warp % 4, lane);
-            __syncwarp();
-            if (lane == 0) bar_arrive(attn_smem(s.done + group));
-        }
+        if (bands[0] >= 0) multiply_there<F, ROWS>(part, codes_at, here, x_at, warp % 4, lane);
+        __syncwarp();
+        if (lane == 0) bar_arrive(attn_smem(s.done + group));
     }
     uint32_t *const set = a.set[s.set];
     if (bands[0] >= 0) {
