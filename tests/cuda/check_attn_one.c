@@ -182,21 +182,11 @@ static const char *format_name(cu_format f) { return f == CU_F8A8 ? "fp8" : "int
 
 static void check_format(cu_format f, int32_t G, int32_t P) {
     static const int32_t lens[][ROWS_MAX] = {
-        {1},
-        {127},
-        {128},
-        {129},
-        {1022},
-        {4097},
-        {4225},
-        {9000},
-        {300, 1},
-        {4096, 129},
-        {1024, 129, 2},
-        {70, 1, 1, 700},
-        {126, 4500, 128, 129},
+        {1},      {127},       {128},          {129},           {1022},
+        {4097},   {4225},      {5120},         {5121},          {9000},
+        {300, 1}, {4096, 129}, {1024, 129, 2}, {70, 1, 1, 700}, {126, 4500, 128, 129},
     };
-    static const int32_t n_row[] = {1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 3, 4, 4};
+    static const int32_t n_row[] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 3, 4, 4};
     char name[120];
     (void)snprintf(name, sizeof name, "attention half %s %d kv heads", format_name(f), G);
     if (!check_begin(name)) return;
