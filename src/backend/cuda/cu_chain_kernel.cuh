@@ -151,7 +151,7 @@ static __device__ __forceinline__ void chain_ask(const chain_args *a, chain_bloc
     if (b->lane < count && at < b->n_fill) {
         const uint32_t bar = b->full + slot * 8, to = attn_smem(b->smem + a->ring_at) + slot * sh::SLOT;
         bar_arrive_expect(bar, sh::SLOT);
-        copy_bulk(to, b->code[at], sh::CODES, bar);
+        copy_bulk_once(to, b->code[at], sh::CODES, bar);
         if (sh::TAIL > 0) copy_bulk(to + sh::CODES, b->code_scale[at], sh::TAIL, bar);
     }
     b->ask += count;

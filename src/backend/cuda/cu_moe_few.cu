@@ -485,7 +485,7 @@ static __device__ __forceinline__ void few_ask(few_shared *s, const few_args *a,
     const uint32_t bar = skinny_shared(full);
     if (lane == 0) {
         bar_arrive_expect(bar, bytes);
-        copy_bulk(skinny_shared(slot), from, bytes, bar);
+        copy_bulk_once(skinny_shared(slot), from, bytes, bar);
     }
 }
 
