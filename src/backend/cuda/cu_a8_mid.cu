@@ -49,9 +49,10 @@ template <cu_format F_, int ROWS_, int WGS_, bool INSIDE_> struct a8_shape {
     static constexpr int HALVES = WGS * 2 * CU_BAND * ROWS * 4;
     /* Whether down (INSIDE) asks for codes while up, which knows the routes, still runs. Of int4 that gains nothing. */
     static constexpr bool EARLY = F != CU_I4A8;
-    /* As many as there is room for beside these, the scales and barriers, and for EARLY beside two blocks of up. */
-    static constexpr int ROOM =
-        (SHARED_CORE / (INSIDE && EARLY ? 3 : BLOCKS) - HALVES - 2048) / (SLOT + SEGMENTS * SCALES * 4);
+    /* Blocks that memory has room for: down's of EARLY lie beside two of up, and up's of int4, whose slots bring more
+     * numbers, come while shared experts' are still there. */
+    static constexpr int BESIDE = INSIDE && EARLY ? 3 : ROWS == 8 && !INSIDE && F == CU_I4A8 ? 4 : BLOCKS;
+    static constexpr int ROOM = (SHARED_CORE / BESIDE - HALVES - 2048) / (SLOT + SEGMENTS * SCALES * 4);
     static constexpr int SLOTS = ROOM < SLOTS_MAX ? ROOM : SLOTS_MAX;
 };
 
