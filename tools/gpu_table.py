@@ -155,7 +155,8 @@ def operators(model, weights, rows, wanted, reads, pairs):
     linear = lambda n, of: (n * dense if of else 0, 2 * n * of, weights == "fp8")
     ops = []
     for layer in range(L):
-        of, seen, seen_by = (rows, reads, pairs) if layer < L - 1 else (wanted, reads if wanted else 0, min(pairs, reads if wanted else 0))
+        last = reads if wanted else 0  # a wanted row sees all of its sequence
+        of, seen, seen_by = (rows, reads, pairs) if layer < L - 1 else (wanted, last, last)
         ops += [linear(2 * D * G * C, rows), linear(D * H * C, of), (2 * seen * 2 * G * C, 4 * seen_by * H * C, False), linear(H * C * D, of)]
         if layer < first:
             ops.append(linear(3 * D * c["intermediate_size"], of))
@@ -313,8 +314,10 @@ def one_row(o, model, shape, weights, kind, size, found, bf16_s):
         if (kind, size) not in found:
             raise CannotRun("finds no memory on this GPU")
         tokens, took, n_bytes, n_op = found[kind, size]
-        at_once = max(n_bytes / o.read, n_op / (o.rate8 if weights == "fp8" else o.rate))
-        floor = prefill_floor(o, model, weights, size) if kind == "prefill" else at_once
+        if kind == "prefill":
+            floor = prefill_floor(o, model, weights, size)
+        else:
+            floor = max(n_bytes / o.read, n_op / (o.rate8 if weights == "fp8" else o.rate))
         return 100 * floor / took, f"{tokens:,.0f} tokens/s, {took * 1e3:.3f} ms, floor {floor * 1e3:.3f}"
     if kind == "times":
         took, of = found["prefill", size[0]][1], bf16_s.get((shape, size[0]))

@@ -281,6 +281,7 @@ typedef struct way {
     int32_t chunk, crowd;
     bool scatter, graphs, plain; /* plain: greedy without logprobs */
     bool no_mtp;                 /* though the model has it: then the last layer is of the wanted rows alone */
+    bool amid;                   /* rows amid a prompt are wanted, too */
 } way;
 
 typedef struct rig {
@@ -290,6 +291,18 @@ typedef struct rig {
     ern_sample sample[ROWS];
     int32_t text[LENGTH + 1];
 } rig;
+
+static void add_want(rig *g, ern_batch *in, int32_t index, int32_t row, const way *w) {
+    g->sample[in->n_want] = (ern_sample){.temperature = w->plain || index % 2 ? 0 : 0.9f,
+                                         .top_p = w->plain ? 1 : 0.95f,
+                                         .top_k = w->plain ? 0 : 50,
+                                         .repetition = 1,
+                                         .seed = 77 + (uint64_t)index,
+                                         .position = g->pos[row] + 1,
+                                         .forced = -1,
+                                         .n_top = w->plain ? -1 : 20};
+    g->want[in->n_want++] = row;
+}
 
 static void add_seq(rig *g, ern_batch *in, int32_t index, int32_t pos, int32_t n, const way *w, bool target) {
     const int32_t s = in->n_seq++;
@@ -309,15 +322,8 @@ static void add_seq(rig *g, ern_batch *in, int32_t index, int32_t pos, int32_t n
     g->kv_len[s] = pos + n;
     g->row0[s + 1] = in->n_row;
     if (target && pos + n < PROMPT) return; /* nothing is wanted of it yet */
-    g->sample[in->n_want] = (ern_sample){.temperature = w->plain || index % 2 ? 0 : 0.9f,
-                                         .top_p = w->plain ? 1 : 0.95f,
-                                         .top_k = w->plain ? 0 : 50,
-                                         .repetition = 1,
-                                         .seed = 77 + (uint64_t)index,
-                                         .position = pos + n,
-                                         .forced = -1,
-                                         .n_top = w->plain ? -1 : 20};
-    g->want[in->n_want++] = in->n_row - 1;
+    if (w->amid && !target && n > 1) add_want(g, in, index, in->n_row - n, w);
+    add_want(g, in, index, in->n_row - 1, w);
 }
 
 static void serve(const ern_model *m, ern_kv_dtype kv, const way *w, ern_sampled out[REPLY + 1]) {
@@ -329,7 +335,7 @@ static void serve(const ern_model *m, ern_kv_dtype kv, const way *w, ern_sampled
                                    .n_page_cell = P,
                                    .n_row_max = ROWS,
                                    .n_seq_max = CROWD_MAX + 1,
-                                   .n_want_max = CROWD_MAX + 1,
+                                   .n_want_max = 2 * (CROWD_MAX + 1),
                                    .n_len_max = LENGTH,
                                    .kv_dtype = kv,
                                    .level = -1,
@@ -352,9 +358,12 @@ static void serve(const ern_model *m, ern_kv_dtype kv, const way *w, ern_sampled
                         .want = g.want,
                         .sample = g.sample};
         int32_t n = pos < PROMPT ? (PROMPT - pos < w->chunk ? PROMPT - pos : w->chunk) : 1;
-        int32_t before = w->crowd / 3;
+        int32_t before = w->crowd / 3, at = 0;
         for (int32_t i = 1; i <= w->crowd; i++) {
-            if (i == before + 1) add_seq(&g, &in, 0, pos, n, w, true);
+            if (i == before + 1) {
+                at = in.n_want;
+                add_seq(&g, &in, 0, pos, n, w, true);
+            }
             int32_t rows = crowd_pos[i] == 0 ? 2 + i % 4 : 1;
             add_seq(&g, &in, i, crowd_pos[i] % (LENGTH - 8), rows, w, false);
             crowd_pos[i] += rows;
@@ -370,7 +379,7 @@ static void serve(const ern_model *m, ern_kv_dtype kv, const way *w, ern_sampled
         made_check(cuda->wait(b, &r, &err), &err, "a step");
         pos += n;
         if (pos < PROMPT) continue;
-        out[k] = r.sampled[w->crowd ? before : 0];
+        out[k] = r.sampled[at];
         if (pos <= LENGTH) g.text[pos] = out[k].token;
         k++;
     }
@@ -380,19 +389,26 @@ static void serve(const ern_model *m, ern_kv_dtype kv, const way *w, ern_sampled
 static bool same(const ern_sampled *a, const ern_sampled *b) { return !a->bad && same_sampled(a, b); }
 
 static void sameness(const char *what, const ern_model *m, ern_kv_dtype kv) {
-    static const way ways[] = {{PROMPT, 0, false, true, false, false}, {PROMPT, 0, false, false, false, false},
-                               {1, 0, true, true, false, false},       {17, 0, true, true, false, false},
-                               {128, 5, true, true, false, false},     {PROMPT, 63, true, true, false, false},
-                               {256, 130, true, true, false, false},   {64, 9, false, false, false, false},
-                               {PROMPT, 0, false, true, false, true},  {64, 9, true, true, false, true},
-                               {PROMPT, 63, true, true, false, true}};
+    static const way ways[] = {{PROMPT, 0, .graphs = true},
+                               {PROMPT, 0, .graphs = false},
+                               {1, 0, .scatter = true, .graphs = true},
+                               {17, 0, .scatter = true, .graphs = true},
+                               {128, 5, .scatter = true, .graphs = true},
+                               {PROMPT, 63, .scatter = true, .graphs = true},
+                               {256, 130, .scatter = true, .graphs = true},
+                               {64, 9, .graphs = false},
+                               {PROMPT, 0, .graphs = true, .no_mtp = true},
+                               {64, 9, .scatter = true, .graphs = true, .no_mtp = true},
+                               {PROMPT, 63, .scatter = true, .graphs = true, .no_mtp = true},
+                               {64, 9, .graphs = true, .no_mtp = true, .amid = true},
+                               {PROMPT, 40, .scatter = true, .no_mtp = true, .amid = true}};
     ern_sampled want[REPLY + 1], have[REPLY + 1];
     for (size_t i = 0; i < sizeof ways / sizeof *ways; i++) {
         char name[112];
-        if (ways[i].no_mtp && !m->has_mtp) continue;
-        (void)snprintf(name, sizeof name, "bits %s %s KV: chunk %d crowd %d%s%s%s", what, kv_name[kv], ways[i].chunk,
+        if (ways[i].no_mtp && !ways[i].amid && !m->has_mtp) continue; /* it stands above */
+        (void)snprintf(name, sizeof name, "bits %s %s KV: chunk %d crowd %d%s%s%s%s", what, kv_name[kv], ways[i].chunk,
                        ways[i].crowd, ways[i].scatter ? " scattered" : "", ways[i].graphs ? "" : " no graphs",
-                       ways[i].no_mtp ? " no MTP" : "");
+                       ways[i].no_mtp ? " no MTP" : "", ways[i].amid ? " wanted amid" : "");
         if (filter && !strstr(name, filter)) return;
         serve(m, kv, &ways[i], i ? have : want);
         if (i == 0) memcpy(have, want, sizeof have);
@@ -403,7 +419,8 @@ static void sameness(const char *what, const ern_model *m, ern_kv_dtype kv) {
             bad, have[bad < 0 ? 0 : bad].token, want[bad < 0 ? 0 : bad].token, (double)have[bad < 0 ? 0 : bad].logprob,
             (double)want[bad < 0 ? 0 : bad].logprob);
     }
-    way plain = {PROMPT, 0, false, true, true, false}, crowd = {64, 63, true, true, true, false};
+    way plain = {PROMPT, 0, .graphs = true, .plain = true};
+    way crowd = {64, 63, .scatter = true, .graphs = true, .plain = true};
     serve(m, kv, &plain, want);
     serve(m, kv, &crowd, have);
     bool good = true;

@@ -383,8 +383,8 @@ static int32_t ceil_div(int32_t a, int32_t b) { return (a + b - 1) / b; }
 static int32_t least(int32_t a, int32_t b) { return a < b ? a : b; }
 static bool aligned(const void *p) { return ((uintptr_t)p & 15) == 0; }
 
-/* n_rank blocks a tile, of n_cluster tiles at once; a block's memory is `room`, or what it takes to have a ring at all.
- * false: that is too much. Of a ring that comes round a slot is always the same warpgroup's: phases of a barrier are
+/* n_rank blocks a tile, of n_cluster tiles at once; a block's memory is `room`, or all there is where that leaves no
+ * ring. false: nor does that. Of a ring that comes round a slot is always the same warpgroup's: phases of a barrier are
  * told apart by parity, and one that did not wait for the codes before could take the end of those before them for the
  * end of its own. */
 template <cu_format F, int ROWS> static bool plan(split_args *a, int32_t n_rank, int32_t n_cluster, int32_t room) {
@@ -414,7 +414,8 @@ static cudaError_t kernel_ready(uint64_t *ready, const void *kernel) {
 /* As many blocks a tile as give every multiprocessor something. Where a block has more segments than it can ask for at
  * once, codes should keep coming, and a second wave of blocks would begin with none on their way: no more blocks than
  * multiprocessors, if that is most of them, and several of very many tiles a block. Gate and up go the second way, down
- * of the same layer the first: its blocks find room beside those, and ask for what they can before they wait. */
+ * of the same layer the first: of one or two rows its blocks find room beside those, and ask for what they can before
+ * they wait. */
 template <cu_format F, int ROWS> static cudaError_t run(cudaStream_t s, const cu_job *j) {
     static uint64_t ready;
     split_args a = {};

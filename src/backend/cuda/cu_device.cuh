@@ -29,20 +29,10 @@ static __device__ __forceinline__ void cu_mma(float acc[4], const uint32_t a[4],
 
 /* How copies and loads use the L2 cache. What one block alone reads and reads once (weights of few rows, keys and
  * values: all together many times the cache) leaves it before anything else; so code, tables, x and results on their
- * way to other blocks stay. For sm_90 the words are written out (an H200 makes the same of createpolicy): ptxas 13 may
- * drop a createpolicy in front of cp.async, which then reads a register that nobody wrote. */
-static __device__ __forceinline__ uint64_t cu_read_once(void) {
-#if CU_PORTABLE
-    uint64_t policy;
-    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-    return policy;
-#else
-    return 0x12f0000000000000ull;
-#endif
-}
-#if !CU_PORTABLE
+ * way to other blocks stay. The words are those that createpolicy makes (compared on an H200), written out: ptxas 13
+ * may drop a createpolicy in front of cp.async, which then reads a register that nobody wrote. */
+static __device__ __forceinline__ uint64_t cu_read_once(void) { return 0x12f0000000000000ull; }
 static __device__ __forceinline__ uint64_t cu_read_often(void) { return 0x16f0000000000000ull; }
-#endif
 
 /* ---- codes to bf16 pairs: exact (cu_kernels.h draws the words) ----------------------------------------------------
  */

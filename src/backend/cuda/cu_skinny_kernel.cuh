@@ -137,7 +137,8 @@ static __device__ __forceinline__ void skinny_ask_unit(const unsigned char *pack
         ONCE ? skinny_copy16_once(to + i, from + i) : skinny_copy16(to + i, from + i);
     if (F == CU_F8 && lane == 0) skinny_copy4(slot + skinny_shape<F>::UNIT, scale + at);
 }
-/* Ask for the next unit; a group of copies is closed each time, with or without any. */
+/* Ask for the next unit; a group of copies is closed each time, with or without any. Not ONCE: several blocks read an
+ * expert of many rows, and ptxas 13 loses a policy that is chosen at run time (cu_read_once). */
 template <cu_format F> static __device__ __forceinline__ void skinny_ask(skinny_walk *k, uint32_t slot, int lane) {
     if (k->job < k->n_job) {
         const int32_t seg = (k->v >> k->pairs) * k->n_cw + k->cw;

@@ -159,7 +159,7 @@ typedef struct cu_backend {
 
     cudaStream_t stream;
     cudaStream_t feed; /* arrays in and attention's lists, of the step after the one that runs */
-    cudaStream_t side; /* shared experts of few rows, beside the others: from fork to join */
+    cudaStream_t side; /* shared experts of few rows, beside others and router: from fork to join */
     cudaEvent_t fork, join;
     cudaEvent_t copied; /* after the last kv_copy */
     cu_slot slot[CU_SLOTS];

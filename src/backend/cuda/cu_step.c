@@ -188,8 +188,9 @@ static void run_experts(const run *r, const cu_layer *w, const cu_routes *routes
  * more rows takes longer than is gained. */
 static bool shared_first(const cu_layer *w, int32_t n) { return w->has_shared && n == 1 && takes_codes(&w->ffn.up); }
 
-/* shared_y = the shared experts. Of few rows they run beside the other experts, whose first kernels leave the memory
- * idle, until shared_join. x8: the rows; route: what makes them, where shared_first. */
+/* shared_y = the shared experts. Of few rows they run beside the other experts, of one row beside the router as
+ * well: kernels that leave the memory idle. Until shared_join. x8: the rows; route: what makes them, where
+ * shared_first. */
 static void run_shared(const run *r, const cu_layer *w, int32_t n, const cu_x8 *x8, const cu_route_job *route) {
     cu_backend *b = r->b;
     const bool beside = n <= CU_SKINNY_MAX;
@@ -491,6 +492,9 @@ static void run_kernels(run *r) {
     cu_backend *b = r->b;
     const cu_weights *k = &b->weights;
     const ern_config *m = &b->model->config;
+    r->x = b->x;
+    r->n_x = r->n_row;
+    r->wanted_alone = false;
     CU_DO(b, cu_embed(b->stream, b->x, r->dev.token, b->ids, k->embed, r->n_row, m->n_hidden));
     show(r, "embed", -1, 0, b->x, r->n_row, m->n_hidden);
     if (r->chain) CU_DO(b, cu_chain_run(b->stream, &b->chain, b->x, &b->cache, &r->seqs));
@@ -510,8 +514,6 @@ static run run_of(cu_backend *b, cu_slot *s, int32_t n_row, int32_t n_seq, int32
              .n_row = n_row,
              .n_seq = n_seq,
              .n_want = n_want,
-             .x = b->x,
-             .n_x = n_row,
              .decode = true,
              .greedy = true,
              .staged = true};
@@ -560,7 +562,7 @@ static void rows_fill(run *r) {
         ERN_ASSERT(in->token[t] < b->model->config.n_vocab && -1 - in->token[t] < b->n_prev_want);
     }
     r->wide = true;
-    r->ends = 2 * in->n_want <= in->n_row;
+    r->ends = !b->o.mtp && !b->probe && 2 * in->n_want <= in->n_row;
     int32_t w = 0;
     for (int64_t q = 0; q < in->n_seq; q++) {
         const int32_t n = (in->kv_len[q] + P - 1) / P;

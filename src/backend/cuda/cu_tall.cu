@@ -184,7 +184,7 @@ cudaError_t cu_tall_run(cudaStream_t s, const cu_job *j, bool *took) {
     const size_t part = (size_t)j->w.n_seg * (size_t)(j->n_row * CU_BAND + (j->w.format == CU_F8)) * sizeof(float);
     size_t bytes = ring[j->w.format] + x + part;
     const int n_block = bytes <= shared_most(BLOCKS) ? BLOCKS : BLOCKS_FEW;
-    const bool shares = bytes <= shared_most(n_block);
+    const bool shares = bytes <= shared_most(n_block); /* not 8 rows of 2560 numbers */
     if (!shares) bytes -= part;
     if (bytes > shared_most(n_block)) return cudaSuccess;
     *took = true;
