@@ -35,21 +35,25 @@ static __device__ __forceinline__ float a8_number(int32_t sum) { /* 3 * 2^22 + s
 #define A8_D16(c, d) A8_D8(c, d), A8_D8(c, (d) + 8)
 #define A8_D32(c, d) A8_D16(c, d), A8_D16(c, (d) + 16)
 #define A8_D64(c, d) A8_D32(c, d), A8_D32(c, (d) + 32)
-#define A8_PRODUCT(n, types, signs, names, from, on, list, c)                                          \
+/* ...: operand A. */
+#define A8_PRODUCT(n, types, signs, names, from, on, list, c, ...)                                     \
     asm volatile("{.reg .pred p; setp.ne.b32 p, " on ", 0;\n"                                          \
                  "wgmma.mma_async.sync.aligned.m64n" n "k32." types " {" names from ", p" signs ";}\n" \
                  : list(c, d)                                                                          \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add))
-#define A8_PRODUCTS(types, signs, c)                                                                                  \
-    static_assert(N == 8 || N == 16 || N == 32 || N == 64, "rows of a product");                                      \
-    if constexpr (N == 8) A8_PRODUCT("8", types, signs, "%0, %1, %2, %3}, ", "{%4, %5, %6, %7}, %8", "%9", A8_D4, c); \
-    if constexpr (N == 16)                                                                                            \
-        A8_PRODUCT("16", types, signs, "%0, %1, %2, %3, %4, %5, %6, %7}, ", "{%8, %9, %10, %11}, %12", "%13", A8_D8,  \
-                   c);                                                                                                \
-    if constexpr (N == 32)                                                                                            \
-        A8_PRODUCT("32", types, signs, "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, ",     \
-                   "{%16, %17, %18, %19}, %20", "%21", A8_D16, c);                                                    \
-    if constexpr (N == 64) A8_PRODUCT("64", types, signs, CU_D32_NAMES, "{%32, %33, %34, %35}, %36", "%37", A8_D32, c)
+                 : __VA_ARGS__, "l"(b), "r"(add))
+#define A8_LANE "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3])
+#define A8_PRODUCTS(types, signs, c)                                                                                 \
+    static_assert(N == 8 || N == 16 || N == 32 || N == 64, "rows of a product");                                     \
+    if constexpr (N == 8)                                                                                            \
+        A8_PRODUCT("8", types, signs, "%0, %1, %2, %3}, ", "{%4, %5, %6, %7}, %8", "%9", A8_D4, c, A8_LANE);         \
+    if constexpr (N == 16)                                                                                           \
+        A8_PRODUCT("16", types, signs, "%0, %1, %2, %3, %4, %5, %6, %7}, ", "{%8, %9, %10, %11}, %12", "%13", A8_D8, \
+                   c, A8_LANE);                                                                                      \
+    if constexpr (N == 32)                                                                                           \
+        A8_PRODUCT("32", types, signs, "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, ",    \
+                   "{%16, %17, %18, %19}, %20", "%21", A8_D16, c, A8_LANE);                                          \
+    if constexpr (N == 64)                                                                                           \
+    A8_PRODUCT("64", types, signs, CU_D32_NAMES, "{%32, %33, %34, %35}, %36", "%37", A8_D32, c, A8_LANE)
 
 /* d = A B + (add ? d : 0): 64 outputs, N rows, 32 inputs. a: of the warp's band. b: describes the rows. d: N / 8
  * squares of four as cu_mma has them: outputs g, g, g + 8, g + 8 of rows 2c, 2c + 1, 2c, 2c + 1. */

@@ -126,15 +126,11 @@ static __device__ __forceinline__ void take_band(band_codes *c, const unsigned c
 }
 
 /* d = A B + (add ? d : 0), 32 inputs: 64 outputs and N rows, both in shared memory. */
-#define ONE_PRODUCT(n, types, signs, names, from, on, list, c)                                               \
-    asm volatile("{.reg .pred p; setp.ne.b32 p, " on ", 0;\n"                                                \
-                 "wgmma.mma_async.sync.aligned.m64n" n "k32." types " {" names "}, " from ", p" signs ";}\n" \
-                 : list(c, d)                                                                                \
-                 : "l"(a), "l"(b), "r"(add))
-#define ONE_PRODUCTS(types, signs, c)                                                                 \
-    static_assert(N == 8 || N == 16, "rows of a product");                                            \
-    if constexpr (N == 8) ONE_PRODUCT("8", types, signs, "%0, %1, %2, %3", "%4, %5", "%6", A8_D4, c); \
-    if constexpr (N == 16) ONE_PRODUCT("16", types, signs, "%0, %1, %2, %3, %4, %5, %6, %7", "%8, %9", "%10", A8_D8, c)
+#define ONE_PRODUCTS(types, signs, c)                                                                           \
+    static_assert(N == 8 || N == 16, "rows of a product");                                                      \
+    if constexpr (N == 8) A8_PRODUCT("8", types, signs, "%0, %1, %2, %3}, ", "%4, %5", "%6", A8_D4, c, "l"(a)); \
+    if constexpr (N == 16)                                                                                      \
+    A8_PRODUCT("16", types, signs, "%0, %1, %2, %3, %4, %5, %6, %7}, ", "%8, %9", "%10", A8_D8, c, "l"(a))
 template <int N> static __device__ __forceinline__ void product(float *d, uint64_t a, uint64_t b, int add) {
     ONE_PRODUCTS("f32.e4m3.e4m3", ", 1, 1", "+f");
 }
