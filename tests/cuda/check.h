@@ -56,6 +56,15 @@ enum { CHECK_EXPERTS = 5, CHECK_USED = 3 };
  * well. */
 void check_routes_new(cu_routes *r, int32_t n_row, int32_t tile_rows, int32_t *first, int32_t *place_entry);
 void check_routes_free(cu_routes *r);
+/* All of cu_routes for the router to fill: memory, poisoned, holds chosen, share, place_entry, entry_place, tiles,
+ * first, n_tile and logit one after the other; scratch lies apart, zeros. */
+typedef struct check_lists {
+    cu_routes r;
+    unsigned char *memory;
+    size_t bytes;
+} check_lists;
+check_lists check_lists_new(int32_t n_row, int32_t n_expert, int32_t n_used);
+void check_lists_free(check_lists *l);
 
 /* Where and how much the worst of compared numbers is off, for check_end. Begins as zeros. */
 typedef struct check_worst {

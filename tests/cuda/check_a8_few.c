@@ -81,37 +81,8 @@ static void rows_apart(rows *r, cu_codes codes) {
 /* ---- the router ---------------------------------------------------------------------------------------------------
  */
 
-/* All of cu_routes for few rows in one piece of device memory. */
-typedef struct lists {
-    cu_routes r;
-    unsigned char *memory;
-    size_t bytes;
-} lists;
-
-static lists lists_new(int32_t n_row, int32_t n_expert, int32_t n_used) {
-    lists l = {.r = {.n_expert = n_expert, .n_used = n_used, .tile_rows = cu_tile_rows(n_row, n_used, n_expert)}};
-    const size_t n = (size_t)(n_row * n_used), tiles = (size_t)cu_tiles_max(n_row, n_used, n_expert);
-    const size_t e = (size_t)n_expert, words = 4 * n + 2 * tiles + (e + 1) + 1 + (size_t)n_row * e;
-    l.bytes = words * 4;
-    l.memory = check_new(NULL, l.bytes);
-    int32_t *at = (int32_t *)(void *)l.memory;
-    l.r.chosen = at, at += n;
-    l.r.share = (float *)(void *)at, at += n;
-    l.r.place_entry = at, at += n;
-    l.r.entry_place = at, at += n;
-    l.r.tile_expert = at, at += tiles;
-    l.r.tile_place = at, at += tiles;
-    l.r.first = at, at += e + 1;
-    l.r.n_tile = at, at += 1;
-    l.r.logit = (float *)(void *)at;
-    l.r.scratch = check_new(NULL, (2 * e + 2) * 4);
-    CHECK_CUDA(cudaMemset(l.r.scratch, 0, (2 * e + 2) * 4));
-    return l;
-}
-static void lists_free(lists *l) { check_free(l->memory), check_free(l->r.scratch); }
-
 /* The places of an expert are in any order: sort them. */
-static unsigned char *lists_get(const lists *l, int32_t n_row) {
+static unsigned char *lists_get(const check_lists *l, int32_t n_row) {
     unsigned char *all = take(l->bytes);
     check_get(all, l->memory, l->bytes);
     const int32_t n = n_row * l->r.n_used, E = l->r.n_expert;
@@ -129,7 +100,7 @@ static unsigned char *lists_get(const lists *l, int32_t n_row) {
     return all;
 }
 /* Each entry's place holds the entry. */
-static bool lists_agree(const lists *l, int32_t n) {
+static bool lists_agree(const check_lists *l, int32_t n) {
     int32_t *word = take(l->bytes);
     check_get(word, l->memory, l->bytes);
     bool good = true;
@@ -161,7 +132,7 @@ static void check_route(int32_t n_expert, int32_t n_used, int32_t n_hidden, bool
     for (size_t k = 0; k < sizeof n_rows / sizeof *n_rows && !fault; k++) {
         const int32_t n_row = n_rows[k], n = n_row * n_used;
         rows r = rows_new(n_row, n_hidden, false);
-        lists l = lists_new(n_row, n_expert, n_used);
+        check_lists l = check_lists_new(n_row, n_expert, n_used);
         const cu_route_job j = {.x = r.x,
                                 .norm_w = r.w,
                                 .eps = 1e-5f,
@@ -200,7 +171,7 @@ static void check_route(int32_t n_expert, int32_t n_used, int32_t n_hidden, bool
             free(got_rows), free(got);
         }
         free(want_rows), free(want);
-        lists_free(&l);
+        check_lists_free(&l);
         rows_free(&r);
     }
     check_that(name, !fault, fault);
@@ -361,10 +332,15 @@ static void check_linear(cu_format f, cu_epilogue e, int32_t n_out, int32_t n_in
 /* ---- how long it takes --------------------------------------------------------------------------------------------
  */
 
-static double us_each(cudaStream_t s, cudaGraphExec_t exec, int n) {
+/* us of each of n parts of what s captures, which ends here. */
+static double us_each(cudaStream_t s, int n) {
     enum { ROUNDS = 5 };
+    cudaGraph_t graph;
+    cudaGraphExec_t exec;
     cudaEvent_t a, b;
     float ms = 0.0f, best = 1e9f;
+    CHECK_CUDA(cudaStreamEndCapture(s, &graph));
+    CHECK_CUDA(cudaGraphInstantiate(&exec, graph, 0));
     CHECK_CUDA(cudaEventCreate(&a));
     CHECK_CUDA(cudaEventCreate(&b));
     for (int i = 0; i < ROUNDS; i++) {
@@ -377,8 +353,25 @@ static double us_each(cudaStream_t s, cudaGraphExec_t exec, int n) {
     }
     CHECK_CUDA(cudaEventDestroy(a));
     CHECK_CUDA(cudaEventDestroy(b));
+    CHECK_CUDA(cudaGraphExecDestroy(exec));
+    CHECK_CUDA(cudaGraphDestroy(graph));
     return (double)best * 1e3 / n;
 }
+/* A linear for times: all bytes are `fill`, the scale is the caller's. */
+static cu_linear filled_new(cu_format format, int32_t n_out, int32_t n_in, bool pairs, int fill) {
+    cu_linear w = {.format = format,
+                   .n_out = n_out,
+                   .n_in = n_in,
+                   .n_band = CU_BANDS(n_out) * (pairs ? 2 : 1),
+                   .n_seg = CU_PAD(n_in) / CU_SEGMENT,
+                   .pairs = pairs};
+    void *pack;
+    CHECK_CUDA(cudaMalloc(&pack, (size_t)cu_pack_bytes(&w)));
+    CHECK_CUDA(cudaMemset(pack, fill, (size_t)cu_pack_bytes(&w)));
+    w.pack = pack;
+    return w;
+}
+static void filled_free(const cu_linear *w) { CHECK_CUDA(cudaFree((void *)(uintptr_t)w->pack)); }
 
 static void show_times(void) {
     enum { D = 2560, E = 64, K = 6, LAYERS = 28 };
@@ -392,10 +385,8 @@ static void show_times(void) {
     float *drouter = check_new(router, (size_t)LAYERS * E * D * sizeof *router);
     for (size_t k = 0; k < sizeof n_rows / sizeof *n_rows; k++) {
         rows r = rows_new(n_rows[k], D, false);
-        lists l = lists_new(n_rows[k], E, K);
+        check_lists l = check_lists_new(n_rows[k], E, K);
         for (int way = 0; way < 2; way++) {
-            cudaGraph_t graph;
-            cudaGraphExec_t exec;
             CHECK_CUDA(cudaStreamBeginCapture(s, cudaStreamCaptureModeThreadLocal));
             for (int i = 0; i < LAYERS; i++) {
                 const cu_route_job j = {.x = r.x,
@@ -413,14 +404,10 @@ static void show_times(void) {
                     CHECK_CUDA(cu_route(s, &j, &l.r));
                 }
             }
-            CHECK_CUDA(cudaStreamEndCapture(s, &graph));
-            CHECK_CUDA(cudaGraphInstantiate(&exec, graph, 0));
             printf("      %s of %d rows: %.2f us\n", way ? "route few" : "norm, codes, route", n_rows[k],
-                   us_each(s, exec, LAYERS));
-            CHECK_CUDA(cudaGraphExecDestroy(exec));
-            CHECK_CUDA(cudaGraphDestroy(graph));
+                   us_each(s, LAYERS));
         }
-        lists_free(&l);
+        check_lists_free(&l);
         rows_free(&r);
     }
     CHECK_CUDA(cudaStreamDestroy(s));
@@ -446,19 +433,8 @@ static void show_linear_times(void) {
             const int32_t n_out = shapes[k].n_out, n_in = shapes[k].n_in;
             const int n_copy = n_out > 100000 ? 2 : COPIES;
             cu_linear w[COPIES];
-            void *pack[COPIES], *scale;
-            for (int i = 0; i < n_copy; i++) {
-                w[i] = (cu_linear){.format = formats[f],
-                                   .n_out = n_out,
-                                   .n_in = n_in,
-                                   .n_band = CU_BANDS(n_out) * (shapes[k].pairs ? 2 : 1),
-                                   .n_seg = CU_PAD(n_in) / CU_SEGMENT,
-                                   .pairs = shapes[k].pairs};
-                const size_t bytes = (size_t)cu_pack_bytes(&w[i]);
-                CHECK_CUDA(cudaMalloc(&pack[i], bytes));
-                CHECK_CUDA(cudaMemset(pack[i], 0x31 + i, bytes));
-                w[i].pack = pack[i];
-            }
+            void *scale;
+            for (int i = 0; i < n_copy; i++) w[i] = filled_new(formats[f], n_out, n_in, shapes[k].pairs, 0x31 + i);
             const size_t n_scale = (size_t)cu_scale_count(&w[0]) * sizeof(float);
             CHECK_CUDA(cudaMalloc(&scale, n_scale));
             CHECK_CUDA(cudaMemset(scale, 0, n_scale));
@@ -468,8 +444,6 @@ static void show_linear_times(void) {
             void *y = check_new(NULL, (size_t)n_out * CU_SKINNY_MAX * sizeof(float));
             for (size_t q = 0; q < sizeof n_rows / sizeof *n_rows; q++)
                 for (int norm = 0; norm < 2; norm++) {
-                    cudaGraph_t graph;
-                    cudaGraphExec_t exec;
                     CHECK_CUDA(cudaStreamBeginCapture(s, cudaStreamCaptureModeThreadLocal));
                     for (int i = 0; i < n_copy; i++) {
                         const cu_job j = {.w = w[i],
@@ -486,18 +460,14 @@ static void show_linear_times(void) {
                                           .ldh = n_out};
                         CHECK_CUDA(formats[f] == CU_I8 ? cu_skinny_run(s, &j) : cu_a8_skinny_run(s, &j));
                     }
-                    CHECK_CUDA(cudaStreamEndCapture(s, &graph));
-                    CHECK_CUDA(cudaGraphInstantiate(&exec, graph, 0));
-                    const double us = us_each(s, exec, n_copy);
+                    const double us = us_each(s, n_copy);
                     printf("      %s %d x %d, %d rows%s: %.2f us, %.2f TB/s\n", format_name[formats[f]], n_out, n_in,
                            n_rows[q], norm ? ", norm" : "", us, (double)cu_pack_bytes(&w[0]) / us * 1e-6);
-                    CHECK_CUDA(cudaGraphExecDestroy(exec));
-                    CHECK_CUDA(cudaGraphDestroy(graph));
                 }
             inputs_free(&in);
             rows_free(&r);
             check_free(y);
-            for (int i = 0; i < n_copy; i++) CHECK_CUDA(cudaFree(pack[i]));
+            for (int i = 0; i < n_copy; i++) filled_free(&w[i]);
             CHECK_CUDA(cudaFree(scale));
         }
     CHECK_CUDA(cudaStreamDestroy(s));
@@ -518,29 +488,18 @@ static void show_dense_times(void) {
     CHECK_CUDA(cudaMemset(h, 0, (size_t)CU_SKINNY_MAX * F * sizeof *h));
     for (size_t f = 0; f < sizeof formats / sizeof *formats; f++) {
         cu_linear w[COPIES][2];
-        void *pack[COPIES][2], *scale;
+        void *scale;
         size_t n_scale = 0;
         for (int i = 0; i < COPIES; i++)
             for (int k = 0; k < 2; k++) {
-                const int32_t n_out = k ? D : F, n_in = k ? F : D;
-                w[i][k] = (cu_linear){.format = formats[f],
-                                      .n_out = n_out,
-                                      .n_in = n_in,
-                                      .n_band = CU_BANDS(n_out) * (k ? 1 : 2),
-                                      .n_seg = n_in / CU_SEGMENT,
-                                      .pairs = !k};
-                const size_t bytes = (size_t)cu_pack_bytes(&w[i][k]), n = (size_t)cu_scale_count(&w[i][k]);
-                CHECK_CUDA(cudaMalloc(&pack[i][k], bytes));
-                CHECK_CUDA(cudaMemset(pack[i][k], 0x31 + i, bytes));
-                w[i][k].pack = pack[i][k];
+                w[i][k] = filled_new(formats[f], k ? D : F, k ? F : D, !k, 0x31 + i);
+                const size_t n = (size_t)cu_scale_count(&w[i][k]);
                 if (n > n_scale) n_scale = n;
             }
         CHECK_CUDA(cudaMalloc(&scale, n_scale * sizeof(float)));
         CHECK_CUDA(cudaMemset(scale, 0, n_scale * sizeof(float)));
         for (size_t q = 0; q < sizeof n_rows / sizeof *n_rows; q++)
             for (int inside = 0; inside < 2; inside++) {
-                cudaGraph_t graph;
-                cudaGraphExec_t exec;
                 CHECK_CUDA(cudaStreamBeginCapture(s, cudaStreamCaptureModeThreadLocal));
                 for (int i = 0; i < COPIES; i++) {
                     w[i][0].scale = w[i][1].scale = scale;
@@ -553,17 +512,13 @@ static void show_dense_times(void) {
                     CHECK_CUDA(cu_a8_skinny_run(s, &up));
                     CHECK_CUDA(cu_a8_skinny_run(s, &down));
                 }
-                CHECK_CUDA(cudaStreamEndCapture(s, &graph));
-                CHECK_CUDA(cudaGraphInstantiate(&exec, graph, 0));
-                const double us = us_each(s, exec, COPIES);
+                const double us = us_each(s, COPIES);
                 printf("      dense layer, %s, %d rows, norm %s: %.2f us, %.2f TB/s\n", format_name[formats[f]],
                        n_rows[q], inside ? "inside" : "apart", us,
                        (double)(cu_pack_bytes(&w[0][0]) + cu_pack_bytes(&w[0][1])) / us * 1e-6);
-                CHECK_CUDA(cudaGraphExecDestroy(exec));
-                CHECK_CUDA(cudaGraphDestroy(graph));
             }
         for (int i = 0; i < COPIES; i++)
-            for (int k = 0; k < 2; k++) CHECK_CUDA(cudaFree(pack[i][k]));
+            for (int k = 0; k < 2; k++) filled_free(&w[i][k]);
         CHECK_CUDA(cudaFree(scale));
     }
     rows_free(&r);

@@ -71,8 +71,7 @@ typedef struct half {
     cu_bf16 *other_x; /* what the others compute from, and to */
     float *other_y;
     cu_x8 x8;
-    cu_routes routes;
-    int32_t *lists;
+    check_lists lists;
     cudaStream_t stream, side, other;
     cudaEvent_t fork, join;
     bool wait; /* after each kernel */
@@ -107,20 +106,8 @@ static half half_new(cu_format shared, cu_format f, int32_t n_row, int32_t n_hid
     const int64_t ld_scale = (n_row + 3) / 4 * 4;
     h.x8 = (cu_x8){check_new(NULL, n_x), D, check_new(NULL, (size_t)(D / CU_SEGMENT * ld_scale) * sizeof(float)),
                    ld_scale};
-    int32_t *const zeros = take((size_t)(8 * n + 4 * E + 8) * sizeof *zeros);
-    int32_t *at = h.lists = check_new(zeros, (size_t)(8 * n + 4 * E + 8) * sizeof *at);
-    free(zeros);
-    h.routes = (cu_routes){.n_expert = E, .n_used = n_used, .tile_rows = cu_tile_rows(n_row, n_used, E)};
-    h.routes.chosen = at, at += n;
-    h.routes.share = (float *)(void *)at, at += n;
-    h.routes.place_entry = at, at += n;
-    h.routes.entry_place = at, at += n;
-    h.routes.tile_expert = at, at += n;
-    h.routes.tile_place = at, at += n;
-    h.routes.first = at, at += E + 1;
-    h.routes.n_tile = at, at += 1;
-    h.routes.scratch = at, at += 2 * E + 2;
-    h.routes.logit = check_new(NULL, (size_t)(n_row * E) * sizeof(float));
+    h.lists = check_lists_new(n_row, E, n_used);
+    CHECK_CUDA(cudaMemset(h.lists.memory, 0, h.lists.bytes));
     CHECK_CUDA(cudaStreamCreateWithFlags(&h.stream, cudaStreamNonBlocking));
     CHECK_CUDA(cudaStreamCreateWithFlags(&h.side, cudaStreamNonBlocking));
     CHECK_CUDA(cudaStreamCreateWithFlags(&h.other, cudaStreamNonBlocking));
@@ -133,7 +120,7 @@ static void half_free(half *h) {
     check_free(h->x), check_free(h->router), check_free(h->bias), check_free(h->shared_y), check_free(h->expert_y);
     check_free(h->other_x), check_free(h->other_y);
     check_free(h->norm_w), check_free(h->xn), check_free(h->shared_hid), check_free(h->expert_hid);
-    check_free(h->x8.code), check_free(h->x8.scale), check_free(h->lists), check_free(h->routes.logit);
+    check_free(h->x8.code), check_free(h->x8.scale), check_lists_free(&h->lists);
     CHECK_CUDA(cudaStreamDestroy(h->stream));
     CHECK_CUDA(cudaStreamDestroy(h->side));
     CHECK_CUDA(cudaStreamDestroy(h->other));
@@ -184,7 +171,7 @@ static void queue_layer(const half *h, int32_t layer) {
     const int64_t ldh = h->up.first.n_out;
     const cu_grouped_job up = {.shape = h->up.first,
                                .experts = h->up.all + layer * E,
-                               .routes = &h->routes,
+                               .routes = &h->lists.r,
                                .n_row = h->n_row,
                                .gather = true,
                                .epilogue = CU_SWIGLU,
@@ -193,7 +180,7 @@ static void queue_layer(const half *h, int32_t layer) {
                                .ldh = ldh};
     const cu_grouped_job down = {.shape = h->down.first,
                                  .experts = h->down.all + layer * E,
-                                 .routes = &h->routes,
+                                 .routes = &h->lists.r,
                                  .n_row = h->n_row,
                                  .behind_up = true,
                                  .x = h->expert_hid,
@@ -201,12 +188,12 @@ static void queue_layer(const half *h, int32_t layer) {
                                  .y = h->expert_y,
                                  .ldy = D};
     if (first) queue_shared(h, layer, true);
-    queued(h, cu_route_few(h->stream, &route, &h->routes, &h->x8, cu_codes_of(h->up.first.format), h->xn));
+    queued(h, cu_route_few(h->stream, &route, &h->lists.r, &h->x8, cu_codes_of(h->up.first.format), h->xn));
     if (!first) queue_shared(h, layer, false);
     queued(h, cu_a8_mid_grouped(h->stream, &up));
     queued(h, cu_a8_mid_grouped(h->stream, &down));
     CHECK_CUDA(cudaStreamWaitEvent(h->stream, h->join, 0));
-    queued(h, cu_combine(h->stream, h->x, NULL, h->expert_y, h->shared_y, &h->routes, h->n_row, D, NULL));
+    queued(h, cu_combine(h->stream, h->x, NULL, h->expert_y, h->shared_y, &h->lists.r, h->n_row, D, NULL));
 }
 
 /* Up to three kernels of a stream of their own, which take places and memory for a while: kernels of the layers begin
@@ -226,7 +213,7 @@ static void disturb(const half *h) {
 }
 /* What kernels leave for one another becomes no numbers. */
 static void poison(const half *h) {
-    const size_t D = (size_t)h->n_hidden, n = (size_t)h->n_row, n_entry = n * (size_t)h->routes.n_used;
+    const size_t D = (size_t)h->n_hidden, n = (size_t)h->n_row, n_entry = n * (size_t)h->lists.r.n_used;
     const size_t F = (size_t)h->up.first.n_out;
     CHECK_CUDA(cudaMemset(h->xn, 0xff, n * D * sizeof *h->xn));
     CHECK_CUDA(cudaMemset(h->x8.code, 0xff, n * D));

@@ -215,6 +215,18 @@ static double expected(const check_weights *s, cu_epilogue e, const rows *x, int
 
 static const char *const epilogue_name[] = {"store", "add", "swiglu"};
 
+/* Results of so many rows, each multiplied alone; the caller frees them. */
+static unsigned char *each_alone(const check_weights *s, cu_epilogue e, const rows *x, int32_t n_row,
+                                 const results *r) {
+    for (int32_t row = 0; row < n_row; row++) {
+        const cu_job j = job_of(s, e, x, row, 1, r, row);
+        CHECK_CUDA(cu_a8_skinny_run(0, &j));
+    }
+    unsigned char *alone = take(r->bytes);
+    check_get(alone, r->device, r->bytes);
+    return alone;
+}
+
 static void check_plain(cu_format f, cu_epilogue e, int32_t n_out, int32_t n_in, int32_t n_most) {
     static const int32_t n_rows[] = {1, 2, 3, 7, 8, 9, 16, 17, 31, 32, 33, 40, 64, 65, 131};
     char name[NAME], what[NAME] = "";
@@ -223,12 +235,7 @@ static void check_plain(cu_format f, cu_epilogue e, int32_t n_out, int32_t n_in,
     check_weights s = weights_new(f, n_out, n_in, e == CU_SWIGLU);
     rows x = rows_new(f, n_most, n_in);
     results r = results_new(e, n_most, n_out);
-    for (int32_t row = 0; row < n_most; row++) { /* each alone */
-        const cu_job j = job_of(&s, e, &x, row, 1, &r, row);
-        CHECK_CUDA(cu_a8_skinny_run(0, &j));
-    }
-    unsigned char *alone = take(r.bytes);
-    check_get(alone, r.device, r.bytes);
+    unsigned char *alone = each_alone(&s, e, &x, n_most, &r);
     double worst = 0.0;
     for (int32_t row = 0; row < n_most; row++)
         for (int32_t k = 0; k < 8; k++) {
@@ -279,13 +286,9 @@ static void check_late(cu_format f, cu_epilogue e, int32_t n_out, int32_t n_in) 
     results r = results_new(e, MOST, n_out);
     const size_t line = (size_t)r.ld * r.each, segment = CU_A8_BANDS * 2 * (size_t)cu_group_bytes(f);
     const size_t n_pair = (size_t)cu_pack_bytes(&s.w) / (2 * segment);
-    unsigned char *scratch, *alone = take(r.bytes);
+    unsigned char *scratch;
     CHECK_CUDA(cudaMalloc((void **)&scratch, flush));
-    for (int32_t row = 0; row < MOST; row++) {
-        const cu_job j = job_of(&s, e, &x, row, 1, &r, row);
-        CHECK_CUDA(cu_a8_skinny_run(0, &j));
-    }
-    check_get(alone, r.device, r.bytes);
+    unsigned char *alone = each_alone(&s, e, &x, MOST, &r);
     for (int32_t n_row = 1; n_row <= MOST; n_row++)
         for (size_t late = 0; late < 4; late++) {
             const cu_job j = job_of(&s, e, &x, 0, n_row, &r, 0);

@@ -54,6 +54,28 @@ void check_routes_free(cu_routes *r) {
     for (size_t i = 0; i < sizeof lists / sizeof *lists; i++) check_free(lists[i]);
 }
 
+check_lists check_lists_new(int32_t n_row, int32_t n_expert, int32_t n_used) {
+    check_lists l = {.r = {.n_expert = n_expert, .n_used = n_used, .tile_rows = cu_tile_rows(n_row, n_used, n_expert)}};
+    const size_t n = (size_t)(n_row * n_used), tiles = (size_t)cu_tiles_max(n_row, n_used, n_expert);
+    const size_t e = (size_t)n_expert, words = 4 * n + 2 * tiles + (e + 1) + 1 + (size_t)n_row * e;
+    l.bytes = words * 4;
+    l.memory = check_new(NULL, l.bytes);
+    int32_t *at = (int32_t *)(void *)l.memory;
+    l.r.chosen = at, at += n;
+    l.r.share = (float *)(void *)at, at += n;
+    l.r.place_entry = at, at += n;
+    l.r.entry_place = at, at += n;
+    l.r.tile_expert = at, at += tiles;
+    l.r.tile_place = at, at += tiles;
+    l.r.first = at, at += e + 1;
+    l.r.n_tile = at, at += 1;
+    l.r.logit = (float *)(void *)at;
+    l.r.scratch = check_new(NULL, (2 * e + 2) * 4);
+    CHECK_CUDA(cudaMemset(l.r.scratch, 0, (2 * e + 2) * 4));
+    return l;
+}
+void check_lists_free(check_lists *l) { check_free(l->memory), check_free(l->r.scratch); }
+
 uint64_t check_a8_random(cu_format f) {
     uint64_t r = check_random64();
     for (int i = 0; i < 64 && f == CU_F8A8; i += 8)
