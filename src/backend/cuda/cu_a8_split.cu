@@ -117,12 +117,11 @@ static __device__ __forceinline__ void weights_load(uint2 w[LOADS], const split_
 
 /* The warpgroup's segments of up to 8 rows to shared memory, quantized. row_scale: 1 / sqrt(mean of squares) of rows,
  * of a norm; heard: a barrier to wait for before it is read; w: weights_load of the warp's first items. */
-template <cu_codes C>
+template <cu_codes C, bool NORM>
 static __device__ __forceinline__ void quantize_rows(uint2 w[LOADS], const split_args *a, unsigned char *memory,
                                                      const split_map *m, const float *row_scale, uint32_t heard,
                                                      int32_t seg0, int32_t n_item, int group, int warp, int lane) {
     const int32_t n_in = a->j.w.n_in;
-    const bool norm = a->j.x_f32 != NULL;
     const uint32_t by_row = (uint32_t)__cvta_generic_to_shared(memory + m->by_row);
     for (int32_t from = warp; from < n_item; from += 4 * LOADS) {
         float4 v[LOADS];
@@ -130,7 +129,7 @@ static __device__ __forceinline__ void quantize_rows(uint2 w[LOADS], const split
         for (int k = 0; k < LOADS; k++) {
             const int32_t item = from + 4 * k, i = (seg0 + item_own(a, item, group)) * CU_SEGMENT + lane * 4;
             if (item >= n_item) break;
-            if (norm) {
+            if (NORM) {
                 v[k] = norm_load(a, item_row(a, item), i);
             } else {
                 const uint2 x = __ldcg((const uint2 *)(a->j.x + item_row(a, item) * a->j.ldx + i));
@@ -138,15 +137,15 @@ static __device__ __forceinline__ void quantize_rows(uint2 w[LOADS], const split
                                    cu_f32((cu_bf16)(x.y & 0xffff)), cu_f32((cu_bf16)(x.y >> 16)));
             }
         }
-        if (norm && from > warp) weights_load(w, a, seg0, from, n_item, group, lane);
-        if (norm) hear(heard, 0);
+        if (NORM && from > warp) weights_load(w, a, seg0, from, n_item, group, lane);
+        if (NORM) hear(heard, 0);
 #pragma unroll
         for (int k = 0; k < LOADS; k++) {
             const int32_t item = from + 4 * k, row = item_row(a, item), own = item_own(a, item, group),
                           seg = seg0 + own;
             if (item >= n_item) break;
             float f[4] = {v[k].x, v[k].y, v[k].z, v[k].w}, scale;
-            if (norm) {
+            if (NORM) {
                 const uint32_t weight[4] = {w[k].x & 0xffff, w[k].x >> 16, w[k].y & 0xffff, w[k].y >> 16};
 #pragma unroll
                 for (int e = 0; e < 4; e++)
@@ -182,7 +181,8 @@ static __device__ __forceinline__ void barrier_of(int id, int n_thread) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(n_thread) : "memory");
 }
 
-template <cu_format F, int ROWS>
+/* NORM: x is normed here. It takes a third more registers, which kernels beside others do not have. */
+template <cu_format F, int ROWS, bool NORM>
 __global__ void __launch_bounds__(THREADS, 2) a8_split(const __grid_constant__ split_args a) {
     extern __shared__ __align__(1024) unsigned char memory[];
     __shared__ __align__(8) uint64_t bars[2 * SLOTS_MAX + 1];
@@ -204,7 +204,7 @@ __global__ void __launch_bounds__(THREADS, 2) a8_split(const __grid_constant__ s
             bar_init(full + i * 8, 1);
             bar_init(empty + i * 8, 4); /* the warps of one warpgroup */
         }
-        bar_init(normed, n_row);
+        if (NORM) bar_init(normed, n_row);
         bar_init_end();
     }
     __syncthreads();
@@ -239,7 +239,7 @@ __global__ void __launch_bounds__(THREADS, 2) a8_split(const __grid_constant__ s
     float *const by_band0 = (float *)(memory + m.by_band);
     const int32_t n_item = (n_own - group + GROUPS - 1) / GROUPS * n_row; /* to be quantized */
     uint2 norm_w[LOADS];
-    if (ROWS == 8 && j->x_f32) weights_load(norm_w, &a, seg0, warp % 4, n_item, group, lane);
+    if (NORM) weights_load(norm_w, &a, seg0, warp % 4, n_item, group, lane);
     for (int32_t i = thread; F == CU_F8A8 && i < n_seg * A8_TILE_BANDS; i += WARPS * 32)
         by_band0[i] = __ldg(j->w.scale + a8_at(first * A8_TILE_BANDS, i / A8_TILE_BANDS, n_seg) + i % A8_TILE_BANDS);
     cluster_meet();
@@ -253,7 +253,7 @@ __global__ void __launch_bounds__(THREADS, 2) a8_split(const __grid_constant__ s
                 copy4(by_row_at + (i / ROWS * n_row + i % ROWS) * 4,
                       j->x8.scale + i / ROWS * j->x8.ld_scale + i % ROWS);
         asm volatile("cp.async.wait_all;" ::: "memory");
-    } else if (j->x_f32) {
+    } else if constexpr (NORM) {
         /* The cluster's blocks share the rows; where there are less, each block takes all. The last warps have the
          * least to quantize. */
         const int32_t n = j->w.n_in, n_share = n_row < a.n_rank ? 1 : a.n_rank;
@@ -266,9 +266,10 @@ __global__ void __launch_bounds__(THREADS, 2) a8_split(const __grid_constant__ s
                 tell(at_rank(normed, to));
             }
         }
-        quantize_rows<a8_codes_of(F)>(norm_w, &a, memory, &m, row_scale, normed, seg0, n_item, group, warp % 4, lane);
+        quantize_rows<a8_codes_of(F), true>(norm_w, &a, memory, &m, row_scale, normed, seg0, n_item, group, warp % 4,
+                                            lane);
     } else {
-        quantize_rows<a8_codes_of(F)>(norm_w, &a, memory, &m, NULL, 0, seg0, n_item, group, warp % 4, lane);
+        quantize_rows<a8_codes_of(F), false>(norm_w, &a, memory, &m, NULL, 0, seg0, n_item, group, warp % 4, lane);
     }
     a8_show();
     barrier_of(group + 1, 128);
@@ -416,12 +417,12 @@ static cudaError_t kernel_ready(uint64_t *ready, const void *kernel) {
  * multiprocessors, if that is most of them, and several of very many tiles a block. Gate and up go the second way, down
  * of the same layer the first: of one or two rows its blocks find room beside those, and ask for what they can before
  * they wait. */
-template <cu_format F, int ROWS> static cudaError_t run(cudaStream_t s, const cu_job *j) {
+template <cu_format F, int ROWS, bool NORM> static cudaError_t run(cudaStream_t s, const cu_job *j) {
     static uint64_t ready;
     split_args a = {};
     int32_t n_core, n_rank = ROWS / 8, room = SHARED_TWO;
     cudaError_t e = cu_core_count(&n_core);
-    if (e == cudaSuccess) e = kernel_ready(&ready, (const void *)a8_split<F, ROWS>);
+    if (e == cudaSuccess) e = kernel_ready(&ready, (const void *)a8_split<F, ROWS, NORM>);
     if (e != cudaSuccess) return e;
     a.j = *j;
     a.per_row = 65536u / (uint32_t)j->n_row + 1;
@@ -436,13 +437,13 @@ template <cu_format F, int ROWS> static cudaError_t run(cudaStream_t s, const cu
             if ((n_rank *= 2) > RANKS_MAX) return cudaErrorInvalidValue;
     }
     void *args[] = {&a};
-    return cu_launch(s, (const void *)a8_split<F, ROWS>, dim3((unsigned)(a.n_cluster * a.n_rank)), THREADS,
+    return cu_launch(s, (const void *)a8_split<F, ROWS, NORM>, dim3((unsigned)(a.n_cluster * a.n_rank)), THREADS,
                      (size_t)map_of<F, ROWS>(&a).end, !j->alone, (unsigned)a.n_rank, args);
 }
-template <int ROWS> static cudaError_t run_any(cudaStream_t s, const cu_job *j) {
-    return j->w.format == CU_F8A8   ? run<CU_F8A8, ROWS>(s, j)
-           : j->w.format == CU_I8A8 ? run<CU_I8A8, ROWS>(s, j)
-           : j->w.format == CU_I4A8 ? run<CU_I4A8, ROWS>(s, j)
+template <int ROWS, bool NORM> static cudaError_t run_any(cudaStream_t s, const cu_job *j) {
+    return j->w.format == CU_F8A8   ? run<CU_F8A8, ROWS, NORM>(s, j)
+           : j->w.format == CU_I8A8 ? run<CU_I8A8, ROWS, NORM>(s, j)
+           : j->w.format == CU_I4A8 ? run<CU_I4A8, ROWS, NORM>(s, j)
                                     : cudaErrorInvalidValue;
 }
 
@@ -451,7 +452,7 @@ cudaError_t cu_a8_skinny_run(cudaStream_t s, const cu_job *j) {
     if (j->n_row > CU_SKINNY_MAX || j->w.pairs != (j->epilogue == CU_SWIGLU) || j->w.n_in > CU_A8_INPUTS ||
         (!j->x_f32 && (!aligned(j->x) || j->ldx % 8 != 0)))
         return cudaErrorInvalidValue;
-    return run_any<8>(s, j);
+    return j->x_f32 ? run_any<8, true>(s, j) : run_any<8, false>(s, j);
 }
 
 cudaError_t cu_a8_split_run(cudaStream_t s, const cu_job *j, bool *took) {
@@ -460,5 +461,5 @@ cudaError_t cu_a8_split_run(cudaStream_t s, const cu_job *j, bool *took) {
     const cudaError_t e = cu_core_count(&n_core);
     *took = e == cudaSuccess && j->w.n_in <= CU_A8_INPUTS && j->n_row > 0 && j->n_row <= 16 && n_tile * 2 <= n_core &&
             j->w.n_seg >= 8;
-    return *took ? run_any<16>(s, j) : e;
+    return *took ? run_any<16, false>(s, j) : e;
 }
