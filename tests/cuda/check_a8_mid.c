@@ -342,6 +342,7 @@ static void check_norm_front(cu_format format, cu_epilogue e, int32_t n_out, int
         j.x_f32 = df + shift;
         j.norm_w = dw + shift;
         j.eps = 1e-5f;
+        j.alone = j.n_row == 1; /* gate and up of the shared experts */
         CHECK_CUDA(cu_a8_skinny_run(0, &j));
         check_get(r.at, r.device, r.bytes);
         say_where(what, &r, want);
@@ -697,6 +698,11 @@ void check_a8_mid(void) {
         check_norm_front(f, CU_STORE, 96, 2560, 1);
         check_norm_front(f, CU_SWIGLU, 44, 81, 1);
         check_norm_front(f, CU_STORE, 17000, 300, 1);
+        check_norm_front(f, CU_SWIGLU, 3072, 2560, 0);
+        check_norm_front(f, CU_SWIGLU, 3072, 2560, 1);
+        check_norm_front(f, CU_SWIGLU, 2150, 640, 0);
+        check_norm_front(f, CU_SWIGLU, 4200, 128, 0);
+        if (f != CU_I4A8) check_norm_front(f, CU_SWIGLU, 2144, 8192, 0);
         if (f != CU_I4A8) check_norm_front(f, CU_SWIGLU, 12288, 2560, 0);
         if (f != CU_I4A8) check_late(f, CU_STORE, 17000, 2560);
         if (f != CU_I4A8) check_late(f, CU_ADD, 2560, 12288);

@@ -452,6 +452,9 @@ cudaError_t cu_a8_skinny_run(cudaStream_t s, const cu_job *j) {
     if (j->n_row > CU_SKINNY_MAX || j->w.pairs != (j->epilogue == CU_SWIGLU) || j->w.n_in > CU_A8_INPUTS ||
         (!j->x_f32 && (!aligned(j->x) || j->ldx % 8 != 0)))
         return cudaErrorInvalidValue;
+    bool took = false;
+    const cudaError_t e = cu_a8_one_run(s, j, &took);
+    if (took || e != cudaSuccess) return e;
     return j->x_f32 ? run_any<8, true>(s, j) : run_any<8, false>(s, j);
 }
 
