@@ -120,7 +120,28 @@ static __device__ __forceinline__ void quantize_row(const route_args *a, const f
 
 /* ---- choice and sort --------------------------------------------------------------------------------------------- */
 
-/* A warp: the row's lists from its logits; whether it is the last of all rows. */
+/* A warp: the places of the only row's entries, lane k < n_used has the expert of entry k. Each expert has one entry.
+ */
+static __device__ __forceinline__ void list_one(const cu_routes *r, int32_t mine, int lane) {
+    const int32_t E = r->n_expert, K = r->n_used;
+    int32_t before = 0, place = 0; /* chosen experts before these 32, before the lane's own */
+    for (int32_t base = 0; base < E; base += 32) {
+        const bool here = lane < K && mine / 32 == base / 32;
+        const uint32_t chosen = __reduce_or_sync(0xffffffffu, here ? 1u << mine % 32 : 0u);
+        if (here) place = before + __popc(chosen & ((1u << mine % 32) - 1));
+        if (base + lane < E) r->first[base + lane] = before + __popc(chosen & ((1u << lane) - 1));
+        before += __popc(chosen);
+    }
+    if (lane < K) {
+        r->place_entry[place] = lane;
+        r->entry_place[lane] = r->tile_place[place] = place;
+        r->tile_expert[place] = mine;
+    }
+    if (lane == 0) r->first[E] = *r->n_tile = K;
+}
+
+/* A warp: the row's lists from its logits; whether it is the last of all rows, which sorts. An only row needs no sort.
+ */
 template <int Q>
 static __device__ __forceinline__ bool choose(const route_shared *s, const route_args *a, float scale,
                                               const float *bias, int32_t row, int lane) {
@@ -130,6 +151,10 @@ static __device__ __forceinline__ bool choose(const route_shared *s, const route
 #pragma unroll
     for (int q = 0; q < Q; q++) logit[q] = __fmul_rn(s->sum[lane + 32 * q], scale);
     const int32_t mine = choose_row<Q>(&share, logit, a->j.bias ? bias : NULL, a->j.norm_min, E, K);
+    if (n_row == 1) {
+        cu_launch_next(); /* see the kernel's first */
+        list_one(r, mine, lane);
+    }
     if (lane < K) {
         r->chosen[row * K + lane] = mine;
         r->share[row * K + lane] = share;
@@ -137,7 +162,7 @@ static __device__ __forceinline__ bool choose(const route_shared *s, const route
 #pragma unroll
     for (int q = 0; q < Q; q++)
         if (lane + 32 * q < E) r->logit[row * E + lane + 32 * q] = logit[q];
-    bool last = true;
+    bool last = false;
     __syncwarp();
     if (n_row > 1 && lane == 0) { /* who sees the count sees what the warp has written */
         int32_t *const done = r->scratch + 2 * E + 1, before;
@@ -284,9 +309,8 @@ static __global__ void __maxnreg__(MANY ? 160 : 104) route_few(const __grid_cons
             if (lane == 0) s.last = last;
         }
     }
-    if (rank >= n_row) return;
+    if (rank >= n_row || j->n_row == 1) return;
     __syncthreads();
-    if (!MANY && j->n_row == 1) cu_launch_next();
     if (s.last) sort_entries(&s, &a.r, j->n_row * a.r.n_used);
 }
 
