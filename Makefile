@@ -6,7 +6,7 @@ MODEL    ?= demo-dense
 PREFIX   ?= /usr/local
 FUZZ_SECONDS ?= 60
 
-.PHONY: all demo test test-full bench gpu-test gpu-bench fuzz install clean help deps deps-test format
+.PHONY: all demo test test-full bench gpu-test gpu-sanitize gpu-bench fuzz install clean help deps deps-test format
 
 all: deps $(BUILD)/build.ninja
 	cmake --build $(BUILD) -j $(JOBS)
@@ -18,6 +18,7 @@ help:
 	@echo 'make test-full          the long tests as well (goldens of the full shapes)'
 	@echo 'make bench              limits, kernels, steps and server load on this machine, into bench/results.csv'
 	@echo 'make gpu-test           the checks of the cuda backend, from a built tree on a machine with a GPU'
+	@echo 'make gpu-sanitize       its kernels under the memory, race and barrier checkers of the CUDA toolkit'
 	@echo 'make gpu-bench          the table of what it must reach, three runs; GPU_BENCH=--all runs 21b-a3b as well (45 GB of disk)'
 	@echo 'make fuzz               every fuzz target for FUZZ_SECONDS (60) each'
 	@echo 'make install            ernest, its man page and completion below PREFIX (/usr/local) and DESTDIR'
@@ -54,6 +55,9 @@ bench: all
 # These two build nothing: a machine with a GPU need not have a compiler.
 gpu-test:
 	@tools/gpu_test.sh $(BUILD)
+
+gpu-sanitize:
+	@tools/gpu_sanitize.sh $(BUILD)
 
 gpu-bench:
 	@tools/gpu_bench.sh $(BUILD) $(GPU_BENCH)

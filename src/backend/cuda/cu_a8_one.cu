@@ -152,7 +152,8 @@ template <cu_format F> __global__ void __launch_bounds__(THREADS) a8_one(const _
 
     if (lane % 4 == 0) totals[warp][lane / 4] = total[0], totals[warp][lane / 4 + 8] = total[1];
     __syncwarp();
-    const float mine = __fmul_rn(totals[warp][lane % CU_BAND], by_out);
+    float mine = 0.0f;
+    if (lane < CU_BAND) mine = __fmul_rn(totals[warp][lane], by_out);
     if (warp % 2 && lane < CU_BAND) totals[warp][lane] = mine;
     barrier_of(2 + warp / 2, 64);
     if (warp % 2 || lane >= CU_BAND) return;

@@ -1,0 +1,84 @@
+#!/bin/sh
+# make gpu-sanitize: the kernels under NVIDIA's compute-sanitizer, from a built tree on a machine with a GPU and the CUDA
+# toolkit. Every family of kernels by some small cases of gpu_check, each under memcheck, initcheck, synccheck and
+# racecheck. Prints a line for each run as it ends, a report where it is not clean, and a count; exit code 1 if one was
+# not clean. Arguments: the build folder; runs side by side (8); a word that "TOOL: CASES" has to hold.
+#
+# Left out, and counted: what a tool cannot follow.
+#   no-sync   synccheck wants all warps of a block to meet their cluster in the same place; a8_split's asking warp meets it
+#             in another one (barrier.cluster counts threads and allows that).
+set -u
+build=$1
+side=${2:-8}
+word=${3:-}
+PATH=$PATH:/usr/local/cuda/bin
+command -v compute-sanitizer >/dev/null || { echo 'compute-sanitizer: not in PATH; it comes with the CUDA toolkit'; exit 1; }
+! "$build/ernest" collect-env | grep '^gpu: *none' || exit 1
+dir=$(mktemp -d)
+trap 'rm -rf "$dir"' EXIT INT TERM
+export build dir
+
+run='
+left=$1 tool=$2 cases=$3
+name="$tool: $cases"
+log=$(mktemp "$dir/XXXXXX")
+if [ "$left $tool" = "no-sync synccheck" ]; then
+    echo "left out  $name"
+    : >"$log.left"
+    exit
+fi
+timeout 300 compute-sanitizer --tool "$tool" --error-exitcode 86 "$build/gpu_check" "$cases" 7 >"$log" 2>&1
+code=$?
+if [ $code -eq 0 ] && grep -q "^gpu_check: [1-9][0-9]* cases, 0 failed" "$log"; then
+    echo "clean     $name"
+    : >"$log.clean"
+else
+    echo "NOT CLEAN $name: exit code $code
+$(grep -E "^(FAIL|gpu_check:|=========)" "$log" | head -n 12)"
+    : >"$log.bad"
+fi'
+
+for tool in memcheck initcheck synccheck racecheck; do
+    while read -r left cases; do
+        case "$tool: $cases" in *"$word"*) printf '%s\0%s\0%s\0' "$left" $tool "$cases" ;; esac
+    done <<'X2'
+all     pack int4 44 x 80
+all     skinny bf16 store 44 x 80
+all     skinny int8 swiglu 200 x 300
+all     skinny int8, norm in front, 72 x 2560
+all     experts bf16 down 80 x 44, 7 rows
+all     experts fp8 up 44 x 80, 40 rows
+all     few int8 384 x 320, shared int8 640, 3 rows
+all     mid bits int8 200 -> 4220 pairs
+all     mid grouped fp8 44 -> 80
+all     large bits bf16 64 -> 168 pairs
+all     large grouped int4 44 -> 80
+all     fp8 rows 133 x 300
+all     large bits fp8 by fp8 130 -> 17
+all     large grouped int8 by int8 44 -> 80
+no-sync a8 f8 skinny swiglu 44 x 80
+no-sync a8 i8 skinny add 168 x 64
+no-sync a8 f8 skinny swiglu, norm in front, 2150 x 640
+no-sync a8 i8 skinny swiglu, norm in front, 4200 x 128
+no-sync a8 i4 experts down 44 x 80, 9 rows, tiles of 8
+no-sync a8 f8 experts up 44 x 80, 9 rows, tiles of 16
+no-sync a8 i8 a chain of 512 x 384, 1 rows
+all     route few 3 of 8, 80, bias
+no-sync half i4, shared i8, 512 x 384, 1 rows
+all     norm T 300 D 80
+all     embed T 50 D 70
+all     take rows of 50 x 70
+all     route ragged parts
+all     norm run T 37 K 4 D 128 i8
+all     combine T 37 K 6
+all     combine and norm T 2050 K 4 D 1284 f8
+all     attention rope, store and decode of uneven
+all     linear of format 5, then rope and store: C 64
+all     attention half int8 2 kv heads
+all     chain small int8 kv bf16
+all     sample V
+X2
+done | xargs -0 -n 3 -P "$side" sh -c "$run" run
+count() { find "$dir" -name "*$1" | wc -l; }
+echo "gpu_sanitize: $(count .clean) clean, $(count .bad) not, $(count .left) left out"
+[ "$(count .bad)" -eq 0 ] && [ "$(count .clean)" -gt 0 ]
