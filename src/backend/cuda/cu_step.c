@@ -39,6 +39,7 @@ typedef struct run {
     float *x;         /* residual stream [n_x, D] */
     int32_t n_x;      /* rows of it: the step's, and from the last feed-forward on the wanted ones where they suffice */
     bool wanted_alone; /* they do: row w of x is wanted row w */
+    bool normed;       /* the norm in front of the layer to come is made */
 } run;
 
 static bool failed(cu_backend *b) { return atomic_load_explicit(&b->error, memory_order_acquire) != cudaSuccess; }
@@ -241,24 +242,29 @@ static cu_few_job few_of(const run *r, const cu_layer *w, const cu_route_job *ro
     return j;
 }
 
-/* The sum of the experts of the layer before makes the norm in front of this one: of many rows, all in one pass. */
-static bool normed_before(const run *r, int32_t layer) {
+/* Whether a layer's attention half is one kernel, which makes its norm. */
+static bool attends_in_one(const run *r, const cu_layer *w) {
+    return r->attn_one && cu_attn_one_takes(&w->qkv) && cu_attn_one_takes(&w->o);
+}
+
+/* Whether the sum of a layer's experts makes the norm in front of the next layer, in one pass. */
+static bool norms_next(const run *r, int32_t layer) {
     const cu_backend *b = r->b;
-    return layer > 0 && layer < b->model->config.n_layer && b->weights.layer[layer - 1].is_moe &&
-           r->n_row > CU_ROUTE_FEW_MAX && r->n_row <= b->n_ffn_row && !b->probe;
+    return layer + 1 < b->model->config.n_layer && !attends_in_one(r, &b->weights.layer[layer + 1]) &&
+           r->n_row <= b->n_ffn_row && !b->probe;
 }
 
 /* The norm in front of `next`, as its first linear takes it. */
 static void norm_after(const run *r, cu_norm_job *j, const cu_layer *next) {
     const cu_backend *b = r->b;
-    const bool codes = takes_codes(&next->qkv);
+    const bool codes = takes_codes(&next->qkv) && r->n_row > CU_SKINNY_MAX;
     j->w = next->attn_norm;
     if (codes) j->codes = b->codes, j->x8 = x8_in(&b->row8, next->qkv.n_in, r->n_row);
     if (!codes || !cu_norm_holds(next->qkv.n_in)) j->xn = b->xn;
 }
 
 /* x += experts + shared, rows row0..row0+n-1. */
-static void moe_ffn(const run *r, const cu_layer *w, int32_t layer, int32_t row0, int32_t n) {
+static void moe_ffn(run *r, const cu_layer *w, int32_t layer, int32_t row0, int32_t n) {
     cu_backend *b = r->b;
     const ern_config *m = &b->model->config;
     const int32_t D = m->n_hidden;
@@ -308,7 +314,8 @@ static void moe_ffn(const run *r, const cu_layer *w, int32_t layer, int32_t row0
     if (w->has_shared) shared_join(r, n);
     float *out = b->probe ? b->qkv : NULL; /* free by now, and large enough */
     cu_norm_job after = {.eps = m->rms_eps};
-    if (normed_before(r, layer + 1)) norm_after(r, &after, &b->weights.layer[layer + 1]);
+    r->normed = norms_next(r, layer);
+    if (r->normed) norm_after(r, &after, &b->weights.layer[layer + 1]);
     CU_DO(b, cu_combine(b->stream, x, out, b->expert_y, w->has_shared ? b->shared_y : NULL, &routes, n, D,
                         after.w ? &after : NULL));
     if (out) show(r, "experts", layer, row0, out, n, D);
@@ -350,7 +357,9 @@ static void attend_ends(run *r, const cu_layer *w, int32_t layer) {
 static void run_attention(run *r, const cu_layer *w, int32_t layer) {
     cu_backend *b = r->b;
     const ern_config *m = &b->model->config;
-    if (r->attn_one && cu_attn_one_takes(&w->qkv) && cu_attn_one_takes(&w->o)) {
+    const bool normed = r->normed;
+    r->normed = false;
+    if (attends_in_one(r, w)) {
         const cu_attn_one_layer one = {.qkv = w->qkv, .o = w->o, .norm = w->attn_norm, .eps = m->rms_eps};
         CU_DO(b, cu_attn_one_run(b->stream, &b->attn_one, &one, b->x, &b->cache, layer, &r->seqs));
         return;
@@ -358,9 +367,9 @@ static void run_attention(run *r, const cu_layer *w, int32_t layer) {
     cu_job qkv = job_of(&w->qkv, CU_STORE, b->xn, r->n_row);
     qkv.y = b->qkv;
     qkv.ldy = w->qkv.n_out;
-    if (!normed_before(r, layer))
+    if (!normed)
         norm_into(r, &qkv, b->x, NULL, w->attn_norm, r->n_row);
-    else if (takes_codes(&w->qkv))
+    else if (takes_codes(&w->qkv) && r->n_row > CU_SKINNY_MAX)
         qkv.x8 = x8_in(&b->row8, m->n_hidden, r->n_row);
     show_bf16(r, "attn_norm", layer, 0, b->xn, r->n_row, m->n_hidden);
     const bool apart = !r->decode || b->probe;
@@ -494,7 +503,7 @@ static void run_kernels(run *r) {
     const ern_config *m = &b->model->config;
     r->x = b->x;
     r->n_x = r->n_row;
-    r->wanted_alone = false;
+    r->wanted_alone = r->normed = false;
     CU_DO(b, cu_embed(b->stream, b->x, r->dev.token, b->ids, k->embed, r->n_row, m->n_hidden));
     show(r, "embed", -1, 0, b->x, r->n_row, m->n_hidden);
     if (r->chain) CU_DO(b, cu_chain_run(b->stream, &b->chain, b->x, &b->cache, &r->seqs));
