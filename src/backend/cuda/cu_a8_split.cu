@@ -1,5 +1,5 @@
 /* Weights that meet rows of 8 bits (CU_F8A8, CU_I8A8, CU_I4A8) where a matrix alone has too few tiles for the
- * chip: 1..8 rows, quantized in the kernel from bf16 or by a norm of the residual stream, and up to 16 that were
+ * chip: 1..8 rows, quantized in the kernel from bf16 or by a norm of the residual stream, and up to 32 that were
  * quantized before. Matrices are small and read once: what counts is that all of one is on its way before the kernel in
  * front is done, and what little happens after that.
  *
@@ -24,6 +24,7 @@ enum {
     SLOTS_MAX = 24,
     SLOTS_FEW = 4,      /* the least that a block that leaves room for another has */
     SEGMENTS_MANY = 12, /* a block does not ask for so many at once */
+    SEGMENTS_32 = 20,   /* of 32 rows two blocks of four a tile share a multiprocessor up to so many */
     RANKS_MAX = 8,
     SUM_ROW = 36, /* a row of 32 sums and a gap: neither who writes nor who reads meets a bank twice */
     SHARED_MAX = 220 * 1024,
@@ -462,7 +463,8 @@ cudaError_t cu_a8_split_run(cudaStream_t s, const cu_job *j, bool *took) {
     const int32_t n_tile = ceil_div(j->w.n_band, A8_TILE_BANDS);
     int32_t n_core;
     const cudaError_t e = cu_core_count(&n_core);
-    *took = e == cudaSuccess && j->w.n_in <= CU_A8_INPUTS && j->n_row > 0 && j->n_row <= 16 && n_tile * 2 <= n_core &&
-            j->w.n_seg >= 8;
-    return *took ? run_any<16, false>(s, j) : e;
+    *took = e == cudaSuccess && j->w.n_in <= CU_A8_INPUTS && j->n_row > 0 &&
+            j->n_row <= (j->w.n_seg <= SEGMENTS_32 ? 32 : 16) && n_tile * 2 <= n_core && j->w.n_seg >= 8;
+    if (!*took) return e;
+    return j->n_row <= 16 ? run_any<16, false>(s, j) : run_any<32, false>(s, j);
 }
