@@ -367,6 +367,7 @@ static void codes_layout(cu_backend *b, cu_cut *c) {
     /* K rows of F or one of the dense layer's or the shared experts' width, whichever is more */
     const size_t wide = larger_size(CU_PAD((size_t)m->n_ffn), CU_PAD(shared_f));
     b->hid8 = rows8_layout(c, (R + 3) / 4 * 4, larger_size(wide, (size_t)m->n_expert_used * CU_PAD(F)));
+    b->shared8 = rows8_layout(c, R < CU_SIDE_ROWS ? R : CU_SIDE_ROWS, CU_PAD(shared_f));
 }
 
 static void scratch_layout(cu_backend *b) {

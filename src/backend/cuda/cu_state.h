@@ -30,6 +30,7 @@ enum {
     CU_LOGIT_ROWS = 256,    /* wanted rows whose logits exist at one time */
     CU_NORM_ROWS = 8,       /* most rows that a linear norms itself (cu_job.x_f32) */
     CU_NORM_NUMBERS = 2048, /* and most numbers: a kernel of its own costs less than every block's norm of more */
+    CU_SIDE_ROWS = 32,      /* most rows of which the shared experts run beside the others */
     CU_ATTEND_ROWS = 16,    /* query rows (rows times heads of a group) of a sequence that count as decode */
     CU_GRAPH_MOST = 256,    /* largest batch that has a graph */
     CU_GRAPHS_MAX = 64,     /* sizes of batches that have them */
@@ -143,6 +144,7 @@ typedef struct cu_backend {
     cu_bf16 *hid, *shared_hid, *expert_hid; /* [R, CU_PAD(F)], [R, ..], [R*K, ..] */
     float *expert_y, *shared_y;             /* [R*K, CU_PAD(D)] (used as rows of D; before: x by place), [R, D] */
     cu_rows8 row8, hid8;  /* where codes: xn or att (or mtp_in) as codes; hid, shared_hid or expert_hid */
+    cu_rows8 shared8;     /* shared_hid as codes where the shared experts run beside the others */
     cu_routes routes;     /* for R rows */
     cu_chain chain;       /* all layers of a step of few rows; n_row_max 0: not of this model */
     cu_attn_one attn_one; /* the attention half of a layer of few rows; n_row_max 0: not of this model */

@@ -94,14 +94,15 @@ static cu_x8 x8_in(const cu_rows8 *room, int32_t n_in, int32_t n_row) {
         .code = room->code, .ldx = CU_PAD(n_in), .scale = room->scale, .ld_scale = (int64_t)(n_row + 3) / 4 * 4};
 }
 /* Rows of x as codes. */
-static cu_x8 to_codes(const run *r, const cu_rows8 *room, const cu_bf16 *x, int32_t n_in, int32_t n_row) {
+static cu_x8 to_codes(const run *r, cudaStream_t s, const cu_rows8 *room, const cu_bf16 *x, int32_t n_in,
+                      int32_t n_row) {
     const cu_x8 to = x8_in(room, n_in, n_row);
-    CU_DO(r->b, cu_quant_x8(r->b->stream, &to, r->b->codes, x, CU_PAD(n_in), n_row, n_in));
+    CU_DO(r->b, cu_quant_x8(s, &to, r->b->codes, x, CU_PAD(n_in), n_row, n_in));
     return to;
 }
 /* j's rows as codes, where it takes them and does not make them itself. */
-static void rows_to_codes(const run *r, cu_job *j, const cu_rows8 *room) {
-    if (takes_codes(&j->w) && j->n_row > CU_SKINNY_MAX) j->x8 = to_codes(r, room, j->x, j->w.n_in, j->n_row);
+static void rows_to_codes(const run *r, cudaStream_t s, cu_job *j, const cu_rows8 *room) {
+    if (takes_codes(&j->w) && j->n_row > CU_SKINNY_MAX) j->x8 = to_codes(r, s, room, j->x, j->w.n_in, j->n_row);
 }
 
 /* y = W x, or y += W x. */
@@ -110,7 +111,7 @@ static void linear(const run *r, const cu_linear *w, cu_epilogue e, float *y, co
     cu_job j = job_of(w, e, x, n_row);
     j.y = y;
     j.ldy = w->n_out;
-    rows_to_codes(r, &j, room);
+    rows_to_codes(r, r->b->stream, &j, room);
     CU_DO(r->b, cu_linear_run(r->b->stream, &j));
 }
 
@@ -133,7 +134,7 @@ static void norm_into(const run *r, cu_job *j, const float *x, const int32_t *ro
         return;
     }
     CU_DO(b, cu_norm(b->stream, b->xn, x, rows, w, n, m->n_hidden, m->rms_eps));
-    if (j) rows_to_codes(r, j, &b->row8);
+    if (j) rows_to_codes(r, b->stream, j, &b->row8);
 }
 
 /* ---- one layer --------------------------------------------------------------------------------------------------- */
@@ -181,7 +182,7 @@ static void run_experts(const run *r, const cu_layer *w, const cu_routes *routes
                            .y = b->expert_y,
                            .ldy = w->shape.down.n_out};
     if (takes_codes(&down.shape) && routes->tile_rows > CU_SKINNY_MAX)
-        down.x8 = to_codes(r, &b->hid8, b->expert_hid, w->shape.down.n_in, n * routes->n_used);
+        down.x8 = to_codes(r, b->stream, &b->hid8, b->expert_hid, w->shape.down.n_in, n * routes->n_used);
     CU_DO(b, cu_grouped_run(b->stream, &down));
 }
 
@@ -194,7 +195,7 @@ static bool shared_first(const cu_layer *w, int32_t n) { return w->has_shared &&
  * shared_first. */
 static void run_shared(const run *r, const cu_layer *w, int32_t n, const cu_x8 *x8, const cu_route_job *route) {
     cu_backend *b = r->b;
-    const bool beside = n <= CU_SKINNY_MAX;
+    const bool beside = n <= CU_SIDE_ROWS;
     cudaStream_t s = beside ? b->side : b->stream;
     if (beside) {
         CU_DO(b, cudaEventRecord(b->fork, b->stream));
@@ -210,13 +211,13 @@ static void run_shared(const run *r, const cu_layer *w, int32_t n, const cu_x8 *
     cu_job down = job_of(&w->ffn.down, CU_STORE, b->shared_hid, n);
     down.y = b->shared_y;
     down.ldy = w->ffn.down.n_out;
-    rows_to_codes(r, &down, &b->hid8);
+    rows_to_codes(r, s, &down, beside ? &b->shared8 : &b->hid8);
     CU_DO(b, cu_linear_run(s, &down));
     if (beside) CU_DO(b, cudaEventRecord(b->join, b->side));
 }
 
 static void shared_join(const run *r, int32_t n) {
-    if (n <= CU_SKINNY_MAX) CU_DO(r->b, cudaStreamWaitEvent(r->b->stream, r->b->join, 0));
+    if (n <= CU_SIDE_ROWS) CU_DO(r->b, cudaStreamWaitEvent(r->b->stream, r->b->join, 0));
 }
 
 /* The layer as one kernel, where that can be. */
