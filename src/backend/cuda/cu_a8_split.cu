@@ -117,7 +117,9 @@ static __device__ __forceinline__ void weights_load(uint2 w[LOADS], const split_
 }
 
 /* The warpgroup's segments of up to 8 rows to shared memory, quantized. row_scale: 1 / sqrt(mean of squares) of rows,
- * of a norm; heard: a barrier to wait for before it is read; w: weights_load of the warp's first items. */
+ * of a norm; heard: a barrier to wait for before it is read; w: weights_load of the warp's first items. LOADS items are
+ * on their way at once, and one after the other moves to the front: written out for each, the code, which comes from
+ * the L2 cache every time, takes longer than the work. */
 template <cu_codes C, bool NORM>
 static __device__ __forceinline__ void quantize_rows(uint2 w[LOADS], const split_args *a, unsigned char *memory,
                                                      const split_map *m, const float *row_scale, uint32_t heard,
@@ -125,7 +127,7 @@ static __device__ __forceinline__ void quantize_rows(uint2 w[LOADS], const split
     const int32_t n_in = a->j.w.n_in;
     const uint32_t by_row = (uint32_t)__cvta_generic_to_shared(memory + m->by_row);
     for (int32_t from = warp; from < n_item; from += 4 * LOADS) {
-        float4 v[LOADS];
+        float4 v[LOADS]; /* without a norm two words of each: four numbers in bf16 */
 #pragma unroll
         for (int k = 0; k < LOADS; k++) {
             const int32_t item = from + 4 * k, i = (seg0 + item_own(a, item, group)) * CU_SEGMENT + lane * 4;
@@ -133,26 +135,32 @@ static __device__ __forceinline__ void quantize_rows(uint2 w[LOADS], const split
             if (NORM) {
                 v[k] = norm_load(a, item_row(a, item), i);
             } else {
-                const uint2 x = __ldcg((const uint2 *)(a->j.x + item_row(a, item) * a->j.ldx + i));
-                v[k] = make_float4(cu_f32((cu_bf16)(x.x & 0xffff)), cu_f32((cu_bf16)(x.x >> 16)),
-                                   cu_f32((cu_bf16)(x.y & 0xffff)), cu_f32((cu_bf16)(x.y >> 16)));
+                const float2 x = __ldcg((const float2 *)(a->j.x + item_row(a, item) * a->j.ldx + i));
+                v[k].x = x.x, v[k].y = x.y;
             }
         }
         if (NORM && from > warp) weights_load(w, a, seg0, from, n_item, group, lane);
         if (NORM) hear(heard, 0);
-#pragma unroll
-        for (int k = 0; k < LOADS; k++) {
-            const int32_t item = from + 4 * k, row = item_row(a, item), own = item_own(a, item, group),
-                          seg = seg0 + own;
-            if (item >= n_item) break;
-            float f[4] = {v[k].x, v[k].y, v[k].z, v[k].w}, scale;
+#pragma unroll 1
+        for (int32_t item = from; item < min(from + 4 * LOADS, n_item); item += 4) {
+            const int32_t row = item_row(a, item), own = item_own(a, item, group), seg = seg0 + own;
+            float f[4] = {v[0].x, v[0].y, v[0].z, v[0].w}, scale;
             if (NORM) {
-                const uint32_t weight[4] = {w[k].x & 0xffff, w[k].x >> 16, w[k].y & 0xffff, w[k].y >> 16};
+                const uint32_t weight[4] = {w[0].x & 0xffff, w[0].x >> 16, w[0].y & 0xffff, w[0].y >> 16};
 #pragma unroll
                 for (int e = 0; e < 4; e++)
                     f[e] = seg * CU_SEGMENT + lane * 4 + e < n_in
                                ? cu_f32(cu_round(cu_normed(f[e], row_scale[row], (cu_bf16)weight[e])))
                                : 0.0f;
+            } else {
+                const uint32_t two[2] = {__float_as_uint(v[0].x), __float_as_uint(v[0].y)};
+#pragma unroll
+                for (int e = 0; e < 4; e++) f[e] = cu_f32((cu_bf16)(e % 2 ? two[e / 2] >> 16 : two[e / 2] & 0xffff));
+            }
+#pragma unroll
+            for (int k = 0; k + 1 < LOADS; k++) {
+                v[k] = v[k + 1];
+                if (NORM) w[k] = w[k + 1];
             }
             const uint32_t code = a8_quantize<C>(&scale, f);
             *(uint32_t *)(memory + m->x + own * (8 * CU_SEGMENT) + a8_piece_at(row, lane / 4) + lane % 4 * 4) = code;
