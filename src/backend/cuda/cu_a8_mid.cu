@@ -28,7 +28,7 @@ typedef struct a8_args {
     large_args l;
     cu_x8 x;
     int32_t n_expert;
-    bool routed; /* the kernel in front waited for the routes before it let this one begin */
+    bool routed; /* down: up waited for the routes before it let the kernel behind it begin */
 } a8_args;
 
 /* What a kernel is made for. */
@@ -47,11 +47,9 @@ template <cu_format F_, int ROWS_, int WGS_, bool INSIDE_> struct a8_shape {
     static constexpr int BLOCKS = ROWS == 64 || WGS == 2 ? 1 : ROWS == 32 || INSIDE ? 2 : 3; /* of a multiprocessor */
     /* Half of a tile's totals. */
     static constexpr int HALVES = WGS * 2 * CU_BAND * ROWS * 4;
-    /* Whether down (INSIDE) asks for codes while up, which knows the routes, still runs. Of int4 that gains nothing. */
-    static constexpr bool EARLY = F != CU_I4A8;
-    /* Blocks that memory has room for: down's of EARLY lie beside two of up, and up's of int4, whose slots bring more
-     * numbers, come while shared experts' are still there. */
-    static constexpr int BESIDE = INSIDE && EARLY ? 3 : ROWS == 8 && !INSIDE && F == CU_I4A8 ? 4 : BLOCKS;
+    /* Blocks that memory has room for: down's of few rows lie beside two of up, and up's of int4, whose slots bring
+     * more numbers, come while shared experts' are still there. */
+    static constexpr int BESIDE = INSIDE ? 3 : ROWS == 8 && F == CU_I4A8 ? 4 : BLOCKS;
     static constexpr int ROOM = (SHARED_CORE / BESIDE - HALVES - 2048) / (SLOT + SEGMENTS * SCALES * 4);
     static constexpr int SLOTS = ROOM < SLOTS_MAX ? ROOM : SLOTS_MAX;
 };
@@ -111,7 +109,7 @@ static __device__ __forceinline__ void fill_codes(const a8_args *args, const a8_
     const int32_t n_seg = a->w.n_seg;
     /* So few rows are one tile, of each expert, too: nobody else reads its weights. */
     const uint64_t policy = S::ROWS == 8 && a->n_row <= 8 ? cu_read_once() : cu_read_often();
-    if (a->experts && !(S::EARLY && args->routed)) cu_wait_previous();
+    if (a->experts && !args->routed) cu_wait_previous();
     const uint32_t n_tile = tile_count(a);
     large_tile list = tiles_find<S>(args, blockIdx.x);
     int slot = 0, listed = 0, n_asked = 0;
@@ -313,7 +311,7 @@ __global__ void __launch_bounds__(S::THREADS, S::BLOCKS) a8_mid(const __grid_con
                           bars_at, bars_at + N * 8, bars_at + 2 * N * 8};
     const int32_t n_seg = a->w.n_seg;
 
-    if (!S::EARLY || !a->place_entry) cu_launch_next();
+    if (!a->place_entry) cu_launch_next();
     if (threadIdx.x == 0) {
         for (int i = 0; i < N; i++) {
             bar_init(ring.full + i * 8, 1 + (S::INSIDE ? 1 : S::FILLERS * 32)); /* and the bytes of codes */
@@ -338,7 +336,7 @@ __global__ void __launch_bounds__(S::THREADS, S::BLOCKS) a8_mid(const __grid_con
         return;
     }
     cu_wait_previous();
-    if (S::EARLY && a->place_entry) cu_launch_next(); /* the routes are there: down need not wait for them */
+    if (a->place_entry) cu_launch_next(); /* the routes are there: down need not wait for them */
 
     const uint32_t n_tile = tile_count(a);
     int slot = 0, done = 0; /* the next to be multiplied, to be added */
@@ -513,7 +511,7 @@ cudaError_t cu_a8_mid_grouped(cudaStream_t s, const cu_grouped_job *j) {
     if (!inside) args.l.x = NULL;
     args.x = j->x8;
     args.n_expert = j->routes->n_expert;
-    args.routed = inside && j->behind_up;
+    args.routed = j->behind_up;
     if (!args_sound(&args) || (inside && (j->gather || !j->x || j->routes->tile_rows != 8)))
         return cudaErrorInvalidValue;
     switch (j->routes->tile_rows) {

@@ -250,7 +250,7 @@ typedef struct cu_grouped_job {
     /* A8, any number of rows: instead of x and by_place. Of down, rows by place, made from h by cu_quant_x8; where
      * tile_rows is 8 and x8.code is NULL they are quantized inside, from x by place. */
     cu_x8 x8, x8_by_place;
-    bool behind_up; /* down, where x8.code is NULL: the launch in front is up's of the same format and routes */
+    bool behind_up; /* down: the launch in front is up's of the same format and routes, or cu_quant_x8 behind that */
     float *y;
     int64_t ldy;
     cu_bf16 *h;
