@@ -116,56 +116,85 @@ static __device__ __forceinline__ void weights_load(uint2 w[LOADS], const split_
             w[k] = weight_load(a, (seg0 + item_own(a, from + 4 * k, group)) * CU_SEGMENT + lane * 4);
 }
 
-/* The warpgroup's segments of up to 8 rows to shared memory, quantized. row_scale: 1 / sqrt(mean of squares) of rows,
- * of a norm; heard: a barrier to wait for before it is read; w: weights_load of the warp's first items. LOADS items are
+/* The warpgroup's segments of up to 8 rows to shared memory, normed and quantized. row_scale: 1 / sqrt(mean of squares)
+ * of rows; heard: a barrier to wait for before it is read; w: weights_load of the warp's first items. LOADS items are
  * on their way at once, and one after the other moves to the front: written out for each, the code, which comes from
  * the L2 cache every time, takes longer than the work. */
-template <cu_codes C, bool NORM>
-static __device__ __forceinline__ void quantize_rows(uint2 w[LOADS], const split_args *a, unsigned char *memory,
-                                                     const split_map *m, const float *row_scale, uint32_t heard,
-                                                     int32_t seg0, int32_t n_item, int group, int warp, int lane) {
+template <cu_codes C>
+static __device__ __forceinline__ void quantize_normed(uint2 w[LOADS], const split_args *a, unsigned char *memory,
+                                                       const split_map *m, const float *row_scale, uint32_t heard,
+                                                       int32_t seg0, int32_t n_item, int group, int warp, int lane) {
     const int32_t n_in = a->j.w.n_in;
     const uint32_t by_row = (uint32_t)__cvta_generic_to_shared(memory + m->by_row);
     for (int32_t from = warp; from < n_item; from += 4 * LOADS) {
-        float4 v[LOADS]; /* without a norm two words of each: four numbers in bf16 */
+        float4 v[LOADS];
 #pragma unroll
         for (int k = 0; k < LOADS; k++) {
             const int32_t item = from + 4 * k, i = (seg0 + item_own(a, item, group)) * CU_SEGMENT + lane * 4;
             if (item >= n_item) break;
-            if (NORM) {
-                v[k] = norm_load(a, item_row(a, item), i);
-            } else {
-                const float2 x = __ldcg((const float2 *)(a->j.x + item_row(a, item) * a->j.ldx + i));
-                v[k].x = x.x, v[k].y = x.y;
-            }
+            v[k] = norm_load(a, item_row(a, item), i);
         }
-        if (NORM && from > warp) weights_load(w, a, seg0, from, n_item, group, lane);
-        if (NORM) hear(heard, 0);
+        if (from > warp) weights_load(w, a, seg0, from, n_item, group, lane);
+        hear(heard, 0);
 #pragma unroll 1
         for (int32_t item = from; item < min(from + 4 * LOADS, n_item); item += 4) {
             const int32_t row = item_row(a, item), own = item_own(a, item, group), seg = seg0 + own;
+            const uint32_t weight[4] = {w[0].x & 0xffff, w[0].x >> 16, w[0].y & 0xffff, w[0].y >> 16};
             float f[4] = {v[0].x, v[0].y, v[0].z, v[0].w}, scale;
-            if (NORM) {
-                const uint32_t weight[4] = {w[0].x & 0xffff, w[0].x >> 16, w[0].y & 0xffff, w[0].y >> 16};
 #pragma unroll
-                for (int e = 0; e < 4; e++)
-                    f[e] = seg * CU_SEGMENT + lane * 4 + e < n_in
-                               ? cu_f32(cu_round(cu_normed(f[e], row_scale[row], (cu_bf16)weight[e])))
-                               : 0.0f;
-            } else {
-                const uint32_t two[2] = {__float_as_uint(v[0].x), __float_as_uint(v[0].y)};
+            for (int e = 0; e < 4; e++)
+                f[e] = seg * CU_SEGMENT + lane * 4 + e < n_in
+                           ? cu_f32(cu_round(cu_normed(f[e], row_scale[row], (cu_bf16)weight[e])))
+                           : 0.0f;
 #pragma unroll
-                for (int e = 0; e < 4; e++) f[e] = cu_f32((cu_bf16)(e % 2 ? two[e / 2] >> 16 : two[e / 2] & 0xffff));
-            }
-#pragma unroll
-            for (int k = 0; k + 1 < LOADS; k++) {
-                v[k] = v[k + 1];
-                if (NORM) w[k] = w[k + 1];
-            }
+            for (int k = 0; k + 1 < LOADS; k++) v[k] = v[k + 1], w[k] = w[k + 1];
             const uint32_t code = a8_quantize<C>(&scale, f);
             *(uint32_t *)(memory + m->x + own * (8 * CU_SEGMENT) + a8_piece_at(row, lane / 4) + lane % 4 * 4) = code;
             if (lane < min(a->n_rank, 2)) send(at_rank(by_row + (seg * a->j.n_row + row) * 4, lane), scale);
         }
+    }
+}
+
+/* The same of rows in bf16, without a norm: a quarter of a warp has an item, a lane a piece of it. */
+template <cu_codes C>
+static __device__ __forceinline__ void quantize_rows(const split_args *a, unsigned char *memory, const split_map *m,
+                                                     int32_t seg0, int32_t n_item, int group, int warp, int lane) {
+    const uint32_t by_row = (uint32_t)__cvta_generic_to_shared(memory + m->by_row);
+    const int piece = lane % 8;
+    const auto ask = [&](uint4 x[2], int32_t item) {
+        const uint4 *from = (const uint4 *)(a->j.x + item_row(a, item) * a->j.ldx +
+                                            (seg0 + item_own(a, item, group)) * CU_SEGMENT + piece * 16);
+        x[0] = x[1] = make_uint4(0, 0, 0, 0);
+        if (item < n_item) x[0] = __ldcg(from), x[1] = __ldcg(from + 1);
+    };
+    uint4 x[2], next[2];
+    int32_t item = warp * 4 + lane / 8;
+    ask(x, item);
+#pragma unroll 1
+    for (int32_t from = warp * 4; from < n_item; from += 16, item += 16) {
+        ask(next, item + 16);
+        const uint32_t two[8] = {x[0].x, x[0].y, x[0].z, x[0].w, x[1].x, x[1].y, x[1].z, x[1].w};
+        uint32_t most = 0; /* magnitudes, in pairs, in their order */
+#pragma unroll
+        for (int k = 0; k < 8; k++) most = __vmaxu2(most, two[k] & 0x7fff7fffu);
+#pragma unroll
+        for (int d = 4; d > 0; d >>= 1) most = __vmaxu2(most, __shfl_xor_sync(0xffffffffu, most, d));
+        float scale;
+        const float f = a8_factor<C>(&scale, max(most << 16, most & 0xffff0000u));
+        uint32_t code[4];
+#pragma unroll
+        for (int k = 0; k < 4; k++) {
+            const float v[4] = {__uint_as_float(two[2 * k] << 16), __uint_as_float(two[2 * k] & 0xffff0000u),
+                                __uint_as_float(two[2 * k + 1] << 16), __uint_as_float(two[2 * k + 1] & 0xffff0000u)};
+            code[k] = f == 0.0f ? 0 : a8_code4<C>(v, f);
+        }
+        if (item < n_item) {
+            const int32_t row = item_row(a, item), own = item_own(a, item, group);
+            *(uint4 *)(memory + m->x + own * (8 * CU_SEGMENT) + a8_piece_at(row, piece)) =
+                make_uint4(code[0], code[1], code[2], code[3]);
+            if (piece < min(a->n_rank, 2)) send(at_rank(by_row + ((seg0 + own) * a->j.n_row + row) * 4, piece), scale);
+        }
+        x[0] = next[0], x[1] = next[1];
     }
 }
 
@@ -275,10 +304,9 @@ __global__ void __launch_bounds__(THREADS, 2) a8_split(const __grid_constant__ s
                 tell(at_rank(normed, to));
             }
         }
-        quantize_rows<a8_codes_of(F), true>(norm_w, &a, memory, &m, row_scale, normed, seg0, n_item, group, warp % 4,
-                                            lane);
+        quantize_normed<a8_codes_of(F)>(norm_w, &a, memory, &m, row_scale, normed, seg0, n_item, group, warp % 4, lane);
     } else {
-        quantize_rows<a8_codes_of(F), false>(norm_w, &a, memory, &m, NULL, 0, seg0, n_item, group, warp % 4, lane);
+        quantize_rows<a8_codes_of(F)>(&a, memory, &m, seg0, n_item, group, warp % 4, lane);
     }
     a8_show();
     barrier_of(group + 1, 128);
