@@ -148,14 +148,36 @@ static __device__ __forceinline__ void large_put(const large_args *a, const larg
             y[(i / 4 * 8 + (i & 1)) * a->ldy + (i & 2) * 4] = add ? __fadd_rn(old[i], t[i]) : t[i];
 }
 
+/* cu_swiglu of N numbers side by side: its division has a branch, behind which the next number waits for this one. The
+ * steps are those the division takes where no number on the way is subnormal or beyond f32; others are divided one by
+ * one. */
+template <int N>
+static __device__ __forceinline__ void large_swiglu(float h[N], const float gate[N], const float up[N]) {
+    bool plain = true;
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+        const float n = gate[i], d = __fadd_rn(1.0f, expf(-n));
+        float r;
+        plain = plain && n > -80.0f && n < 0x1p100f && fabsf(n) > 0x1p-64f;
+        asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(d));
+        r = __fmaf_rn(r, __fmaf_rn(-d, r, 1.0f), r);
+        const float q = __fmul_rn(n, r);
+        h[i] = __fmul_rn(__fmaf_rn(r, __fmaf_rn(-d, q, n), q), up[i]);
+    }
+    if (plain) return;
+#pragma unroll
+    for (int i = 0; i < N; i++) h[i] = cu_swiglu(gate[i], up[i]);
+}
+
 /* The square of pair `pair` of bands, whose first row is `row`. Lanes of neighbouring outputs trade rows, so that each
  * stores two outputs of one row as a word. All lanes call. */
 static __device__ __forceinline__ void large_put_swiglu(const large_args *a, const large_tile *tile,
                                                         const float gate[4], const float up[4], int32_t pair,
                                                         int32_t row, int lane) {
-    uint32_t v[2]; /* of rows 2c, 2c + 1: output g low, g + 8 high */
-#pragma unroll
-    for (int i = 0; i < 2; i++) v[i] = cu_round2(cu_swiglu(gate[i], up[i]), cu_swiglu(gate[2 + i], up[2 + i]));
+    float x[4];
+    large_swiglu<4>(x, gate, up);
+    /* of rows 2c, 2c + 1: output g low, g + 8 high */
+    const uint32_t v[2] = {cu_round2(x[0], x[2]), cu_round2(x[1], x[3])};
     const bool odd = lane & 4;
     const uint32_t got = __shfl_xor_sync(0xffffffffu, odd ? v[0] : v[1], 4), mine = odd ? v[1] : v[0];
     const uint32_t low = odd ? got : mine, high = odd ? mine : got; /* of the even and the odd output */

@@ -144,26 +144,6 @@ static __device__ __forceinline__ void wide_put(const large_args *a, const large
         wide_new(y, v, left, whole);
     }
 }
-/* cu_swiglu of N numbers side by side: its division has a branch, behind which the next number waits for this one. The
- * steps are those the division takes where no number on the way is subnormal or beyond f32; others are divided one by
- * one. */
-template <int N>
-static __device__ __forceinline__ void wide_swiglu(float h[N], const float gate[N], const float up[N]) {
-    bool plain = true;
-#pragma unroll
-    for (int i = 0; i < N; i++) {
-        const float n = gate[i], d = __fadd_rn(1.0f, expf(-n));
-        float r;
-        plain = plain && n > -80.0f && n < 0x1p100f && fabsf(n) > 0x1p-64f;
-        asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(d));
-        r = __fmaf_rn(r, __fmaf_rn(-d, r, 1.0f), r);
-        const float q = __fmul_rn(n, r);
-        h[i] = __fmul_rn(__fmaf_rn(r, __fmaf_rn(-d, q, n), q), up[i]);
-    }
-    if (plain) return;
-#pragma unroll
-    for (int i = 0; i < N; i++) h[i] = cu_swiglu(gate[i], up[i]);
-}
 /* h = silu(gate) * up; two outputs a lane. */
 template <bool SCALED>
 static __device__ __forceinline__ void wide_put_swiglu(const large_args *a, const large_tile *t, const float *sums,
@@ -191,7 +171,7 @@ static __device__ __forceinline__ void wide_put_swiglu(const large_args *a, cons
                     gate[2 * i + k] = __fmul_rn(gate[2 * i + k], scale[k]),
                                  up[2 * i + k] = __fmul_rn(up[2 * i + k], scale[2 + k]);
         }
-        wide_swiglu<2 * BATCH>(h, gate, up);
+        large_swiglu<2 * BATCH>(h, gate, up);
 #pragma unroll
         for (int i = 0; i < BATCH; i++) {
             const int row = from + i * WIDE_STORERS;
