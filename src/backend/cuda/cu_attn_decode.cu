@@ -51,50 +51,71 @@ template <int GROUPS> static __device__ __forceinline__ void turn_pass(void) {
     asm volatile("bar.arrive %0, 256;" ::"r"(1 + GROUPS + (threadIdx.y + 1) % GROUPS) : "memory");
 }
 
-/* Keys and values (kinds 2), keys or values (1, from `kind` on) of this step in a tile: rotated, to their cells and to
- * shared memory; a warp a row. scales [][CU_KEYS]: in shared memory, of the first kind and the next. */
+/* A key (which 0) or value of this step that a warp makes: what the lane has of it, of a key with its angles. */
+template <int C> struct made {
+    static constexpr int per = C >= 128 ? 4 : 2;
+    float x[per], turn[per];
+    int32_t cell;
+};
+template <int C>
+static __device__ __forceinline__ void made_read(const attn_args *a, made<C> *m, int32_t which, const unit *u,
+                                                 int32_t t) {
+    constexpr int per = made<C>::per;
+    const int32_t lane = threadIdx.x & 31, first = lane * per < C ? lane * per : 0, row = u->row0 + t;
+    const int32_t head = a->n_head + which * a->n_kv_head + u->head;
+    attn_read<per>(m->x, a->qkv + ((int64_t)row * (a->n_head + 2 * a->n_kv_head) + head) * C + first);
+    if (which == 0) attn_read<per>(m->turn, (const float *)(a->turn + (int64_t)row * (C / 2)) + first);
+    m->cell = a->cell[row];
+}
+/* Rotated, to its cell and to shared memory, as number `at` of the tile. scale_to: of codes. */
+template <int C, int CODES>
+static __device__ __forceinline__ void made_put(const attn_args *a, unsigned char *smem, float *scale_to, made<C> *m,
+                                                int32_t which, const unit *u, int32_t at) {
+    typedef decode_shape<C, CODES> sh;
+    constexpr int per = made<C>::per;
+    const int lane = threadIdx.x & 31;
+    const bool mine = lane * per < C;
+    const int32_t first = mine ? lane * per : 0, cell = m->cell;
+    float *x = m->x;
+    if (which == 0) {
+#pragma unroll
+        for (int i = 0; i < per; i += 2) {
+            const float2 turned = attn_turn(x[i], x[i + 1], make_float2(m->turn[i], m->turn[i + 1]));
+            x[i] = turned.x, x[i + 1] = turned.y;
+        }
+    }
+    if (!mine)
+        for (int i = 0; i < per; i++) x[i] = 0.0f;
+    const int32_t nth = cell / a->n_page_cell, in_page = cell - nth * a->n_page_cell, byte = first * (CODES ? 1 : 2);
+    unsigned char *plane = a->kv + nth * a->page_bytes + u->head * a->plane_bytes + which * a->value;
+    unsigned char *to = plane + (int64_t)in_page * sh::row_bytes + byte;
+    unsigned char *near = smem + (which ? sh::v_at : sh::k_at) + attn_at<sh::chunks>(at, byte / 16) + byte % 16;
+    if (CODES) {
+        float scale;
+        const uint32_t word = attn_codes<per, CODES>(x, &scale);
+        if (mine) attn_put_codes<per>(near, word);
+        if (mine && cell >= 0) attn_put_codes<per>(to, word);
+        if (lane == 0) *scale_to = scale;
+        if (lane == 0 && cell >= 0) ((float *)(plane + a->scale_at))[in_page] = scale;
+    } else if (mine) {
+        attn_put_bf16<per>(near, x);
+        if (cell >= 0) attn_put_bf16<per>(to, x);
+    }
+}
+/* Keys and values (kinds 2), keys or values (1, from `kind` on) of this step in a tile, a warp a row. scales
+ * [][CU_KEYS]: in shared memory, of the first kind and the next. */
 template <int C, int CODES>
 static __device__ __forceinline__ void make_rows(const attn_args *a, unsigned char *smem, float *scales, int kind,
                                                  int kinds, const unit *u, int32_t tile) {
-    typedef decode_shape<C, CODES> sh;
-    constexpr int per = C >= 128 ? 4 : 2;
-    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
-    const bool mine = lane * per < C;
-    const int32_t first = mine ? lane * per : 0, begin = tile * CU_KEYS - u->pos0;
+    const int warp = threadIdx.x >> 5;
+    const int32_t begin = tile * CU_KEYS - u->pos0;
     const int32_t end = min(attn_token(a, u->n_row - 1) + 1, begin + CU_KEYS);
 #pragma unroll 1
     for (int32_t i = max(begin, 0) * kinds + warp; i < end * kinds; i += WARPS) {
-        const int32_t t = kinds == 2 ? i / 2 : i, which = kinds == 2 ? i % 2 : kind;
-        const int32_t row = u->row0 + t, head = a->n_head + which * a->n_kv_head + u->head, at = t - begin;
-        const int32_t cell = a->cell[row];
-        float x[per], turn[per];
-        attn_read<per>(x, a->qkv + ((int64_t)row * (a->n_head + 2 * a->n_kv_head) + head) * C + first);
-        if (which == 0) {
-            attn_read<per>(turn, (const float *)(a->turn + (int64_t)row * (C / 2)) + first);
-#pragma unroll
-            for (int i = 0; i < per; i += 2) {
-                const float2 turned = attn_turn(x[i], x[i + 1], make_float2(turn[i], turn[i + 1]));
-                x[i] = turned.x, x[i + 1] = turned.y;
-            }
-        }
-        if (!mine)
-            for (int i = 0; i < per; i++) x[i] = 0.0f;
-        const int32_t nth = cell / a->n_page_cell, in_page = cell - nth * a->n_page_cell,
-                      byte = first * (CODES ? 1 : 2);
-        unsigned char *plane = a->kv + nth * a->page_bytes + u->head * a->plane_bytes + which * a->value;
-        unsigned char *to = plane + (int64_t)in_page * sh::row_bytes + byte;
-        unsigned char *near = smem + (which ? sh::v_at : sh::k_at) + attn_at<sh::chunks>(at, byte / 16) + byte % 16;
-        if (CODES) {
-            float scale;
-            const uint32_t word = attn_codes<per, CODES>(x, &scale);
-            if (mine) attn_put_codes<per>(near, word);
-            if (mine && cell >= 0) attn_put_codes<per>(to, word);
-            if (lane == 0) scales[(which - kind) * CU_KEYS + at] = scale;
-            if (lane == 0 && cell >= 0) ((float *)(plane + a->scale_at))[in_page] = scale;
-        } else if (mine) {
-            attn_put_bf16<per>(near, x);
-            if (cell >= 0) attn_put_bf16<per>(to, x);
-        }
+        const int32_t t = kinds == 2 ? i / 2 : i, which = kinds == 2 ? i % 2 : kind, at = t - begin;
+        made<C> m;
+        made_read<C>(a, &m, which, u, t);
+        made_put<C, CODES>(a, smem, scales + (which - kind) * CU_KEYS + at, &m, which, u, at);
     }
 }
 
@@ -114,55 +135,49 @@ static __device__ __forceinline__ void put_q(unsigned char *smem, int r, int chu
         make_uint2(__byte_perm(x.x, x.y, 0x7632), __byte_perm(x.z, x.w, 0x7632));
 }
 
-/* Angles of a thread's chunks of q. */
+/* Angles of a thread's chunk i of q. */
 template <int C, int CODES>
-static __device__ __forceinline__ void q_turns(const attn_args *a, const unit *u, float4 turn[][2]) {
+static __device__ __forceinline__ void q_turns(const attn_args *a, const unit *u, int i, float4 turn[2]) {
     typedef decode_shape<C, CODES> sh;
-#pragma unroll
-    for (int i = 0; i < sh::q_turns; i++) {
-        const int n = threadIdx.x + i * THREADS, r = n / sh::q_chunks, chunk = n % sh::q_chunks;
-        const int32_t row = u->row0 + (r < u->n_row ? attn_token(a, r) : 0);
-        const float4 *from = (const float4 *)(a->turn + (int64_t)row * (C / 2) + chunk * 4);
-        turn[i][0] = from[0], turn[i][1] = from[1];
-    }
+    const int n = threadIdx.x + i * THREADS, r = n / sh::q_chunks, chunk = n % sh::q_chunks;
+    const int32_t row = u->row0 + (r < u->n_row ? attn_token(a, r) : 0);
+    const float4 *from = (const float4 *)(a->turn + (int64_t)row * (C / 2) + chunk * 4);
+    turn[0] = from[0], turn[1] = from[1];
 }
-/* The chunks as they are. */
+/* The chunk as it is. */
 template <int C, int CODES>
-static __device__ __forceinline__ void read_q(const attn_args *a, const unit *u, float4 x[][2]) {
+static __device__ __forceinline__ void read_q(const attn_args *a, const unit *u, int i, float4 x[2]) {
     typedef decode_shape<C, CODES> sh;
-#pragma unroll
-    for (int i = 0; i < sh::q_turns; i++) {
-        const int n = threadIdx.x + i * THREADS, r = n / sh::q_chunks, chunk = n % sh::q_chunks;
-        const int32_t safe = r < u->n_row ? r : 0, t = attn_token(a, safe),
-                      h = u->head * a->group + safe - t * a->group;
-        const int64_t row = (int64_t)(u->row0 + t) * (a->n_head + 2 * a->n_kv_head) + h;
-        const float4 *from = (const float4 *)(a->qkv + row * C + chunk * 8);
-        x[i][0] = from[0], x[i][1] = from[1];
-    }
+    const int n = threadIdx.x + i * THREADS, r = n / sh::q_chunks, chunk = n % sh::q_chunks;
+    const int32_t safe = r < u->n_row ? r : 0, t = attn_token(a, safe), h = u->head * a->group + safe - t * a->group;
+    const int64_t row = (int64_t)(u->row0 + t) * (a->n_head + 2 * a->n_kv_head) + h;
+    const float4 *from = (const float4 *)(a->qkv + row * C + chunk * 8);
+    x[0] = from[0], x[1] = from[1];
 }
-/* Rows of q, rotated; those that the sequence lacks are zero. */
+/* Whether the chunk is of a row that the sequence has, for any thread. */
+template <int C, int CODES> static __device__ __forceinline__ bool q_there(const unit *u, int i) {
+    return i * THREADS < u->n_row * decode_shape<C, CODES>::q_chunks;
+}
+/* Rotated, to shared memory; zeros of rows that the sequence lacks. */
 template <int C, int CODES>
-static __device__ __forceinline__ void make_q(const attn_args *a, unsigned char *smem, const unit *u,
-                                              const float4 turn[][2], const float4 from[][2]) {
+static __device__ __forceinline__ void make_q(unsigned char *smem, const unit *u, int i, const float4 turn[2],
+                                              const float4 from[2]) {
     typedef decode_shape<C, CODES> sh;
-#pragma unroll
-    for (int i = 0; i < sh::q_turns; i++) {
-        const int n = threadIdx.x + i * THREADS, r = n / sh::q_chunks, chunk = n % sh::q_chunks;
-        if (n >= ATTN_FEW * sh::q_chunks) break;
-        uint4 out = make_uint4(0, 0, 0, 0);
-        if (r < u->n_row) {
-            const float4 lo = from[i][0], hi = from[i][1];
-            float2 x = attn_turn(lo.x, lo.y, make_float2(turn[i][0].x, turn[i][0].y));
-            out.x = cu_round2(x.x, x.y);
-            x = attn_turn(lo.z, lo.w, make_float2(turn[i][0].z, turn[i][0].w));
-            out.y = cu_round2(x.x, x.y);
-            x = attn_turn(hi.x, hi.y, make_float2(turn[i][1].x, turn[i][1].y));
-            out.z = cu_round2(x.x, x.y);
-            x = attn_turn(hi.z, hi.w, make_float2(turn[i][1].z, turn[i][1].w));
-            out.w = cu_round2(x.x, x.y);
-        }
-        put_q<C, CODES>(smem, r, chunk, out);
+    const int n = threadIdx.x + i * THREADS, r = n / sh::q_chunks, chunk = n % sh::q_chunks;
+    if (n >= ATTN_FEW * sh::q_chunks) return;
+    uint4 out = make_uint4(0, 0, 0, 0);
+    if (r < u->n_row) {
+        const float4 lo = from[0], hi = from[1];
+        float2 x = attn_turn(lo.x, lo.y, make_float2(turn[0].x, turn[0].y));
+        out.x = cu_round2(x.x, x.y);
+        x = attn_turn(lo.z, lo.w, make_float2(turn[0].z, turn[0].w));
+        out.y = cu_round2(x.x, x.y);
+        x = attn_turn(hi.x, hi.y, make_float2(turn[1].x, turn[1].y));
+        out.z = cu_round2(x.x, x.y);
+        x = attn_turn(hi.z, hi.w, make_float2(turn[1].z, turn[1].w));
+        out.w = cu_round2(x.x, x.y);
     }
+    put_q<C, CODES>(smem, r, chunk, out);
 }
 
 /* Rows of q that are rotated already. */
@@ -407,6 +422,7 @@ template <int C, int CODES, bool BULK, int GROUPS>
 static __global__ void __launch_bounds__(THREADS *GROUPS, (groups_each(C, CODES) / GROUPS))
     decode_kernel(const __grid_constant__ attn_args a, const __grid_constant__ CUtensorMap map, int32_t run) {
     typedef decode_shape<C, CODES> sh;
+    constexpr bool EARLY = !CODES; /* small reads begin a tile ahead; with codes there are no registers for it */
     extern __shared__ __align__(1024) unsigned char all_smem[];
     __shared__ uint64_t bar_words[GROUPS][2];
     const int group = GROUPS > 1 ? (int)threadIdx.y : 0;
@@ -472,13 +488,16 @@ static __global__ void __launch_bounds__(THREADS *GROUPS, (groups_each(C, CODES)
         }
         if (makes) {
             float4 angle[sh::q_turns][2], x[sh::q_turns][2];
-            q_turns<C, CODES>(&a, &cur, angle);
+#pragma unroll
+            for (int i = 0; i < sh::q_turns; i++) q_turns<C, CODES>(&a, &cur, i, angle[i]);
             cu_wait_previous();
-            read_q<C, CODES>(&a, &cur, x);
+#pragma unroll
+            for (int i = 0; i < sh::q_turns; i++) read_q<C, CODES>(&a, &cur, i, x[i]);
             if (BULK && own < CU_KEYS) bar_wait(b.bar[0], 0), bar_wait(b.bar[1], 0);
             make_rows<C, CODES>(&a, smem, key_scale, 0, 2, &cur, tile);
             if (BULK) bulk_fence();
-            make_q<C, CODES>(&a, smem, &cur, angle, x);
+#pragma unroll
+            for (int i = 0; i < sh::q_turns; i++) make_q<C, CODES>(smem, &cur, i, angle[i], x[i]);
         }
     }
 
@@ -503,6 +522,17 @@ static __global__ void __launch_bounds__(THREADS *GROUPS, (groups_each(C, CODES)
         const int32_t page = !BULK               ? attn_page_of<true>(&a, next.seq, next_at, more ? next.len : 0)
                              : more && warp == 0 ? bulk_page(&a, &b, next.seq, next_tile * CU_KEYS, next.len)
                                                  : -1;
+
+        /* The next unit's q, and the only row of this step in the next tile, are on their way meanwhile. */
+        const bool one =
+            EARLY && makes && more && next.n_row <= a.group && (uint32_t)(next.pos0 - next_tile * CU_KEYS) < CU_KEYS;
+        float4 angle[2], x[2];
+        made<C> row;
+        if (EARLY && makes && changes) {
+            q_turns<C, CODES>(&a, &next, 0, angle);
+            read_q<C, CODES>(&a, &next, 0, x);
+        }
+        if (one && warp == 0) made_read<C>(&a, &row, 0, &next, 0);
 
         int32_t pos[2]; /* of the lane's rows; -1: no such row */
 #pragma unroll
@@ -564,13 +594,34 @@ static __global__ void __launch_bounds__(THREADS *GROUPS, (groups_each(C, CODES)
         }
         if (!BULK) attn_copy_commit();
         if (makes && more) {
-            if (changes) {
-                float4 angle[sh::q_turns][2], x[sh::q_turns][2];
-                q_turns<C, CODES>(&a, &next, angle);
-                read_q<C, CODES>(&a, &next, x);
-                make_q<C, CODES>(&a, smem, &next, angle, x);
+            if (changes && EARLY) {
+                make_q<C, CODES>(smem, &next, 0, angle, x);
+#pragma unroll
+                for (int i = 1; i < sh::q_turns; i++) {
+                    if (q_there<C, CODES>(&next, i)) {
+                        q_turns<C, CODES>(&a, &next, i, angle);
+                        read_q<C, CODES>(&a, &next, i, x);
+                    }
+                    make_q<C, CODES>(smem, &next, i, angle, x);
+                }
+            } else if (changes) {
+                float4 angles[sh::q_turns][2], all[sh::q_turns][2];
+#pragma unroll
+                for (int i = 0; i < sh::q_turns; i++) {
+                    q_turns<C, CODES>(&a, &next, i, angles[i]);
+                    read_q<C, CODES>(&a, &next, i, all[i]);
+                }
+#pragma unroll
+                for (int i = 0; i < sh::q_turns; i++) make_q<C, CODES>(smem, &next, i, angles[i], all[i]);
             }
-            if (!BULK && next_own < CU_KEYS) make_rows<C, CODES>(&a, smem, key_scale, 0, 1, &next, next_tile);
+            if (one) {
+                if (warp == 0) {
+                    made_put<C, CODES>(&a, smem, NULL, &row, 0, &next, next_own);
+                    made_read<C>(&a, &row, 1, &next, 0);
+                }
+            } else if (!BULK && next_own < CU_KEYS) {
+                make_rows<C, CODES>(&a, smem, key_scale, 0, 1, &next, next_tile);
+            }
         }
 
         bool seen[2];
@@ -673,8 +724,11 @@ static __global__ void __launch_bounds__(THREADS *GROUPS, (groups_each(C, CODES)
         turn ^= 1;
         parity ^= 1;
         first = false;
-        if (!BULK && makes && next_own < CU_KEYS)
+        if (one) {
+            if (warp == 0) made_put<C, CODES>(&a, smem, NULL, &row, 1, &next, next_own);
+        } else if (!BULK && makes && next_own < CU_KEYS) {
             make_rows<C, CODES>(&a, smem, key_scale + (1 + turn) * CU_KEYS, 1, 1, &next, next_tile);
+        }
         w = to;
     }
     attn_copy_wait<0>();
