@@ -1,6 +1,6 @@
-/* cu_mid_run and cu_large_run, plain and grouped: against scalar double where a test can afford it, and bit for bit
- * against the kernels for few rows everywhere. Weights are drawn as packed bytes, read back by the layout's definition.
- */
+/* cu_mid_run and cu_large_run, plain and grouped, and cu_broad_run: against scalar double where a test can afford it,
+ * and bit for bit against the kernels for few rows everywhere. Weights are drawn as packed bytes, read back by the
+ * layout's definition. */
 #include "check.h"
 
 enum { FEW = 8 }; /* rows of a piece for the kernels for few rows */
@@ -14,6 +14,7 @@ typedef struct kernels {
     int32_t tile_first, tile_last; /* rows of a grouped tile: twice the one before each */
 } kernels;
 static const kernels mid = {"mid", cu_mid_run, cu_mid_grouped, {9, 16, 17, 32, 33, 64, 65, 100, 200}, 16, 64};
+static const kernels broad = {"broad", cu_broad_run, NULL, {9, 65, 100, 128, 200, 256, 257, 380}, 0, 0};
 static const kernels large = {"large", cu_large_run, cu_large_grouped, {65, 100, 128, 200, 257, 380}, 128, 128};
 
 static const char *const format_name[CU_PLAIN_FORMATS] = {"bf16", "int8", "int4", "fp8"};
@@ -397,6 +398,13 @@ void check_large(void) {
             check_grouped(k, (cu_format)f, (shape){2560, 1536, true}, 150);
             check_grouped(k, (cu_format)f, (shape){1536, 2560, false}, 150);
         }
+        check_plain(&broad, (cu_format)f, (shape){100, 70, false}); /* one segment */
+        for (int i = 0; i < n_shape; i++)
+            if (!shapes[i].pairs) check_plain(&broad, (cu_format)f, shapes[i]);
+    }
+    if (check_begin("broad refuses pairs")) {
+        cu_job j = {.w = {.pairs = true}, .n_row = 65};
+        check_that("broad refuses pairs", cu_broad_run(NULL, &j) == cudaErrorInvalidValue, "it did not");
     }
     if (check_begin("large refuses a norm")) {
         cu_job j = {.x_f32 = (const float *)&check_seed, .n_row = 65};
@@ -409,6 +417,8 @@ void check_large(void) {
     for (int i = 0; i < 10; i++)
         for (int32_t n_row = 16; n_row <= 512; n_row *= 2) {
             for (int f = 0; f < CU_PLAIN_FORMATS; f++) speed(&mid, (cu_format)f, decode[i], n_row);
+            if (n_row >= 128 && !decode[i].pairs)
+                for (int f = 0; f < CU_PLAIN_FORMATS; f++) speed(&broad, (cu_format)f, decode[i], n_row);
             if (n_row >= 128)
                 for (int f = 0; f < CU_PLAIN_FORMATS; f++) speed(&large, (cu_format)f, decode[i], n_row);
         }

@@ -132,7 +132,7 @@ static inline int64_t cu_scale_count(const cu_linear *w) {
 cudaError_t cu_pack(cudaStream_t s, const cu_linear *dst, const ern_linear *src, const void *raw, const void *raw_scale,
                     int32_t first_band, int32_t band_step);
 
-/* ---- linears (cu_skinny.cu, cu_tall.cu, cu_mid.cu, cu_large.cu; cu_a8_*.cu) -------------------------------------- */
+/* ---- linears (cu_skinny.cu, cu_tall.cu, cu_mid.cu, cu_broad.cu, cu_large.cu; cu_a8_*.cu) ------------------------- */
 
 typedef enum cu_epilogue {
     CU_STORE,  /* y f32 [row, n_out], ldy numbers apart: = */
@@ -178,9 +178,10 @@ typedef struct cu_job {
 
 /* Picks the kernel by n_row: the bits do not depend on the choice. */
 cudaError_t cu_linear_run(cudaStream_t s, const cu_job *j);
-/* The three behind it: rows 1..CU_SKINNY_MAX; the others any number of rows. For tests and tuning. */
+/* The four behind it: rows 1..CU_SKINNY_MAX; the others any number of rows, broad no pairs. For tests and tuning. */
 cudaError_t cu_skinny_run(cudaStream_t s, const cu_job *j);
 cudaError_t cu_mid_run(cudaStream_t s, const cu_job *j);
+cudaError_t cu_broad_run(cudaStream_t s, const cu_job *j);
 cudaError_t cu_large_run(cudaStream_t s, const cu_job *j); /* rope: only where cu_rope_fits */
 
 /* ---- experts (cu_moe.cu; grouped linears where the plain ones are) -------------------------------------------------

@@ -1,6 +1,6 @@
 /* Which kernel computes a linear. Few rows: weights stream past the rows and memory is the limit (cu_skinny.cu); some
- * hundred: still so, in tiles that blocks share (cu_mid.cu); many: the tensor cores are the limit (cu_large.cu). All
- * add up in the same order, so the choice is free at any time. */
+ * hundred: still so, in tiles that blocks share (cu_mid.cu), or in tiles of a warpgroup (cu_broad.cu); many: the tensor
+ * cores are the limit (cu_large.cu). All add up in the same order, so the choice is free at any time. */
 #include "backend/cuda/cu_kernels.h"
 
 enum {
@@ -17,11 +17,20 @@ static bool large_pays(const cu_job *j) {
     return (int64_t)j->n_row * j->w.n_band * 100 > room * (j->w.format == CU_BF16 ? 75 : 45);
 }
 
+/* Tiles of a warpgroup pay from 65 rows on where the chip holds all of them at once, of short matrices twice as many;
+ * of very long ones a cluster is to share the tile. */
+static bool broad_pays(const cu_job *j) {
+    enum { ROWS = 64, ROWS_MOST = 512, BANDS = 4, SHORT = 8, LONG = 24 /* segments */ };
+    const int64_t n_tile = (int64_t)((j->n_row + ROWS - 1) / ROWS) * ((j->w.n_band + BANDS - 1) / BANDS);
+    return !j->w.pairs && j->n_row > ROWS && j->n_row <= ROWS_MOST && j->w.n_seg <= LONG &&
+           n_tile <= (j->w.n_seg <= SHORT ? 2 : 1) * CORES;
+}
+
 static cudaError_t run(cudaStream_t s, const cu_job *j) {
     const bool a8 = cu_codes_of(j->w.format) != CU_CODES_NONE;
     if (j->n_row <= CU_SKINNY_MAX) return a8 ? cu_a8_skinny_run(s, j) : cu_skinny_run(s, j);
     if (large_pays(j)) return a8 ? cu_a8_large_run(s, j) : cu_large_run(s, j);
-    return a8 ? cu_a8_mid_run(s, j) : cu_mid_run(s, j);
+    return a8 ? cu_a8_mid_run(s, j) : broad_pays(j) ? cu_broad_run(s, j) : cu_mid_run(s, j);
 }
 
 /* The large kernels rotate and store heads of y themselves. */
