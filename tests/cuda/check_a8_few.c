@@ -140,7 +140,8 @@ static void check_route(int32_t n_expert, int32_t n_used, int32_t n_hidden, bool
                                 .router = drouter,
                                 .bias = with_bias ? dbias : NULL,
                                 .n_row = n_row,
-                                .n_hidden = n_hidden};
+                                .n_hidden = n_hidden,
+                                .beside = n_row == 1 && with_bias};
         rows_apart(&r, codes == CU_CODES_NONE ? CU_CODES_I8 : codes);
         CHECK_CUDA(cu_route(0, &j, &l.r));
         unsigned char *want_rows = rows_get(&r), *want = lists_get(&l, n_row);
@@ -539,6 +540,7 @@ void check_a8_few(void) {
     for (int codes = CU_CODES_NONE; codes <= CU_CODES_I8; codes++) {
         check_route(64, 6, 2560, true, (cu_codes)codes);
         check_route(64, 6, 2560, false, (cu_codes)codes);
+        check_route(43, 7, 1024, true, (cu_codes)codes);
         check_route(8, 3, 80, true, (cu_codes)codes);
         check_route(16, 4, 256, false, (cu_codes)codes);
         check_route(160, 16, 100, true, (cu_codes)codes);

@@ -8,6 +8,10 @@
 static __device__ __forceinline__ void cluster_arrive(void) {
     asm volatile("barrier.cluster.arrive.release;" ::: "memory");
 }
+/* Where barriers that were made ready (bar_init_end) are all there is to be seen: waits for nothing. */
+static __device__ __forceinline__ void cluster_arrive_relaxed(void) {
+    asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
+}
 static __device__ __forceinline__ void cluster_meet(void) {
     asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
 }

@@ -202,6 +202,9 @@ typedef struct cu_routes {
     int32_t tile_rows;                 /* places of a tile: 8, 16, 32, 64 or 128; chosen by cu_tile_rows(T, K, E) */
     float *logit;                      /* [T, E] router logits (kept for the probe) */
     int32_t *scratch;                  /* [E * 2 + 2], zeros at first; what has to be is left so */
+    /* [K], zeros at first, or NULL. Where cu_route_few_tells, the expert of each place, + 1, as soon as it is chosen:
+     * up need not wait for all else of the router, and down leaves zeros. NULL where up and down are not both A8. */
+    int32_t *told;
 } cu_routes;
 /* Depends on the step's size only for speed. */
 static inline int32_t cu_tile_rows(int32_t n_row, int32_t n_used, int32_t n_expert) {
@@ -223,6 +226,7 @@ typedef struct cu_route_job {
     float eps, norm_min;
     const float *router, *bias;
     int32_t n_row, n_hidden;
+    bool beside; /* a launch on another stream begins beside this one: what is behind this one leaves it its places */
 } cu_route_job;
 cudaError_t cu_route(cudaStream_t s, const cu_route_job *j, const cu_routes *r);
 
@@ -230,6 +234,7 @@ cudaError_t cu_route(cudaStream_t s, const cu_route_job *j, const cu_routes *r);
  * out may be NULL; so may xn. Rows that are too long for shared memory (22,000 and more) do not fit. */
 enum { CU_ROUTE_FEW_MAX = 128 };
 bool cu_route_few_fits(int32_t n_hidden, int32_t n_expert);
+bool cu_route_few_tells(const cu_route_job *j, const cu_routes *r);
 cudaError_t cu_route_few(cudaStream_t s, const cu_route_job *j, const cu_routes *r, const cu_x8 *out, cu_codes codes,
                          cu_bf16 *xn);
 

@@ -133,6 +133,7 @@ static __device__ __forceinline__ void choose_rows(int32_t mine[M], float share[
             key[m][q] = e < E ? rank_key(bias ? __fadd_rn(prob[m][q], bias[e]) : prob[m][q]) : 0u;
         }
     }
+#pragma unroll 1
     for (int32_t rank = 0; rank < K; rank++) {
 #pragma unroll
         for (int m = 0; m < M; m++) {
@@ -140,25 +141,35 @@ static __device__ __forceinline__ void choose_rows(int32_t mine[M], float share[
 #pragma unroll
             for (int q = 0; q < Q; q++) best = key[m][q] > best ? key[m][q] : best;
             best = __reduce_max_sync(0xffffffffu, best);
+            if constexpr (Q <= 2) { /* one after the other takes most of the time: a vote is quick */
 #pragma unroll
-            for (int q = Q - 1; q >= 0; q--)
-                if (key[m][q] == best) best_id = (uint32_t)(lane + 32 * q);
-            best_id = __reduce_min_sync(0xffffffffu, best_id);
-            float p = 0.0f;
+                for (int q = Q - 1; q >= 0; q--) {
+                    const uint32_t has = __ballot_sync(0xffffffffu, key[m][q] == best);
+                    best_id = has ? (uint32_t)(32 * q + __ffs((int)has) - 1) : best_id;
+                }
+            } else {
 #pragma unroll
-            for (int q = 0; q < Q; q++) {
-                const bool chosen = best_id == (uint32_t)(lane + 32 * q);
-                p = chosen ? prob[m][q] : p;
-                key[m][q] = chosen ? 0u : key[m][q];
+                for (int q = Q - 1; q >= 0; q--)
+                    if (key[m][q] == best) best_id = (uint32_t)(lane + 32 * q);
+                best_id = __reduce_min_sync(0xffffffffu, best_id);
             }
-            p = __shfl_sync(0xffffffffu, p, (int)(best_id % 32u));
-            chosen_sum[m] = __fadd_rn(chosen_sum[m], p);
-            if (lane == rank) {
-                mine[m] = (int32_t)best_id;
-                mine_prob[m] = p;
-            }
+#pragma unroll
+            for (int q = 0; q < Q; q++) key[m][q] = best_id == (uint32_t)(lane + 32 * q) ? 0u : key[m][q];
+            if (lane == rank) mine[m] = (int32_t)best_id;
         }
     }
+#pragma unroll
+    for (int m = 0; m < M; m++)
+#pragma unroll
+        for (int q = 0; q < Q; q++) {
+            const float p = __shfl_sync(0xffffffffu, prob[m][q], mine[m] % 32);
+            mine_prob[m] = mine[m] / 32 == q ? p : mine_prob[m];
+        }
+#pragma unroll 1
+    for (int32_t rank = 0; rank < K; rank++)
+#pragma unroll
+        for (int m = 0; m < M; m++)
+            chosen_sum[m] = __fadd_rn(chosen_sum[m], __shfl_sync(0xffffffffu, mine_prob[m], rank));
 #pragma unroll
     for (int m = 0; m < M; m++) share[m] = __fdiv_rn(mine_prob[m], chosen_sum[m] < norm_min ? norm_min : chosen_sum[m]);
 }
@@ -169,5 +180,9 @@ static __device__ __forceinline__ int32_t choose_row(float *share, const float l
     choose_rows<1, Q>(&mine, share, (const float(*)[Q])logit, bias, norm_min, E, K);
     return mine;
 }
+
+/* cu_route_few of one row (cu_route_one.cu): *took says whether this was one for it. */
+cudaError_t cu_route_one_run(cudaStream_t s, const cu_route_job *j, const cu_routes *r, const cu_x8 *out,
+                             cu_codes codes, cu_bf16 *xn, bool *took);
 
 #endif

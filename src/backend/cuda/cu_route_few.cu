@@ -152,7 +152,7 @@ static __device__ __forceinline__ bool choose(const route_shared *s, const route
     for (int q = 0; q < Q; q++) logit[q] = __fmul_rn(s->sum[lane + 32 * q], scale);
     const int32_t mine = choose_row<Q>(&share, logit, a->j.bias ? bias : NULL, a->j.norm_min, E, K);
     if (n_row == 1) {
-        cu_launch_next(); /* see the kernel's first */
+        if (a->j.beside) cu_launch_next();
         list_one(r, mine, lane);
     }
     if (lane < K) {
@@ -243,9 +243,7 @@ static __global__ void __maxnreg__(MANY ? 160 : 104) route_few(const __grid_cons
     cu_bf16 *const norm = (cu_bf16 *)(xw + a.n_each * D);
     const uint32_t came = (uint32_t)__cvta_generic_to_shared(&s.came);
 
-    /* Of one row shared experts begin beside this kernel: the blocks of what is behind it, which could only wait, would
-     * take their places. */
-    if (MANY || j->n_row > 1) cu_launch_next();
+    if (MANY || !j->beside) cu_launch_next();
     if (rank < n_row) {
         for (int32_t e = thread; e < E; e += n_thread) s.count[e] = 0;
         if (thread == 0) {
@@ -327,6 +325,9 @@ cudaError_t cu_route_few(cudaStream_t s, const cu_route_job *j, const cu_routes 
     if (T <= 0 || T > CU_ROUTE_FEW_MAX || E <= 0 || E > EXPERTS_MAX || K <= 0 || K > USED_MAX || K > E || D <= 0 ||
         D % 4 != 0)
         return cudaErrorInvalidValue;
+    bool took = false;
+    cudaError_t e = cu_route_one_run(s, j, r, out, codes, xn, &took);
+    if (took || e != cudaSuccess) return e;
     /* So many rows a cluster that all clusters run at once; no more, since its rows come one after the other. */
     int32_t n_each = T <= 8 ? 1 : T <= 24 ? 2 : T <= 48 ? 4 : RANKS;
     while (n_each > 1 && block_bytes(n_each, D, E) > SHARED_MAX) n_each /= 2;
@@ -335,7 +336,7 @@ cudaError_t cu_route_few(cudaStream_t s, const cu_route_job *j, const cu_routes 
                                     (const void *)route_few<EXPERTS_MAX / 32, false>,
                                     (const void *)route_few<EXPERTS_MAX / 32, true>};
     const int which = (n_each > 1) + (E > 64) * 2;
-    const cudaError_t e = cu_shared_bytes(&ready[which], kernels[which], SHARED_MAX);
+    e = cu_shared_bytes(&ready[which], kernels[which], SHARED_MAX);
     if (e != cudaSuccess) return e;
     route_args a = {*j, *r, {}, codes, xn, n_each};
     if (codes != CU_CODES_NONE) a.out = *out;

@@ -339,6 +339,7 @@ static void routes_layout(cu_backend *b, cu_cut *c) {
     r->n_tile = cu_cut_take(c, 1, id);
     r->logit = cu_cut_take(c, R * E, sizeof(float));
     r->scratch = cu_cut_take(c, 2 * E + 2, id);
+    r->told = cu_cut_take(c, K, id);
     const size_t shared_f = (size_t)m->n_shared_expert * (size_t)m->n_expert_ffn, D = (size_t)m->n_hidden;
     b->expert_hid = cu_cut_take(c, R * K * CU_PAD((size_t)m->n_expert_ffn), sizeof(cu_bf16));
     b->expert_y = cu_cut_take(c, R * K * CU_PAD(D), sizeof(float));

@@ -279,7 +279,8 @@ static void moe_ffn(run *r, const cu_layer *w, int32_t layer, int32_t row0, int3
                                 .router = w->router,
                                 .bias = w->router_bias,
                                 .n_row = n,
-                                .n_hidden = D};
+                                .n_hidden = D,
+                                .beside = shared_first(w, n)};
     const cu_few_job whole = few_of(r, w, &route, x);
     if (!b->probe && cu_moe_few_fits(&whole)) {
         CU_DO(b, cu_moe_few(b->stream, &whole));
@@ -287,6 +288,7 @@ static void moe_ffn(run *r, const cu_layer *w, int32_t layer, int32_t row0, int3
     }
     const bool up_codes = takes_codes(&w->shape.up), shared_codes = w->has_shared && takes_codes(&w->ffn.up);
     const bool codes = up_codes || shared_codes;
+    if (!up_codes || !takes_codes(&w->shape.down) || !cu_route_few_tells(&route, &routes)) routes.told = NULL;
     /* norm, codes and router in one launch */
     const bool together = n <= CU_ROUTE_FEW_MAX && cu_route_few_fits(D, m->n_expert);
     const bool spread = !CU_PORTABLE && !together && up_codes == codes && routes.tile_rows == 128 &&
