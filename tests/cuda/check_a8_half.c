@@ -72,6 +72,7 @@ typedef struct half {
     float *other_y;
     cu_x8 x8;
     check_lists lists;
+    int32_t *told;
     cudaStream_t stream, side, other;
     cudaEvent_t fork, join;
     bool wait; /* after each kernel */
@@ -108,6 +109,8 @@ static half half_new(cu_format shared, cu_format f, int32_t n_row, int32_t n_hid
                    ld_scale};
     h.lists = check_lists_new(n_row, E, n_used);
     CHECK_CUDA(cudaMemset(h.lists.memory, 0, h.lists.bytes));
+    h.told = check_new(NULL, (size_t)n_used * sizeof *h.told);
+    CHECK_CUDA(cudaMemset(h.told, 0, (size_t)n_used * sizeof *h.told));
     CHECK_CUDA(cudaStreamCreateWithFlags(&h.stream, cudaStreamNonBlocking));
     CHECK_CUDA(cudaStreamCreateWithFlags(&h.side, cudaStreamNonBlocking));
     CHECK_CUDA(cudaStreamCreateWithFlags(&h.other, cudaStreamNonBlocking));
@@ -121,6 +124,7 @@ static void half_free(half *h) {
     check_free(h->other_x), check_free(h->other_y);
     check_free(h->norm_w), check_free(h->xn), check_free(h->shared_hid), check_free(h->expert_hid);
     check_free(h->x8.code), check_free(h->x8.scale), check_lists_free(&h->lists);
+    check_free(h->told);
     CHECK_CUDA(cudaStreamDestroy(h->stream));
     CHECK_CUDA(cudaStreamDestroy(h->side));
     CHECK_CUDA(cudaStreamDestroy(h->other));
@@ -167,11 +171,14 @@ static void queue_layer(const half *h, int32_t layer) {
                                 .router = h->router + (int64_t)layer * E * D,
                                 .bias = h->bias,
                                 .n_row = h->n_row,
-                                .n_hidden = D};
+                                .n_hidden = D,
+                                .beside = first};
     const int64_t ldh = h->up.first.n_out;
+    cu_routes routes = h->lists.r;
+    if (cu_route_few_tells(&route, &routes)) routes.told = h->told;
     const cu_grouped_job up = {.shape = h->up.first,
                                .experts = h->up.all + layer * E,
-                               .routes = &h->lists.r,
+                               .routes = &routes,
                                .n_row = h->n_row,
                                .gather = true,
                                .epilogue = CU_SWIGLU,
@@ -180,7 +187,7 @@ static void queue_layer(const half *h, int32_t layer) {
                                .ldh = ldh};
     const cu_grouped_job down = {.shape = h->down.first,
                                  .experts = h->down.all + layer * E,
-                                 .routes = &h->lists.r,
+                                 .routes = &routes,
                                  .n_row = h->n_row,
                                  .behind_up = true,
                                  .x = h->expert_hid,
@@ -188,12 +195,12 @@ static void queue_layer(const half *h, int32_t layer) {
                                  .y = h->expert_y,
                                  .ldy = D};
     if (first) queue_shared(h, layer, true);
-    queued(h, cu_route_few(h->stream, &route, &h->lists.r, &h->x8, cu_codes_of(h->up.first.format), h->xn));
+    queued(h, cu_route_few(h->stream, &route, &routes, &h->x8, cu_codes_of(h->up.first.format), h->xn));
     if (!first) queue_shared(h, layer, false);
     queued(h, cu_a8_mid_grouped(h->stream, &up));
     queued(h, cu_a8_mid_grouped(h->stream, &down));
     CHECK_CUDA(cudaStreamWaitEvent(h->stream, h->join, 0));
-    queued(h, cu_combine(h->stream, h->x, NULL, h->expert_y, h->shared_y, &h->lists.r, h->n_row, D, NULL));
+    queued(h, cu_combine(h->stream, h->x, NULL, h->expert_y, h->shared_y, &routes, h->n_row, D, NULL));
 }
 
 /* Up to three kernels of a stream of their own, which take places and memory for a while: kernels of the layers begin

@@ -365,7 +365,7 @@ static void check_norm_front(cu_format format, cu_epilogue e, int32_t n_out, int
 /* The lists as cu_route would leave them, but made here. */
 typedef struct lists {
     int32_t first[E + 1], place_entry[ROWS * K], expert[ROWS * K], tile_expert[ROWS * K], tile_place[ROWS * K];
-    int32_t n_tile;
+    int32_t n_tile, told[K];
 } lists;
 
 static void lists_fill(lists *l, int32_t n_row, int32_t tile_rows) {
@@ -393,6 +393,7 @@ static void lists_fill(lists *l, int32_t n_row, int32_t tile_rows) {
         }
     }
     l->first[E] = p;
+    for (int32_t k = 0; k < K; k++) l->told[k] = l->expert[k] + 1; /* of one row */
 }
 
 /* Up (pairs, gathered) or down of all experts, of which rows may be quantized inside: every place has the bits of its
@@ -428,7 +429,8 @@ static void check_experts(cu_format f, bool up, int32_t n_out, int32_t n_in, int
                               .tile_expert = dl->tile_expert,
                               .tile_place = dl->tile_place,
                               .n_tile = &dl->n_tile,
-                              .tile_rows = tile_rows};
+                              .tile_rows = tile_rows,
+                              .told = dl->told};
     cu_grouped_job g = {.shape = w[0],
                         .experts = dw,
                         .routes = &routes,
@@ -452,6 +454,11 @@ static void check_experts(cu_format f, bool up, int32_t n_out, int32_t n_in, int
     CHECK_CUDA(cu_a8_mid_grouped(0, &g));
     check_get(r.at, r.device, r.bytes);
     say_where(what, &r, want);
+    if (inside && n_row == 1) {
+        check_get(l.told, dl->told, sizeof l.told);
+        for (int32_t k = 0; k < K && !*what; k++)
+            if (l.told[k] != 0) snprintf(what, sizeof what, "down leaves %d told", l.told[k]);
+    }
     check_that(name, !*what, what);
     free(want);
     check_free(dw);
@@ -713,6 +720,13 @@ void check_a8_mid(void) {
                 check_experts(f, way == 1, 256, 512, ROWS, tile, way == 2);
                 check_experts(f, way == 1, 96, 1536, ROWS, tile, way == 2);
             }
+        for (int way = 1; way < 3; way++) { /* one row */
+            check_experts(f, way == 1, 44, 80, 1, 8, way == 2);
+            check_experts(f, way == 1, 130, 256, 1, 8, way == 2);
+            check_experts(f, way == 1, 96, 1536, 1, 8, way == 2);
+            check_experts(f, way == 1, 200, 2560, 1, 8, way == 2);
+            check_experts(f, way == 1, 71, 12288, 1, 8, way == 2);
+        }
         check_chain(f, 512, 384, 1);
         check_chain(f, 512, 384, 8);
         check_chain(f, 2560, 1536, 3);

@@ -164,6 +164,8 @@ template <cu_codes C> static __device__ __forceinline__ uint32_t a8_quantize(flo
 /* cu_a8_skinny_run of one row behind a norm, gate and up, `alone` (cu_a8_one.cu): *took says whether this was one for
  * it. */
 cudaError_t cu_a8_one_run(cudaStream_t s, const cu_job *j, bool *took);
+/* cu_a8_mid_grouped of one row (cu_a8_entry.cu): the same. */
+cudaError_t cu_a8_entry_run(cudaStream_t s, const cu_grouped_job *j, bool *took);
 /* cu_a8_mid_run of up to 32 rows and a matrix of few tiles (cu_a8_split.cu): *took says whether this was one for it. */
 cudaError_t cu_a8_split_run(cudaStream_t s, const cu_job *j, bool *took);
 

@@ -507,6 +507,9 @@ cudaError_t cu_a8_mid_run(cudaStream_t s, const cu_job *j) {
 cudaError_t cu_a8_mid_grouped(cudaStream_t s, const cu_grouped_job *j) {
     a8_args args = {};
     const bool inside = !j->x8.code;
+    bool took = false;
+    const cudaError_t e = cu_a8_entry_run(s, j, &took);
+    if (took || e != cudaSuccess) return e;
     args.l = large_experts(j);
     if (!inside) args.l.x = NULL;
     args.x = j->x8;
