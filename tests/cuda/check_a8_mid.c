@@ -699,6 +699,8 @@ void check_a8_mid(void) {
             check_plain(f, (cu_epilogue)e, e == CU_SWIGLU ? 13000 : 26000, 100, 9);
         }
         check_plain(f, CU_ADD, 2560, 12288, 16); /* three blocks a tile, whose rings come round */
+        check_plain(f, CU_ADD, 7168, 4096, 9);   /* one */
+        check_plain(f, CU_STORE, 3584, 8192, 9); /* two */
         check_norm_front(f, CU_STORE, 200, 176, 0);
         check_norm_front(f, CU_SWIGLU, 130, 300, 0);
         check_norm_front(f, CU_STORE, 96, 2560, 0);
