@@ -3,9 +3,8 @@
  * yet and words on their way.
  *
  * One cluster. A warp has a logit: its row of the router and the norm's weights are in registers before the kernel in
- * front is done, and then it only waits for x. A servant of rank 0 chooses. While the others wait and multiply it
- * chooses once in vain, so that the second time its instructions are at hand: they come from far away, one after the
- * other. The other one has the row's scale meanwhile. The servants of the other ranks make the row's codes. */
+ * front is done, and then it only waits for x. Of rank 0 one servant has the row's scale meanwhile, and the other
+ * chooses. The servants of the other ranks make the row's codes. */
 #include "backend/cuda/cu_a8_device.cuh"
 #include "backend/cuda/cu_cluster.cuh"
 #include "backend/cuda/cu_launch.cuh"
@@ -36,7 +35,6 @@ typedef struct one_shared {
     float sum[EXPERTS_MAX], bias[EXPERTS_MAX]; /* logits but for the scale; of rank 0 */
     uint64_t row, came;                        /* x; all logits and their scale */
     float scale;
-    int32_t vain[EXPERTS_MAX + 1]; /* what a choice in vain reads and writes */
 } one_shared;
 
 /* ---- a logit ----------------------------------------------------------------------------------------------------- */
@@ -85,16 +83,14 @@ static __device__ __forceinline__ void quantize_row(const one_args *a, const flo
 
 /* ---- choice ------------------------------------------------------------------------------------------------------ */
 
-/* The lists of the only row from its logits. Each chosen expert has one entry. vain: nothing of it leaves the block. */
-static __device__ __forceinline__ void choose_one(one_shared *s, const one_args *a, bool vain, int lane) {
+/* The lists of the only row from its logits. Each chosen expert has one entry. */
+static __device__ __forceinline__ void choose_one(const one_shared *s, const one_args *a, int lane) {
     const cu_routes *r = &a->r;
     const int32_t E = r->n_expert, K = r->n_used;
-    int32_t *const none = s->vain;
-    const float scale = vain ? 1.0f : s->scale;
     float logit[2], share;
 #pragma unroll
-    for (int q = 0; q < 2; q++) logit[q] = __fmul_rn((vain ? (float *)none : s->sum)[lane + 32 * q], scale);
-    const int32_t mine = choose_row<2>(&share, logit, a->j.bias ? s->bias : NULL, a->j.norm_min, E, vain ? 1 : K);
+    for (int q = 0; q < 2; q++) logit[q] = __fmul_rn(s->sum[lane + 32 * q], s->scale);
+    const int32_t mine = choose_row<2>(&share, logit, a->j.bias ? s->bias : NULL, a->j.norm_min, E, K);
     uint32_t chosen[2];
 #pragma unroll
     for (int q = 0; q < 2; q++)
@@ -102,25 +98,23 @@ static __device__ __forceinline__ void choose_one(one_shared *s, const one_args 
     const uint32_t below = (1u << lane) - 1, below_mine = (1u << mine % 32) - 1;
     const int32_t n_low = __popc(chosen[0]);
     const int32_t place = mine < 32 ? __popc(chosen[0] & below_mine) : n_low + __popc(chosen[1] & below_mine);
-    if (lane < K && !vain && r->told)
-        asm volatile("st.relaxed.gpu.global.s32 [%0], %1;" ::"l"(r->told + place), "r"(mine + 1) : "memory");
     if (lane < K) {
-        (vain ? none : r->tile_expert)[place] = mine;
-        (vain ? none : r->tile_place)[place] = place;
-        (vain ? none : r->place_entry)[place] = lane;
-        (vain ? none : r->entry_place)[lane] = place;
-        (vain ? none : r->chosen)[lane] = mine;
-        (vain ? (float *)none : r->share)[lane] = share;
+        if (r->told)
+            asm volatile("st.relaxed.gpu.global.s32 [%0], %1;" ::"l"(r->told + place), "r"(mine + 1) : "memory");
+        r->tile_expert[place] = mine;
+        r->tile_place[place] = place;
+        r->place_entry[place] = lane;
+        r->entry_place[lane] = place;
+        r->chosen[lane] = mine;
+        r->share[lane] = share;
     }
-    int32_t *const first = vain ? none : r->first;
-    float *const kept = vain ? (float *)none : r->logit;
 #pragma unroll
     for (int q = 0; q < 2; q++)
         if (lane + 32 * q < E) {
-            first[lane + 32 * q] = (q ? n_low : 0) + __popc(chosen[q] & below);
-            kept[lane + 32 * q] = logit[q];
+            r->first[lane + 32 * q] = (q ? n_low : 0) + __popc(chosen[q] & below);
+            r->logit[lane + 32 * q] = logit[q];
         }
-    if (lane == 0) first[E] = *(vain ? none : r->n_tile) = K;
+    if (lane == 0) r->first[E] = *r->n_tile = K;
 }
 
 /* ---- the kernel -------------------------------------------------------------------------------------------------- */
@@ -197,19 +191,12 @@ static __global__ void __launch_bounds__(THREADS, 1) route_one(const __grid_cons
     if (j->bias)
 #pragma unroll 1
         for (int32_t e = lane; e < E; e += 32) copy4((uint32_t)__cvta_generic_to_shared(s.bias + e), j->bias + e);
-    s.vain[lane] = s.vain[lane + 32] = 0;
+    asm volatile("cp.async.wait_all;" ::: "memory");
+    cluster_meet();
+    cu_wait_previous();
+    hear(came, 0);
     __syncwarp();
-#pragma unroll 1
-    for (int k = 0; k < 2; k++) {
-        if (k == 1) {
-            asm volatile("cp.async.wait_all;" ::: "memory");
-            cluster_meet();
-            cu_wait_previous();
-            hear(came, 0);
-            __syncwarp();
-        }
-        choose_one(&s, &a, k == 0, lane);
-    }
+    choose_one(&s, &a, lane);
 }
 
 /* ---- host -------------------------------------------------------------------------------------------------------- */
