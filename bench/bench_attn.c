@@ -75,6 +75,7 @@ static void attend(const cpu_kernels *k, float *acc, float *part, const float *q
             const int32_t more = end - at - left;
             cpu_kv_find(next, kv, C, at + left, more < CPU_ATTN_BLOCK ? more : CPU_ATTN_BLOCK);
             found->next = next;
+            next->cold = false;
         }
         for (int32_t r = 0; r < n_row; r++) {
             const int32_t n = row0 + r + 1 - at < CPU_ATTN_BLOCK ? row0 + r + 1 - at : CPU_ATTN_BLOCK;

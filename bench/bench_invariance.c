@@ -182,6 +182,7 @@ static void walk(const attn *a, int head, int32_t from, int32_t end, float *acc,
         if (after < end) {
             cpu_kv_find(next, &a->kv[head], C, after, end - after < CPU_ATTN_BLOCK ? end - after : CPU_ATTN_BLOCK);
             now->next = next;
+            next->cold = false;
         }
         float *to = at == from ? acc : room ? room : acc + (at - from) / CPU_ATTN_BLOCK * cpu_part_floats(C);
         kernels->attn_block[0](to, x, HEADS, C, 0.1f, now, n);

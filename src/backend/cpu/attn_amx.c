@@ -15,6 +15,8 @@
  * Queries share instructions, but nothing else: what a row computes is a function of its own queries, of the positions
  * that it sees, counted from the block's first, and of zeros. */
 #include "backend/cpu/attn_amx.h"
+#define EARLY_HINT _MM_HINT_T1
+#include "backend/cpu/attn_early.h"
 
 #include <math.h>
 #include <string.h>
@@ -60,10 +62,12 @@ static void pack_queries(room *w, const cpu_attn_job *j) {
 
 /* n_dim dims, as many as there are of 32, of the keys of a group of positions; lanes of positions beyond its run hold
  * anything. */
-CPU_INLINE void pack_tile(ern_bf16 *to, const unsigned char *k, int32_t n_dim) {
+CPU_INLINE void pack_tile(ern_bf16 *to, const unsigned char *k, int32_t n_dim, early *e) {
     if (n_dim >= TILE_K) { /* a line: positions 0..15 of a dim, then of the next */
-        CPU_UNROLL for (int i = 0; i < TILE_BYTES; i += 64)
+        CPU_UNROLL for (int i = 0; i < TILE_BYTES; i += 64) {
+            if (e && i % 128 == 0) early_fetch(e, 2);
             _mm512_store_si512(to + i / 2, cpu_pairs_of(_mm512_loadu_si512(k + i)));
+        }
         return;
     }
     for (int i = 0; i < TILE_ROWS; i++)
@@ -78,7 +82,7 @@ static void pack_keys(room *w, const cpu_kv_block *kv, int32_t C, int32_t n) {
     for (const cpu_kv_run *r = kv->run, *end = r + kv->n_run; r < end && r->t0 < n; r++) {
         const ern_bf16 *from = (const ern_bf16 *)(const void *)r->k;
         for (int32_t t = 0; t < nk && !ragged; t++)
-            pack_tile(w->k + ((int64_t)(r->t0 / 16) * nk + t) * TILE, r->k + t * TILE_BYTES, C - t * TILE_K);
+            pack_tile(w->k + ((int64_t)(r->t0 / 16) * nk + t) * TILE, r->k + t * TILE_BYTES, C - t * TILE_K, NULL);
         for (int32_t t = r->t0; ragged && t < r->t0 + r->n; t++) {
             ern_bf16 *to = w->k + (int64_t)(t / 16) * nk * TILE + t % 16 * 2;
             for (int32_t c = 0; c < nk * TILE_K; c++)
@@ -125,40 +129,6 @@ static bool are_finite(const unsigned char *const *row, int32_t C, int32_t from,
         for (int32_t c = 0; c < C; c += 32)
             bad |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(value_line(row[t], c, C), top), top);
     return bad == 0;
-}
-
-/* ---- what is fetched ahead --------------------------------------------------------------------------------------- */
-
-/* Lines fetched beside all that is computed, a few at a time, so that memory has something to do all the while. */
-enum { FETCH_BYTES = 256, GROUPS_MAX = CPU_ATTN_BLOCK / 16 };
-
-typedef struct early {
-    const unsigned char *p; /* the next lines */
-    int32_t left;           /* fetches of p's group of positions that are left; 0: all is fetched */
-    int32_t i, n, each;     /* the group after p's, groups in all, fetches of one */
-    const unsigned char *group[2 * GROUPS_MAX];
-} early;
-
-CPU_INLINE void early_turn(early *e) {
-    e->left = e->i < e->n ? e->each : 0;
-    if (e->left) e->p = e->group[e->i++];
-}
-
-/* The values of one block, then the keys of one; NULL: none. */
-static void early_begin(early *e, const cpu_kv_block *values, const cpu_kv_block *keys, int32_t C) {
-    *e = (early){.each = tiles_of(CPU_KV_GROUP * C * 2, FETCH_BYTES)};
-    for (int32_t i = 0; values && i < least(values->n_run, GROUPS_MAX); i++) e->group[e->n++] = values->run[i].v;
-    for (int32_t i = 0; keys && i < least(keys->n_run, GROUPS_MAX); i++) e->group[e->n++] = keys->run[i].k;
-    early_turn(e);
-}
-
-CPU_INLINE void early_fetch(early *e, const int times) {
-    CPU_UNROLL for (int k = 0; k < times; k++) {
-        if (e->left == 0) return;
-        CPU_UNROLL for (int i = 0; i < FETCH_BYTES; i += 64) fetch(e->p + i);
-        e->p += FETCH_BYTES;
-        if (--e->left == 0) early_turn(e);
-    }
 }
 
 /* ---- products ---------------------------------------------------------------------------------------------------- */
@@ -429,7 +399,7 @@ CPU_INLINE void turn(room *w, const cpu_attn_job *j, early *e, int32_t i, int32_
             weigh_step(w, &d.before, 2 * nk, nt, s);
         else if (s < n_step)
             score_step(w, &after, nk, s - n_weigh);
-        if (s < n_step && s % 4 == 0) early_fetch(e, 4);
+        if (s < n_step && s % 4 == 0) early_fetch(e, 16);
         while (s == n_step || done * n_step < n_piece * (s + 1)) {
             if (!beside(w, j, &d, s + 1 >= n_weigh, C)) break;
             done++;
@@ -441,7 +411,7 @@ CPU_INLINE void attend_many(room *w, const cpu_attn_job *j, const unsigned char 
                             const int32_t C) {
     const int32_t n_group = tiles_of(j->n_row * j->n_head, QUERIES);
     early e;
-    early_begin(&e, j->kv->next, j->kv->next, C);
+    early_begin(&e, j->kv, C * CPU_KV_GROUP * 2);
     pack_keys(w, j->kv, C, n);
     pack_values(w, row, n, C);
     cpu_tiles_begin(TILE_ROWS, TILE_ROWS);
@@ -455,17 +425,15 @@ CPU_INLINE void attend_many(room *w, const cpu_attn_job *j, const unsigned char 
  * order and lines that come later still are fetched. The sums are those of 32 queries, in the same order. */
 
 enum {
-    GROUPS = 4, /* of 16 positions, whose scores are four tiles */
-    FETCHES =
-        4, /* beside each tile: what is needed next is there early, and the last third of a block waits for none */
+    GROUPS = 4,       /* of 16 positions, whose scores are four tiles */
+    SOFT_FETCHES = 8, /* beside a tile, and beside a part of a softmax: evenly, and all of a block */
 };
 
 /* Beside the product of group i + g and dims 32t..: the same tile of the groups after these. */
 CPU_INLINE void beside_scores(const cpu_kv_block *kv, ern_bf16 *to, int32_t i, int32_t g, int32_t n_group, int32_t t,
                               const int32_t C, early *e) {
     const int32_t nk = tiles_of(C, TILE_K), then = i + g + GROUPS;
-    early_fetch(e, FETCHES);
-    if (to && then < n_group) pack_tile(to + (g * nk + t) * TILE, kv->run[then].k + t * TILE_BYTES, C - t * TILE_K);
+    if (to && then < n_group) pack_tile(to + (g * nk + t) * TILE, kv->run[then].k + t * TILE_BYTES, C - t * TILE_K, e);
 }
 
 /* Sum `tile` to its place of four side by side. */
@@ -511,12 +479,15 @@ CPU_INLINE void score_few(room *w, const cpu_kv_block *kv, const ern_bf16 *k, er
 }
 
 /* 64 dims from c of 8 of 32 positions, from t on, to the four tiles at `to`; zeros from dim C and position n on. */
-CPU_INLINE void pack_eight(ern_bf16 *to, const unsigned char *const *row, int32_t C, int32_t c, int32_t n, int32_t t) {
+CPU_INLINE void pack_eight(ern_bf16 *to, const unsigned char *const *row, int32_t C, int32_t c, int32_t n, int32_t t,
+                           early *e) {
     ern_bf16 *line = to + t % 32 / 2 * 32;
     if (c + 64 <= C && t + 8 <= n) {
         CPU_UNROLL for (int i = 0; i < 8; i += 2, line += 32) {
             const unsigned char *a = row[t + i] + 2 * c, *b = row[t + i + 1] + 2 * c;
+            early_fetch(e, 2);
             put_pairs(line, _mm512_loadu_si512(a), _mm512_loadu_si512(b));
+            early_fetch(e, 2);
             put_pairs(line + 2 * TILE, _mm512_loadu_si512(a + 64), _mm512_loadu_si512(b + 64));
         }
         return;
@@ -532,8 +503,7 @@ CPU_INLINE void pack_eight(ern_bf16 *to, const unsigned char *const *row, int32_
 /* What is brought into order beside product p of positions t - 32.. and of dims c.. */
 CPU_INLINE void beside_values(room *w, const unsigned char *const *row, int32_t n, int32_t c, int32_t t, int32_t p,
                               const int32_t C, early *e) {
-    early_fetch(e, FETCHES);
-    if (t < n) pack_eight(w->v + t / 32 % 2 * 4 * TILE, row, C, c, n, t + 8 * p);
+    if (t < n) pack_eight(w->v + t / 32 % 2 * 4 * TILE, row, C, c, n, t + 8 * p, e);
 }
 
 /* O of 64 dims from c: the sums stay in their tiles while the values pass. */
@@ -570,12 +540,10 @@ CPU_INLINE void attend_few(room *w, const cpu_attn_job *j, const unsigned char *
     const int32_t each = GROUPS * nk * TILE;
     const bool ragged = is_ragged(j->kv, n);
     const group g = {.m = 0, .n = n, .buffer = 0};
-    early e = {.left = 0};
+    early e;
+    early_begin(&e, j->kv, C * CPU_KV_GROUP * 2);
     cpu_tiles_begin(all, all);
-    if (ragged)
-        pack_keys(w, j->kv, C, n);
-    else
-        early_begin(&e, j->kv, j->kv->next, C);
+    if (ragged) pack_keys(w, j->kv, C, n);
     for (int32_t i = 0; i < GROUPS * nk && !ragged; i++)
         beside_scores(j->kv, w->k, -GROUPS, i / nk, n_group, i % nk, C, &e);
     float *score = NULL;
@@ -592,10 +560,13 @@ CPU_INLINE void attend_few(room *w, const cpu_attn_job *j, const unsigned char *
     put_few(3, score, SCORES);
     for (int32_t i = 0; i < all; i += ABREAST) {
         soft four;
-        for (soften_at(&four, j, &g, i); four.part < four.n_part;) soften(w, &g, &four, j->scale);
+        for (soften_at(&four, j, &g, i); four.part < four.n_part;) {
+            early_fetch(&e, SOFT_FETCHES);
+            soften(w, &g, &four, j->scale);
+        }
     }
     for (int32_t c = 0; c < C; c += 64) weigh_few(w, &g, row, n, c, C, &e);
-    while (e.left > 0) early_fetch(&e, 1);
+    early_end(&e);
     for (int32_t i = 0; i < all; i += ABREAST) finish(w, j, &g, i, C);
     _tile_release();
 }

@@ -6,7 +6,6 @@
 #include "backend/cpu/vec_amx.h"
 
 static inline int32_t tiles_of(int32_t n, int32_t each) { return (n + each - 1) / each; }
-CPU_INLINE void fetch(const unsigned char *p) { _mm_prefetch((const char *)p, _MM_HINT_T1); }
 
 /* Whether a run does not begin with a group of positions: pages of an odd size. */
 static inline bool is_ragged(const cpu_kv_block *kv, int32_t n) {

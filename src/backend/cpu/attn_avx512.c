@@ -3,6 +3,8 @@
  * lanes are dimensions and an output is one chain over the positions. Register tiles of 8 heads by 3
  * vectors, or 6 by 4: a key or value is loaded and widened once for all heads of the group, 24 FMAs to 11 loads.
  * Nothing is shared between rows, hence neither can bits be. */
+#define EARLY_HINT _MM_HINT_T1
+#include "backend/cpu/attn_early.h"
 #include "backend/cpu/table_avx512.h"
 #include "backend/cpu/vec_avx512.h"
 
@@ -20,22 +22,17 @@ CPU_INLINE __m512 load16_cut(const unsigned char *p, int64_t i, const bool int8,
     return cpu_widen(_mm256_maskz_loadu_epi16(m, p + 2 * i));
 }
 
-CPU_INLINE void fetch(const unsigned char *p) { _mm_prefetch((const char *)p, _MM_HINT_T1); }
-
-/* Scores of nh heads and the positions of nv runs. A cold block's values are fetched meanwhile, so that memory and
- * arithmetic are busy at one time: a row of K is two dimensions or four to a line, and so is a run of V. */
+/* Scores of nh heads and the positions of nv runs. */
 CPU_INLINE void score_tile(float (*score)[SCORES], const float *q, int32_t dim, float scale, const cpu_kv_run *run,
-                           const int nh, const int nv, const bool int8, const bool cut, const bool cold) {
+                           const int nh, const int nv, const bool int8, const bool cut, early *e) {
     __m512 acc[CPU_HEAD_TILE][VECS];
     const __mmask16 m = cut ? cpu_mask(run->n) : 0xffff;
     CPU_UNROLL for (int h = 0; h < nh; h++) CPU_UNROLL for (int v = 0; v < nv; v++) acc[h][v] = _mm512_setzero_ps();
-    if (cold && int8) CPU_UNROLL for (int v = 0; v < nv; v++) fetch((const unsigned char *)run[v].v_scale);
     for (int32_t c = 0; c < dim; c++) {
         __m512 k[VECS];
         CPU_UNROLL for (int v = 0; v < nv; v++) k[v] =
             cut ? load16_cut(run->k, c * CPU_KV_GROUP, int8, m) : load16(run[v].k, c * CPU_KV_GROUP, int8);
-        if (cold && c % (int8 ? 4 : 2) == 0)
-            CPU_UNROLL for (int v = 0; v < nv; v++) fetch(run[v].v + c * CPU_KV_GROUP * (int8 ? 1 : 2));
+        if (c % ((nv > 1 ? 1 : 2) * (int8 ? 2 : 1)) == 0) early_fetch(e, 1);
         CPU_UNROLL for (int h = 0; h < nh; h++) {
             const __m512 x = _mm512_set1_ps(q[h * dim + c]);
             CPU_UNROLL for (int v = 0; v < nv; v++) acc[h][v] = _mm512_fmadd_ps(x, k[v], acc[h][v]);
@@ -50,26 +47,24 @@ CPU_INLINE void score_tile(float (*score)[SCORES], const float *q, int32_t dim, 
 
 /* Lanes past a run's end are overwritten by the next run, or lie past n. */
 CPU_INLINE void score_all(float (*score)[SCORES], const float *q, int32_t dim, float scale, const cpu_kv_block *kv,
-                          int32_t n, const int nh, const int wide, const bool int8) {
+                          int32_t n, const int nh, const int wide, const bool int8, early *e) {
     const cpu_kv_run *r = kv->run, *end = r + kv->n_run;
     while (r < end && r->t0 < n) {
         bool whole = wide > 1 && end - r >= wide && r[wide - 1].t0 < n;
         for (int v = 0; whole && v < wide; v++) whole = !r[v].cut;
-        if (whole && kv->cold)
-            score_tile(score, q, dim, scale, r, nh, wide, int8, false, true);
-        else if (whole)
-            score_tile(score, q, dim, scale, r, nh, wide, int8, false, false);
+        if (whole)
+            score_tile(score, q, dim, scale, r, nh, wide, int8, false, e);
         else if (r->cut)
-            score_tile(score, q, dim, scale, r, nh, 1, int8, true, false);
+            score_tile(score, q, dim, scale, r, nh, 1, int8, true, e);
         else
-            score_tile(score, q, dim, scale, r, nh, 1, int8, false, true);
+            score_tile(score, q, dim, scale, r, nh, 1, int8, false, e);
         r += whole ? wide : 1;
     }
 }
 
 /* Scores of n positions to 2^(score - max), max and sum per head; then each times its value's scale. */
 CPU_INLINE void soften(float *part, float (*score)[SCORES], int32_t n, const cpu_kv_block *kv, const int nh,
-                       const bool int8) {
+                       const bool int8, early *fetched) {
     const __m512 none = _mm512_set1_ps(-INFINITY);
     float scale[SCORES];
     for (const cpu_kv_run *r = kv->run, *end = r + kv->n_run; int8 && r < end && r->t0 < n; r++)
@@ -82,6 +77,7 @@ CPU_INLINE void soften(float *part, float (*score)[SCORES], int32_t n, const cpu
         top = _mm512_set1_ps(max);
         for (int32_t t = 0; t < n; t += 16) {
             const __mmask16 m = cpu_mask(n - t);
+            early_fetch(fetched, int8 ? 1 : 2);
             __m512 e = _mm512_maskz_mov_ps(m, cpu_exp2_16(_mm512_sub_ps(_mm512_loadu_ps(score[h] + t), top)));
             sum = _mm512_add_ps(sum, e);
             if (int8) e = _mm512_maskz_mul_ps(m, e, _mm512_loadu_ps(scale + t));
@@ -92,26 +88,18 @@ CPU_INLINE void soften(float *part, float (*score)[SCORES], int32_t n, const cpu
     }
 }
 
-/* Columns c0.. of the outputs: nv vectors, the last one cut to m when cut. The next block's keys are fetched meanwhile,
- * half of them by each of the first two tiles. */
+/* Columns c0.. of the outputs: nv vectors, the last one cut to m when cut. */
 CPU_INLINE void weigh_tile(float *part, float (*p)[SCORES], int32_t dim, const cpu_kv_block *kv, int32_t n, int32_t c0,
-                           const int nh, const int nv, const bool int8, const bool cut, __mmask16 m) {
+                           const int nh, const int nv, const bool int8, const bool cut, __mmask16 m, early *e) {
     __m512 acc[CPU_HEAD_TILE][VECS];
     const int each = int8 ? 1 : 2;
     CPU_UNROLL for (int h = 0; h < nh; h++) CPU_UNROLL for (int v = 0; v < nv; v++) acc[h][v] = _mm512_setzero_ps();
     for (const cpu_kv_run *r = kv->run, *end = r + kv->n_run; r < end && r->t0 < n; r++) {
         const int32_t stop = r->t0 + r->n < n ? r->t0 + r->n : n;
-        const unsigned char *at = r->v + (int64_t)c0 * each, *ahead = NULL;
-        if (kv->next && !cut && c0 < 96 && r - kv->run < kv->next->n_run)
-            ahead = kv->next->run[r - kv->run].k + (c0 ? dim * CPU_KV_GROUP * each / 2 : 0);
-        if (ahead && int8) fetch((const unsigned char *)kv->next->run[r - kv->run].k_scale);
+        const unsigned char *at = r->v + (int64_t)c0 * each;
         for (int32_t t = r->t0; t < stop; t++, at += (int64_t)dim * each) {
             __m512 w[VECS];
-            if (ahead) {
-                fetch(ahead);
-                if (!int8) fetch(ahead + 64);
-                ahead += int8 ? 64 : 128;
-            }
+            if (t % (int8 ? 4 : 2) == 0) early_fetch(e, nv);
             CPU_UNROLL for (int v = 0; v < nv; v++) w[v] = cut ? load16_cut(at, 0, int8, m) : load16(at, v * 16, int8);
             CPU_UNROLL for (int h = 0; h < nh; h++) {
                 const __m512 x = _mm512_set1_ps(p[h][t]);
@@ -127,12 +115,17 @@ CPU_INLINE void weigh_tile(float *part, float (*p)[SCORES], int32_t dim, const c
 CPU_INLINE void block_heads(float *part, const float *q, int32_t dim, float scale, const cpu_kv_block *kv, int32_t n,
                             const int nh, const int wide, const bool int8) {
     _Alignas(64) float score[CPU_HEAD_TILE][SCORES];
-    score_all(score, q, dim, scale, kv, n, nh, wide, int8);
-    soften(part, score, n, kv, nh, int8);
+    early e;
+    early_begin(&e, kv, dim * CPU_KV_GROUP * (int8 ? 1 : 2));
+    score_all(score, q, dim, scale, kv, n, nh, wide, int8, &e);
+    soften(part, score, n, kv, nh, int8, &e);
     int32_t c = 0;
-    for (; wide == VECS && c + 48 <= dim; c += 48) weigh_tile(part, score, dim, kv, n, c, nh, 3, int8, false, 0xffff);
-    for (; wide == VECS && c + 32 <= dim; c += 32) weigh_tile(part, score, dim, kv, n, c, nh, 2, int8, false, 0xffff);
-    for (; c < dim; c += 16) weigh_tile(part, score, dim, kv, n, c, nh, 1, int8, true, cpu_mask(dim - c));
+    for (; wide == VECS && c + 48 <= dim; c += 48)
+        weigh_tile(part, score, dim, kv, n, c, nh, 3, int8, false, 0xffff, &e);
+    for (; wide == VECS && c + 32 <= dim; c += 32)
+        weigh_tile(part, score, dim, kv, n, c, nh, 2, int8, false, 0xffff, &e);
+    for (; c < dim; c += 16) weigh_tile(part, score, dim, kv, n, c, nh, 1, int8, true, cpu_mask(dim - c), &e);
+    early_end(&e);
 }
 
 /* Heads of 128, which all published models have, by such tiles; other sizes one by one. A function for each

@@ -9,6 +9,8 @@
  * precision that the numbers they meet have already; the sum of the weights is that of the rounded ones, so an output
  * is an average still. docs/speed.md (Attention) has what it costs. Positions pair up from the block's first on,
  * however the pages cut them: the order of sums knows nothing of pages, rows or workers. */
+#define EARLY_HINT _MM_HINT_T0
+#include "backend/cpu/attn_early.h"
 #include "backend/cpu/table_avx512.h"
 #include "backend/cpu/vec_avx512.h"
 
@@ -17,7 +19,6 @@
 
 enum { SCORES = CPU_ATTN_BLOCK + 16, VECS = 4 };
 
-CPU_INLINE void fetch(const unsigned char *p) { _mm_prefetch((const char *)p, _MM_HINT_T0); }
 CPU_INLINE __m512 dot2(__m512 acc, __m512i a, __m512i b) { return _mm512_dpbf16_ps(acc, (__m512bh)a, (__m512bh)b); }
 CPU_INLINE __m512i pair_at(const ern_bf16 *p) {
     int32_t v;
@@ -42,18 +43,16 @@ CPU_INLINE __m512i two_dims(const unsigned char *k, const bool cut, __mmask16 m)
     return _mm512_permutexvar_epi16(turn, _mm512_inserti64x4(low, _mm256_maskz_loadu_epi16(m, k + 32), 1));
 }
 
-/* Scores of nh heads and the positions of nv runs. A cold block's values are fetched meanwhile. */
+/* Scores of nh heads and the positions of nv runs. */
 CPU_INLINE void score_tile(float (*score)[SCORES], ern_bf16 (*q)[CPU_HEAD_DIM_MAX], int32_t dim, float scale,
-                           const cpu_kv_run *run, const int nh, const int nv, const bool cut, const bool cold) {
+                           const cpu_kv_run *run, const int nh, const int nv, const bool cut, early *e) {
     __m512 acc[CPU_HEAD_TILE][VECS];
     const __mmask16 m = cut ? cpu_mask(run->n) : 0xffff;
     CPU_UNROLL for (int h = 0; h < nh; h++) CPU_UNROLL for (int v = 0; v < nv; v++) acc[h][v] = _mm512_setzero_ps();
     for (int32_t c = 0; c < dim; c += 2) {
         __m512i k[VECS];
-        CPU_UNROLL for (int v = 0; v < nv; v++) {
-            k[v] = two_dims(run[v].k + c * CPU_KV_GROUP * 2, cut, m);
-            if (cold) fetch(run[v].v + c * CPU_KV_GROUP * 2);
-        }
+        CPU_UNROLL for (int v = 0; v < nv; v++) k[v] = two_dims(run[v].k + c * CPU_KV_GROUP * 2, cut, m);
+        early_fetch(e, nv > 1 ? nv - 1 : 1);
         CPU_UNROLL for (int h = 0; h < nh; h++) {
             const __m512i x = pair_at(q[h] + c);
             CPU_UNROLL for (int v = 0; v < nv; v++) acc[h][v] = dot2(acc[h][v], x, k[v]);
@@ -65,25 +64,24 @@ CPU_INLINE void score_tile(float (*score)[SCORES], ern_bf16 (*q)[CPU_HEAD_DIM_MA
 
 /* Lanes past a run's end are overwritten by the next run, or lie past n. */
 CPU_INLINE void score_all(float (*score)[SCORES], ern_bf16 (*q)[CPU_HEAD_DIM_MAX], int32_t dim, float scale,
-                          const cpu_kv_block *kv, int32_t n, const int nh, const int wide) {
+                          const cpu_kv_block *kv, int32_t n, const int nh, const int wide, early *e) {
     const cpu_kv_run *r = kv->run, *end = r + kv->n_run;
     while (r < end && r->t0 < n) {
         bool whole = wide > 1 && end - r >= wide && r[wide - 1].t0 < n;
         for (int v = 0; whole && v < wide; v++) whole = !r[v].cut;
-        if (whole && kv->cold)
-            score_tile(score, q, dim, scale, r, nh, wide, false, true);
-        else if (whole)
-            score_tile(score, q, dim, scale, r, nh, wide, false, false);
+        if (whole)
+            score_tile(score, q, dim, scale, r, nh, wide, false, e);
         else if (r->cut)
-            score_tile(score, q, dim, scale, r, nh, 1, true, false);
+            score_tile(score, q, dim, scale, r, nh, 1, true, e);
         else
-            score_tile(score, q, dim, scale, r, nh, 1, false, true);
+            score_tile(score, q, dim, scale, r, nh, 1, false, e);
         r += whole ? wide : 1;
     }
 }
 
 /* Scores of n positions to the weights 2^(score - max), rounded, zeros after them; max and sum per head. */
-CPU_INLINE void soften(float *part, ern_bf16 (*weight)[SCORES], float (*score)[SCORES], int32_t n, const int nh) {
+CPU_INLINE void soften(float *part, ern_bf16 (*weight)[SCORES], float (*score)[SCORES], int32_t n, const int nh,
+                       early *fetched) {
     const __m512 none = _mm512_set1_ps(-INFINITY);
     for (int h = 0; h < nh; h++) {
         __m512 top = none, sum = _mm512_setzero_ps();
@@ -92,6 +90,7 @@ CPU_INLINE void soften(float *part, ern_bf16 (*weight)[SCORES], float (*score)[S
         const float max = _mm512_reduce_max_ps(top);
         top = _mm512_set1_ps(max);
         for (int32_t t = 0; t < n; t += 16) {
+            early_fetch(fetched, 2);
             const __m512 e = cpu_exp2_16(_mm512_sub_ps(_mm512_loadu_ps(score[h] + t), top));
             const __m256i w = narrow(_mm512_maskz_mov_ps(cpu_mask(n - t), e));
             sum = _mm512_add_ps(sum, cpu_widen(w));
@@ -121,10 +120,10 @@ CPU_INLINE void weigh_pair(__m512 (*acc)[VECS], ern_bf16 (*weight)[SCORES], int3
 }
 
 /* Columns c0.. of the outputs, nc chunks of 32, the only one cut to m when it is not all. row: where the positions'
- * values lie, or NULL: runs hold whole pairs. The next block's keys are fetched meanwhile, each tile its share. */
+ * values lie, or NULL: runs hold whole pairs. */
 CPU_INLINE void weigh_tile(float *part, ern_bf16 (*weight)[SCORES], int32_t dim, const cpu_kv_block *kv,
                            const unsigned char *const *row, int32_t n, int32_t c0, const int nh, const int nc,
-                           __mmask32 m) {
+                           __mmask32 m, early *e) {
     __m512 acc[CPU_HEAD_TILE][VECS];
     const int64_t each = (int64_t)dim * 2;
     CPU_UNROLL for (int h = 0; h < nh; h++) CPU_UNROLL for (int v = 0; v < 2 * nc; v++) acc[h][v] = _mm512_setzero_ps();
@@ -132,14 +131,10 @@ CPU_INLINE void weigh_tile(float *part, ern_bf16 (*weight)[SCORES], int32_t dim,
         weigh_pair(acc, weight, t, row[t] + 2 * c0, t + 1 < n ? row[t + 1] + 2 * c0 : NULL, nh, nc, m);
     for (const cpu_kv_run *r = kv->run, *end = r + kv->n_run; !row && r < end && r->t0 < n; r++) {
         const int32_t stop = least(r->t0 + r->n, n);
-        const unsigned char *at = r->v + 2 * (int64_t)c0, *ahead = NULL;
-        if (kv->next && r - kv->run < kv->next->n_run) ahead = kv->next->run[r - kv->run].k + c0 * CPU_KV_GROUP * 2;
+        const unsigned char *at = r->v + 2 * (int64_t)c0;
         int32_t t = r->t0;
         for (; t + 2 <= stop; t += 2, at += 2 * each) {
-            if (ahead) {
-                CPU_UNROLL for (int i = 0; i < 2 * nc; i++) fetch(ahead + 64 * i);
-                ahead += (uintptr_t)(128 * nc);
-            }
+            early_fetch(e, 2 * nc);
             weigh_pair(acc, weight, t, at, at + each, nh, nc, m);
         }
         if (t < stop) weigh_pair(acc, weight, t, at, NULL, nh, nc, m);
@@ -177,17 +172,20 @@ CPU_INLINE void block_heads(float *part, const float *q, int32_t dim, float scal
             const __m512 x = _mm512_maskz_loadu_ps(cpu_mask(dim - c), q + h * dim + c);
             _mm256_storeu_si256((__m256i *)(void *)(half[h] + c), narrow(x));
         }
-    score_all(score, half, dim, scale, kv, n, nh, wide);
-    soften(part, weight, score, n, nh);
+    early e;
+    early_begin(&e, kv, dim * CPU_KV_GROUP * 2);
+    score_all(score, half, dim, scale, kv, n, nh, wide, &e);
+    soften(part, weight, score, n, nh, &e);
     int32_t c = 0;
     for (; !ragged && wide == VECS && c + 64 <= dim; c += 64)
-        weigh_tile(part, weight, dim, kv, NULL, n, c, nh, 2, 0xffffffff);
+        weigh_tile(part, weight, dim, kv, NULL, n, c, nh, 2, 0xffffffff, &e);
     for (; !ragged && wide > 1 && c + 32 <= dim; c += 32)
-        weigh_tile(part, weight, dim, kv, NULL, n, c, nh, 1, 0xffffffff);
+        weigh_tile(part, weight, dim, kv, NULL, n, c, nh, 1, 0xffffffff, &e);
     for (; c < dim; c += 32) {
         const __mmask32 m = (__mmask32)cpu_mask(dim - c) | (__mmask32)cpu_mask(dim - c - 16) << 16;
-        weigh_tile(part, weight, dim, kv, ragged ? row : NULL, n, c, nh, 1, m);
+        weigh_tile(part, weight, dim, kv, ragged ? row : NULL, n, c, nh, 1, m, &e);
     }
+    early_end(&e);
 }
 
 /* As in attn_avx512.c: heads of 128 by wide tiles, other sizes one by one. */

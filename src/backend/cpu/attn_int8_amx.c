@@ -10,6 +10,8 @@
  * second factor of a product of tiles wants four dims of a position, or four positions of a dim, side by side. What a
  * head computes is a function of its own query and of the positions that it sees. */
 #include "backend/cpu/attn_amx.h"
+#define EARLY_HINT _MM_HINT_T1
+#include "backend/cpu/attn_early.h"
 
 #include <math.h>
 #include <string.h>
@@ -20,7 +22,8 @@ enum {
     SCORES = CPU_ATTN_BLOCK + 16, /* so that rows lie a line apart in the cache's sets */
     WEIGHTS = CPU_ATTN_BLOCK + 64,
     DIMS = CPU_HEAD_DIM_MAX + 64,
-    GROUPS = 2, /* of 16 positions: one is brought into order while the other is multiplied */
+    FETCHES = 4, /* lines beside each of the 256 steps of a block */
+    GROUPS = 2,  /* of 16 positions: one is brought into order while the other is multiplied */
 };
 
 typedef struct room {
@@ -36,42 +39,6 @@ typedef struct room {
 } room;
 
 CPU_INLINE __mmask64 mask64(int32_t n) { return n >= 64 ? ~(__mmask64)0 : n <= 0 ? 0 : ((__mmask64)1 << n) - 1; }
-
-/* ---- memory ------------------------------------------------------------------------------------------------------ */
-
-/* What a block fetches beside all that it computes, four lines at a time, so that memory has something
- * to do all the while and never so much that the first cache's misses wait for it. Groups of 16 positions are met in
- * the order of keys, values, the next block's keys; EARLY of them are on their way. */
-enum { EARLY = 12, GROUPS_MAX = CPU_ATTN_BLOCK / 16, FETCH_BYTES = 256 };
-
-typedef struct early {
-    const unsigned char *p; /* the next bytes to fetch */
-    int32_t left;           /* fetches of p's group that are left; 0: all is fetched */
-    int32_t i, n, each;     /* the group after p's, groups in all, fetches of one */
-    const unsigned char *group[2 * GROUPS_MAX + EARLY];
-} early;
-
-CPU_INLINE void early_turn(early *e) {
-    e->left = e->i < e->n ? e->each : 0;
-    if (e->left) e->p = e->group[e->i++];
-}
-
-/* For n groups of `bytes` each; the first EARLY were fetched by the block before. */
-static void early_begin(early *e, const cpu_kv_block *kv, int32_t n, int32_t bytes) {
-    *e = (early){.i = EARLY, .each = bytes / FETCH_BYTES};
-    for (int32_t i = 0; i < n; i++) e->group[e->n++] = kv->run[i].k;
-    for (int32_t i = 0; i < n; i++) e->group[e->n++] = kv->run[i].v;
-    for (int32_t i = 0; kv->next && i < EARLY && i < kv->next->n_run; i++) e->group[e->n++] = kv->next->run[i].k;
-    early_turn(e);
-}
-
-/* e NULL: nothing. */
-CPU_INLINE void early_fetch(early *e) {
-    if (!e || e->left == 0) return;
-    CPU_UNROLL for (int i = 0; i < FETCH_BYTES; i += 64) fetch(e->p + i);
-    e->p += FETCH_BYTES;
-    if (--e->left == 0) early_turn(e);
-}
 
 /* ---- queries ----------------------------------------------------------------------------------------------------- */
 
@@ -105,7 +72,7 @@ CPU_INLINE void pack_group(int8_t *to, const unsigned char *k, int32_t C, early 
     const __m512i bytes = _mm512_broadcast_i32x4(_mm_set_epi8(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0));
     int32_t c = 0;
     for (; c + 64 <= C; c += 64, to += 16 * 64, k += 16 * 64) {
-        early_fetch(e);
+        early_fetch(e, FETCHES);
         CPU_UNROLL for (int i = 0; i < 16 * 64; i += 64) {
             const __m512i x = _mm512_permutexvar_epi32(lanes, _mm512_loadu_si512(k + i));
             _mm512_store_si512(to + i, _mm512_shuffle_epi8(x, bytes));
@@ -132,7 +99,7 @@ static void pack_ragged(room *w, const cpu_kv_block *kv, int32_t C, int32_t n) {
 CPU_INLINE void score_group(room *w, const int8_t *k, int32_t i, int32_t C, early *e) {
     _tile_zero(0);
     for (int32_t c = 0; c < C; c += CODES, k += TILE_BYTES) {
-        early_fetch(e);
+        early_fetch(e, FETCHES);
         cpu_tile_load(4, w->q[0] + c, DIMS);
         cpu_tile_load(6, k, 64);
         _tile_dpbssd(0, 4, 6);
@@ -168,7 +135,7 @@ CPU_INLINE void soften(room *w, float *part, int32_t h, int32_t n_head, int32_t 
     top = _mm512_set1_ps(max);
     for (int32_t t = 0; t < n; t += 16) {
         const __mmask16 m = cpu_mask(n - t);
-        early_fetch(fetched);
+        early_fetch(fetched, FETCHES);
         const __m512 e = _mm512_maskz_mov_ps(m, cpu_exp2_16(_mm512_sub_ps(_mm512_load_ps(w->soft + t), top)));
         const __m512 x = _mm512_maskz_mul_ps(m, e, _mm512_load_ps(w->v_scale + t));
         sum = _mm512_add_ps(sum, e);
@@ -203,7 +170,7 @@ CPU_INLINE void pack_values(int8_t *to, const unsigned char *const *row, int32_t
     const __mmask64 dims = mask64(C - c);
     for (int32_t t = from; t < from + CODES; t += 4, to += 64) {
         __m512i x[4];
-        if (t % 8 == 0) early_fetch(e);
+        if (t % 8 == 0) early_fetch(e, FETCHES);
         if (t + 4 <= n)
             CPU_UNROLL for (int i = 0; i < 4; i++) x[i] = _mm512_maskz_loadu_epi8(dims, row[t + i] + c);
         else
@@ -268,10 +235,10 @@ CPU_INLINE void finish(const room *w, float *part, int32_t h, int32_t n_head, in
 void cpu_attn_int8_amx(float *part, const float *q, int32_t n_head, int32_t head_dim, float scale,
                        const cpu_kv_block *kv, int32_t n) {
     room w;
-    early e = {.left = 0};
+    early e;
     const cpu_kv_run *end = kv->run + kv->n_run;
     const unsigned char *row[CPU_ATTN_BLOCK];
-    if (!is_ragged(kv, n)) early_begin(&e, kv, tiles_of(n, 16), head_dim * CPU_KV_GROUP);
+    early_begin(&e, kv, head_dim * CPU_KV_GROUP);
     for (const cpu_kv_run *r = kv->run; r < end && r->t0 < n; r++) {
         _mm512_storeu_ps(w.k_scale + r->t0, _mm512_maskz_loadu_ps(cpu_mask(r->n), r->k_scale));
         _mm512_storeu_ps(w.v_scale + r->t0, _mm512_maskz_loadu_ps(cpu_mask(r->n), r->v_scale));
@@ -283,10 +250,6 @@ void cpu_attn_int8_amx(float *part, const float *q, int32_t n_head, int32_t head
     find_values(row, kv, head_dim, n);
     for (int32_t c = 0; c < head_dim; c += CODES) weigh_dims(&w, row, head_dim, c, n, &e);
     _tile_release();
-    while (e.left > 0) early_fetch(&e);
-    for (int32_t i = 0; kv->next && i < kv->next->n_run; i++) {
-        fetch((const unsigned char *)kv->next->run[i].k_scale);
-        fetch((const unsigned char *)kv->next->run[i].v_scale);
-    }
+    early_end(&e);
     for (int32_t h = 0; h < n_head; h++) finish(&w, part, h, n_head, head_dim);
 }

@@ -45,7 +45,7 @@ static ern_status cpu_plan(ern_backend_plan *out, const ern_model *m, const ern_
         status = ERN_FAIL(err, ERN_ERR_MEMORY, "out of memory planning the cpu backend");
     if (status == ERN_OK)
         *out = (ern_backend_plan){.weight_bytes = huge_bytes(b->weights.bytes), /* the rest is read where it lies */
-                                  .page_bytes = (uint64_t)b->page_stride,
+                                  .page_bytes = (uint64_t)b->page_bytes,
                                   .scratch_bytes = huge_bytes(cpu_layout(b, NULL)),
                                   .kernels = b->kernels->name};
     cpu_weights_close(&b->weights);
@@ -203,41 +203,46 @@ static ern_status cpu_wait(ern_backend *base, ern_result *out, ern_err *err) {
 
 /* ---- KV pages ---------------------------------------------------------------------------------------------------- */
 
-static unsigned char *page_at(cpu_backend *b, int32_t page) {
-    ERN_ASSERT(page >= 0 && page < b->o.n_page);
-    return b->kv + page * b->page_stride;
-}
+static void check_page(const cpu_backend *b, int32_t page) { ERN_ASSERT(page >= 0 && page < b->o.n_page); }
 
-static size_t page_bytes(const cpu_backend *b) { return (size_t)b->page_stride; }
+static int32_t planes(const cpu_backend *b) { return (int32_t)(b->page_bytes / b->plane_bytes); }
 
 /* All that was asked for before has happened. */
 static void settle(cpu_backend *b) {
     reach(b, b->n_submitted);
-    for (int32_t i = 0; i < b->n_pair; i++)
-        memmove(page_at(b, b->pair[i].to), page_at(b, b->pair[i].from), page_bytes(b));
+    cpu_copy_pages(b, b->pair, b->n_pair);
     b->n_pair = 0;
 }
 
 static void cpu_kv_copy(ern_backend *base, const ern_page_pair *pair, int32_t n) {
     cpu_backend *b = of(base);
     for (int32_t i = 0; i < n; i++) {
-        ERN_ASSERT(page_at(b, pair[i].to) && page_at(b, pair[i].from));
+        check_page(b, pair[i].to);
+        check_page(b, pair[i].from);
         if (b->n_pair == CPU_PAIRS_MAX) settle(b);
         b->pair[b->n_pair++] = pair[i];
     }
 }
 
 static bool cpu_kv_read(ern_backend *base, const int32_t *page, int32_t n, void *host) {
-    cpu_backend *b = of(base);
-    for (int32_t i = 0; i < n; i++)
-        memcpy((unsigned char *)host + (size_t)i * page_bytes(b), page_at(b, page[i]), page_bytes(b));
+    const cpu_backend *b = of(base);
+    unsigned char *to = host;
+    for (int32_t i = 0; i < n; i++) {
+        check_page(b, page[i]);
+        for (int32_t p = 0; p < planes(b); p++, to += b->plane_bytes)
+            memcpy(to, cpu_kv_plane(b, page[i], p), (size_t)b->plane_bytes);
+    }
     return true;
 }
 
 static void cpu_kv_write(ern_backend *base, const int32_t *page, int32_t n, const void *host) {
-    cpu_backend *b = of(base);
-    for (int32_t i = 0; i < n; i++)
-        memcpy(page_at(b, page[i]), (const unsigned char *)host + (size_t)i * page_bytes(b), page_bytes(b));
+    const cpu_backend *b = of(base);
+    const unsigned char *from = host;
+    for (int32_t i = 0; i < n; i++) {
+        check_page(b, page[i]);
+        for (int32_t p = 0; p < planes(b); p++, from += b->plane_bytes)
+            memcpy(cpu_kv_plane(b, page[i], p), from, (size_t)b->plane_bytes);
+    }
 }
 
 static void cpu_probe(ern_backend *base, ern_probe_fn *fn, void *ud) {

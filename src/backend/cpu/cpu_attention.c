@@ -17,9 +17,16 @@ void cpu_rope_table(float *table, const float *inv_freq, int32_t pos, int32_t C)
 
 /* ---- keys and values into their cells ---------------------------------------------------------------------------- */
 
-/* The keys of layer l, KV head g, in page 0; the values lie G planes further. */
-static unsigned char *kv_at(const cpu_backend *b, int32_t layer, int32_t g) {
-    return b->kv + ((int64_t)layer * 2 * b->model->config.n_kv_head + g) * b->plane_bytes;
+void cpu_copy_pages(cpu_backend *b, const ern_page_pair *pair, int32_t n) {
+    const int32_t n_plane = (int32_t)(b->page_bytes / b->plane_bytes);
+    for (int32_t i = 0; i < n; i++)
+        for (int32_t p = 0; p < n_plane; p++)
+            memmove(cpu_kv_plane(b, pair[i].to, p), cpu_kv_plane(b, pair[i].from, p), (size_t)b->plane_bytes);
+}
+
+/* The keys of layer l, KV head g; the values lie behind them. */
+static unsigned char *kv_at(const cpu_backend *b, int32_t page, int32_t layer, int32_t g) {
+    return cpu_kv_plane(b, page, layer * 2 * b->model->config.n_kv_head + g);
 }
 
 /* x [C] to bf16, or to codes and a scale, at element i and every step-th from there; cell: of the scale. */
@@ -63,7 +70,7 @@ void cpu_store_rows(const cpu_run *c, int32_t layer) {
         b->kernels->rope(b->k + t * G * C, b->rope + t * C, G, C);
         const int32_t page = c->s->cell[t] / P, cell = c->s->cell[t] % P, lane = cell % CPU_KV_GROUP;
         for (int32_t g = 0; g < G; g++) {
-            unsigned char *k = kv_at(b, layer, g) + page * b->page_stride, *v = k + G * b->plane_bytes;
+            unsigned char *k = kv_at(b, page, layer, g), *v = k + b->plane_bytes;
             store_head(b, k, b->k + (t * G + g) * C, (int64_t)(cell - lane) * C + lane, CPU_KV_GROUP, cell);
             store_head(b, v, b->v + (t * G + g) * C, (int64_t)cell * C, 1, cell);
         }
@@ -205,7 +212,7 @@ static task take_task(const cpu_run *c, int32_t layer) {
     return (task){&b->tile[i / n_heads], heads_at(&b->model->config, layer, i % n_heads)};
 }
 
-/* The block at hand of a worker, and the one after it, whose keys are fetched early. */
+/* The block at hand of a worker, and the one after it, which is fetched early. */
 typedef struct walk {
     cpu_kv_block found[2];
     int now;
@@ -216,11 +223,12 @@ static void find_block(const cpu_run *c, const task *t, int32_t i, cpu_kv_block 
     const cpu_backend *b = c->b;
     const ern_config *m = &b->model->config;
     const int32_t at = i * CPU_ATTN_BLOCK, last = c->rows.pos[t->tile->row + t->tile->n - 1];
-    const unsigned char *k = kv_at(b, t->h.layer, t->h.g);
+    const unsigned char *k = kv_at(b, 0, t->h.layer, t->h.g);
     const cpu_kv_view kv = {.k = k,
-                            .v = k + m->n_kv_head * b->plane_bytes,
+                            .v = k + b->plane_bytes,
                             .page = c->s->page + (int64_t)t->tile->seq * b->n_page_max,
-                            .page_stride = b->page_stride,
+                            .page_stride = 2 * b->plane_bytes,
+                            .shelf_gap = CPU_KV_SHELF * (b->page_bytes - 2 * b->plane_bytes),
                             .n_cell = b->o.n_page_cell,
                             .int8 = b->o.kv_dtype == ERN_KV_I8};
     cpu_kv_find(out, &kv, m->n_head_dim, at, least(last + 1 - at, CPU_ATTN_BLOCK));
@@ -248,6 +256,7 @@ static void attend_tile(const cpu_run *c, walk *w, const task *t, const task *af
         else
             next = NULL;
         now->next = next;
+        if (next) next->cold = false; /* before its turn comes */
         if (by_rows(b)) {
             job.kv = now;
             attend_rows(c, tile, h, i, &job, acc);
@@ -284,7 +293,7 @@ static void join_row(const cpu_run *c, const cpu_tile *split, int32_t r, const h
     finish_row(b, split->row + r, h, acc);
 }
 
-/* Tasks are taken by whoever is free. Who has a piece takes its next one early and so knows which keys it will want. */
+/* Tasks are taken by whoever is free. Who has a piece takes its next one early and so knows what it will want. */
 void cpu_attend(const cpu_run *c, int32_t layer) {
     const cpu_backend *b = c->b;
     const int32_t n_heads = cpu_head_tiles(&b->model->config);

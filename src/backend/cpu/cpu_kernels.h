@@ -24,6 +24,7 @@ enum {
     CPU_ATTN_ROWS = 64,   /* most rows of one attn_rows */
     CPU_HEAD_DIM_MAX = 256,
     CPU_LINE = 32,     /* bf16 numbers of a cache line */
+    CPU_KV_SHELF = 8,  /* pages whose keys and values of one layer and head lie side by side */
     CPU_KV_GROUP = 16, /* cells of a page whose keys are interleaved: ERN_KV_GROUP, as backend.h draws a page */
 };
 
@@ -59,14 +60,14 @@ typedef struct cpu_linear_job {
     int32_t n_row, from, to;
 } cpu_linear_job;
 
-/* Keys and values of one KV head in one layer, as the pages hold them (backend.h draws a page). The plane of page p
- * begins p * page_stride bytes behind k or v. */
+/* Keys and values of one KV head in one layer, as the pages hold them (backend.h draws a plane). The plane of page p
+ * begins p * page_stride + p / CPU_KV_SHELF * shelf_gap bytes behind k or v. */
 typedef struct cpu_kv_view {
     const unsigned char *k, *v;
     const int32_t *page;
-    int64_t page_stride; /* bytes */
-    int32_t n_cell;      /* P */
-    bool int8;           /* codes and scales, else bf16 */
+    int64_t page_stride, shelf_gap; /* bytes */
+    int32_t n_cell;                 /* P */
+    bool int8;                      /* codes and scales, else bf16 */
 } cpu_kv_view;
 
 /* Positions t0..t0+n-1 of a block that lie in one group of cells. k [C, 16], v [n, C], of bf16 or codes; their scales
@@ -80,8 +81,8 @@ typedef struct cpu_kv_run {
 
 /* One softmax block, found in the pages: runs in ascending order. */
 typedef struct cpu_kv_block {
-    const struct cpu_kv_block *next; /* whose keys will be wanted next, or NULL */
-    bool cold;                       /* the values are still to come from memory */
+    const struct cpu_kv_block *next; /* which will be wanted next, or NULL */
+    bool cold;                       /* no block before it has fetched it */
     int32_t n_run;
     cpu_kv_run run[CPU_ATTN_BLOCK];
 } cpu_kv_block;
@@ -249,7 +250,8 @@ static inline void cpu_kv_find(cpu_kv_block *out, const cpu_kv_view *kv, int32_t
     out->cold = true;
     for (int32_t t = 0; t < n;) {
         const int32_t page = kv->page[(pos0 + t) / kv->n_cell], cell = (pos0 + t) % kv->n_cell;
-        const unsigned char *k = kv->k + page * kv->page_stride, *v = kv->v + page * kv->page_stride;
+        const int64_t plane = page * kv->page_stride + page / CPU_KV_SHELF * kv->shelf_gap;
+        const unsigned char *k = kv->k + plane, *v = kv->v + plane;
         cpu_kv_run *r = &out->run[out->n_run++];
         const int32_t lane = cell % CPU_KV_GROUP, group = cell - lane;
         int32_t run = CPU_KV_GROUP - lane;

@@ -93,8 +93,8 @@ ern_status cpu_state_init(cpu_backend *b, const ern_model *m, const ern_backend_
     b->n_page_max = (o->n_len_max + o->n_page_cell - 1) / o->n_page_cell;
     b->n_kv_layer = c->n_layer + (o->mtp ? 1 : 0);
     b->plane_bytes = cpu_kv_plane_bytes(o->n_page_cell, c->n_head_dim, o->kv_dtype == ERN_KV_I8);
-    b->page_stride = (int64_t)b->n_kv_layer * 2 * c->n_kv_head * b->plane_bytes;
-    b->kv_bytes = (size_t)o->n_page * (size_t)b->page_stride;
+    b->page_bytes = (int64_t)b->n_kv_layer * 2 * c->n_kv_head * b->plane_bytes;
+    b->kv_bytes = ((size_t)o->n_page + CPU_KV_SHELF - 1) / CPU_KV_SHELF * CPU_KV_SHELF * (size_t)b->page_bytes;
     b->part_floats = cpu_part_floats(c->n_head_dim);
     b->n_slot = cpu_attend_slots(b);
     b->sampler_bytes = (ern_sample_scratch_bytes(c->n_vocab) + 63) / 64 * 64;

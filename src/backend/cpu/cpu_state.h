@@ -71,8 +71,8 @@ typedef struct cpu_backend {
     int32_t n_worker;
     int32_t n_page_max;  /* pages of the longest sequence */
     int32_t n_kv_layer;  /* L, +1 with MTP */
-    int64_t plane_bytes; /* between KV heads of a page */
-    int64_t page_stride; /* bytes of a page */
+    int64_t plane_bytes; /* keys, or values, of one KV head in one page */
+    int64_t page_bytes;  /* all planes of a page */
     unsigned char *kv;
     void *scratch, *tiles;
     size_t kv_bytes, scratch_bytes;
@@ -148,6 +148,21 @@ bool cpu_weights_open(cpu_weights *k, const ern_model *model, int32_t panel_out)
 /* Copy into `to` [k->bytes], by all workers of the pool; only if bytes > 0. */
 void cpu_weights_fill(cpu_weights *k, const ern_model *model, unsigned char *to, ern_pool *pool);
 void cpu_weights_close(cpu_weights *k);
+
+/* Where plane `at` of a page lies: [layer, keys or values, KV head], as ern_kv_dtype draws a page. Here it is
+ *
+ *   [shelf, layer, KV head, page of the shelf, keys or values]
+ *
+ * so that what a query reads is one stream of memory, as far as its pages follow one another: there fetches keep pace
+ * with the arithmetic (docs/speed.md). Shelves are short: a few pages in use are not a few cells of all the cache's
+ * memory. */
+static inline unsigned char *cpu_kv_plane(const cpu_backend *b, int32_t page, int32_t at) {
+    const int32_t G = b->model->config.n_kv_head, layer = at / (2 * G), value = at / G % 2, g = at % G;
+    const int64_t stack = ((int64_t)page / CPU_KV_SHELF * b->n_kv_layer + layer) * G + g;
+    return b->kv + ((stack * CPU_KV_SHELF + page % CPU_KV_SHELF) * 2 + value) * b->plane_bytes;
+}
+/* Copy pages inside the cache, in order. */
+void cpu_copy_pages(cpu_backend *b, const ern_page_pair *pair, int32_t n);
 
 /* Most rows of one pass through a feed-forward. */
 static inline int32_t cpu_ffn_rows(const cpu_backend *b) {

@@ -269,9 +269,7 @@ static void prepare(cpu_backend *b, cpu_slot *s, const cpu_slot *prev) {
 
 void cpu_step(cpu_backend *b, cpu_slot *s, const cpu_slot *prev) {
     const int64_t begin_us = ern_now_us();
-    for (int32_t i = 0; i < s->n_pair; i++)
-        memmove(b->kv + s->pair[i].to * b->page_stride, b->kv + s->pair[i].from * b->page_stride,
-                (size_t)b->page_stride);
+    cpu_copy_pages(b, s->pair, s->n_pair);
     prepare(b, s, prev);
     for (int i = 0; i < 2; i++) atomic_store_explicit(&b->claim[i].next, 0, memory_order_relaxed);
     cpu_run run = {.b = b, .s = s};
