@@ -81,6 +81,7 @@ void cpu_store_rows(const cpu_run *c, int32_t layer) {
 
 enum {
     TILES_EACH = 4, /* tiles per worker below which the heavy ones are cut */
+    BRIEF = 4,      /* such a task or less is a small part of all */
     PIECES = 8,     /* that an average tile would be cut into then: the last ones end at nearly one time */
     ROWS_FEW = 8,   /* rows of a tile where each attends by itself, or workers want more tiles */
     ROWS_SOME = 32, /* of more there are EVEN_EACH per worker, so that the last ones end at nearly one time */
@@ -124,14 +125,21 @@ void cpu_attend_plan(cpu_backend *b, const cpu_rows *s, int32_t n_seq) {
     for (int32_t q = 0; q < n_seq; q++) {
         for (int32_t r = s->row0[q]; r < s->row0[q + 1]; r += rows) {
             const int32_t n = least(s->row0[q + 1] - r, rows), n_block = blocks_to(s->pos[r + n - 1]);
-            const cpu_tile whole = {.row = r, .n = n, .seq = q, .n_block = n_block, .slot = -1, .stride = n_block};
+            const cpu_tile whole = {.row = r,
+                                    .n = n,
+                                    .seq = q,
+                                    .n_block = n_block,
+                                    .slot = -1,
+                                    .stride = n_block,
+                                    .brief = (int64_t)n * n_block * BRIEF <= most};
             if ((int64_t)n * n_block <= most || n_block == 1 || n * n_block > b->n_slot - slot) {
                 b->tile[b->n_tile++] = whole;
                 continue;
             }
             const int32_t run = most > PIECES * n ? (int32_t)(most / (PIECES * n)) : 1;
-            for (int32_t k = 0; k < n_block; k += run) {
+            for (int32_t k = (n_block - 1) / run * run; k >= 0; k -= run) { /* taken from the last one on */
                 cpu_tile piece = whole;
+                piece.brief = true;
                 piece.block = k, piece.n_block = least(run, n_block - k), piece.slot = slot;
                 b->tile[b->n_tile++] = piece;
             }
@@ -293,7 +301,7 @@ static void join_row(const cpu_run *c, const cpu_tile *split, int32_t r, const h
     finish_row(b, split->row + r, h, acc);
 }
 
-/* Tasks are taken by whoever is free. Who has a piece takes its next one early and so knows what it will want. */
+/* Tasks are taken by whoever is free. Who has a brief one takes its next one early and so knows what it will want. */
 void cpu_attend(const cpu_run *c, int32_t layer) {
     const cpu_backend *b = c->b;
     const int32_t n_heads = cpu_head_tiles(&b->model->config);
@@ -302,7 +310,7 @@ void cpu_attend(const cpu_run *c, int32_t layer) {
     bool found = false;
     for (task now = take_task(c, layer), after; now.tile; now = found ? after : take_task(c, layer)) {
         if (!found) find_block(c, &now, now.tile->block, &w.found[w.now]);
-        after = now.tile->slot >= 0 ? take_task(c, layer) : none;
+        after = now.tile->brief ? take_task(c, layer) : none;
         attend_tile(c, &w, &now, &after);
         found = after.tile != NULL;
     }

@@ -49,6 +49,7 @@ typedef struct cpu_tile {
     int32_t row, n, seq, block, n_block;
     int32_t slot; /* >= 0: one piece of many; block k's results for row r go to part slot + r * stride + k, and wait */
     int32_t stride;
+    bool brief; /* a small part of all: who has it takes its next one early, to fetch the first block of that */
 } cpu_tile;
 
 /* The model's linears as this backend reads them: those of the model, or copies in huge pages, where they take at most
