@@ -421,19 +421,21 @@ CPU_INLINE void attend_many(room *w, const cpu_attn_job *j, const unsigned char 
 
 /* ---- a block for up to 16 queries -------------------------------------------------------------------------------- */
 
-/* One row, mostly, and memory is what it waits for: while a tile is multiplied, one that comes later is brought into
- * order and lines that come later still are fetched. The sums are those of 32 queries, in the same order. */
+/* One row, mostly, and memory is what it waits for: while four tiles are multiplied, the next four are brought into
+ * order beside them, which stays in the first cache, and as many lines of the block after this one are fetched. The
+ * sums are those of 32 queries, in the same order. */
 
 enum {
     GROUPS = 4,       /* of 16 positions, whose scores are four tiles */
-    SOFT_FETCHES = 8, /* beside a tile, and beside a part of a softmax: evenly, and all of a block */
+    SOFT_FETCHES = 8, /* lines beside a part of a softmax */
 };
 
-/* Beside the product of group i + g and dims 32t..: the same tile of the groups after these. */
-CPU_INLINE void beside_scores(const cpu_kv_block *kv, ern_bf16 *to, int32_t i, int32_t g, int32_t n_group, int32_t t,
+/* Step s: 32 dims of four groups; tile g of it. */
+CPU_INLINE void beside_scores(room *w, const cpu_kv_block *kv, bool ragged, int32_t s, int32_t g, int32_t n_group,
                               const int32_t C, early *e) {
-    const int32_t nk = tiles_of(C, TILE_K), then = i + g + GROUPS;
-    if (to && then < n_group) pack_tile(to + (g * nk + t) * TILE, kv->run[then].k + t * TILE_BYTES, C - t * TILE_K, e);
+    const int32_t nk = tiles_of(C, TILE_K), t = s % nk, i = s / nk * GROUPS + g;
+    if (ragged || i >= n_group) return;
+    pack_tile(w->k + (s % 2 * GROUPS + g) * TILE, kv->run[i].k + t * TILE_BYTES, C - t * TILE_K, e);
 }
 
 /* Sum `tile` to its place of four side by side. */
@@ -448,34 +450,38 @@ CPU_INLINE void beside_scores(const cpu_kv_block *kv, ern_bf16 *to, int32_t i, i
         }                                   \
     } while (0)
 
-/* S of the groups i.., whose keys lie at k, while those after them go to `to`, unless that is NULL; the scores before
- * these leave for `score`, if there are any. */
-CPU_INLINE void score_few(room *w, const cpu_kv_block *kv, const ern_bf16 *k, ern_bf16 *to, float *score, int32_t i,
-                          int32_t n_group, const int32_t C, early *e) {
-    const int32_t nk = tiles_of(C, TILE_K);
-    cpu_tile_load(4, w->q, nk * TILE_K * 2);
-    cpu_tile_load(6, k, 64);
-    cpu_tile_load(7, k + nk * TILE, 64);
-    for (int32_t t = 0; t < nk; t++) {
-        const int32_t then = t + 1 < nk ? t + 1 : t;
-        beside_scores(kv, to, i, 0, n_group, t, C, e);
+/* S. The scores of four groups leave while those of the next four begin. */
+CPU_INLINE void score_few(room *w, const cpu_kv_block *kv, bool ragged, int32_t n_group, const int32_t C, early *e) {
+    const int32_t nk = tiles_of(C, TILE_K), n_step = tiles_of(n_group, GROUPS) * nk;
+    const int32_t next = ragged ? nk * TILE : TILE; /* between the tiles of a step */
+    float *score = NULL;
+    for (int32_t g = 0; g < GROUPS; g++) beside_scores(w, kv, ragged, 0, g, n_group, C, e);
+    for (int32_t s = 0; s < n_step; s++) {
+        const int32_t t = s % nk;
+        const ern_bf16 *k = ragged ? w->k + (s / nk * GROUPS * nk + t) * TILE : w->k + s % 2 * GROUPS * TILE;
+        cpu_tile_load(4, w->q + t * TILE_K, nk * TILE_K * 2);
+        cpu_tile_load(6, k, 64);
+        cpu_tile_load(7, k + next, 64);
+        beside_scores(w, kv, ragged, s + 1, 0, n_group, C, e);
         turn_few(0, t == 0, score, SCORES);
         _tile_dpbf16ps(0, 4, 6);
-        cpu_tile_load(6, k + (2 * nk + t) * TILE, 64);
-        beside_scores(kv, to, i, 1, n_group, t, C, e);
+        cpu_tile_load(6, k + 2 * next, 64);
+        beside_scores(w, kv, ragged, s + 1, 1, n_group, C, e);
         turn_few(1, t == 0, score, SCORES);
         _tile_dpbf16ps(1, 4, 7);
-        cpu_tile_load(7, k + (3 * nk + t) * TILE, 64);
-        beside_scores(kv, to, i, 2, n_group, t, C, e);
+        cpu_tile_load(7, k + 3 * next, 64);
+        beside_scores(w, kv, ragged, s + 1, 2, n_group, C, e);
         turn_few(2, t == 0, score, SCORES);
         _tile_dpbf16ps(2, 4, 6);
-        cpu_tile_load(6, k + then * TILE, 64);
-        beside_scores(kv, to, i, 3, n_group, t, C, e);
+        beside_scores(w, kv, ragged, s + 1, 3, n_group, C, e);
         turn_few(3, t == 0, score, SCORES);
         _tile_dpbf16ps(3, 4, 7);
-        cpu_tile_load(4, w->q + then * TILE_K, nk * TILE_K * 2);
-        cpu_tile_load(7, k + (nk + then) * TILE, 64);
+        if (t == 0) score = &w->score[0][0][s / nk * GROUPS * 16];
     }
+    put_few(0, score, SCORES);
+    put_few(1, score, SCORES);
+    put_few(2, score, SCORES);
+    put_few(3, score, SCORES);
 }
 
 /* 64 dims from c of 8 of 32 positions, from t on, to the four tiles at `to`; zeros from dim C and position n on. */
@@ -536,28 +542,14 @@ CPU_INLINE void weigh_few(room *w, const group *g, const unsigned char *const *r
 
 CPU_INLINE void attend_few(room *w, const cpu_attn_job *j, const unsigned char *const *row, int32_t n,
                            const int32_t C) {
-    const int32_t nk = tiles_of(C, TILE_K), all = j->n_row * j->n_head, n_group = tiles_of(n, 16);
-    const int32_t each = GROUPS * nk * TILE;
+    const int32_t all = j->n_row * j->n_head, n_group = tiles_of(n, 16);
     const bool ragged = is_ragged(j->kv, n);
     const group g = {.m = 0, .n = n, .buffer = 0};
     early e;
     early_begin(&e, j->kv, C * CPU_KV_GROUP * 2);
     cpu_tiles_begin(all, all);
     if (ragged) pack_keys(w, j->kv, C, n);
-    for (int32_t i = 0; i < GROUPS * nk && !ragged; i++)
-        beside_scores(j->kv, w->k, -GROUPS, i / nk, n_group, i % nk, C, &e);
-    float *score = NULL;
-    for (int32_t i = 0; i < n_group; i += GROUPS) {
-        /* two fours take turns in what stays in the first cache */
-        const int32_t at = i / GROUPS;
-        ern_bf16 *to = ragged ? NULL : w->k + (at + 1) % 2 * each;
-        score_few(w, j->kv, w->k + (ragged ? at : at % 2) * each, to, score, i, n_group, C, &e);
-        score = &w->score[0][0][i * 16];
-    }
-    put_few(0, score, SCORES);
-    put_few(1, score, SCORES);
-    put_few(2, score, SCORES);
-    put_few(3, score, SCORES);
+    score_few(w, j->kv, ragged, n_group, C, &e);
     for (int32_t i = 0; i < all; i += ABREAST) {
         soft four;
         for (soften_at(&four, j, &g, i); four.part < four.n_part;) {
