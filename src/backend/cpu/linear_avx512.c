@@ -27,6 +27,7 @@ enum {
     ROWS_OUT_IN = 6, /* 6 x 4 sums + 4 weights + 1 x: 29 of 32 registers */
     OUTS_OUT_IN = CPU_PANEL_LINES,
     F32_OUTS = 8,
+    NEAR_INPUTS = 8192, /* of all rows: 32 KiB */
     AHEAD_OUT_IN =
         16 << 10,    /* bytes fetched ahead into L2, in the order of memory: weight rows are short for the hardware */
     ROWS_IN_OUT = 8, /* 8 x 3 sums + 3 weights + 1 x: 28 registers */
@@ -115,6 +116,12 @@ static void out_in_rows(const cpu_linear_job *j, int32_t r0, int32_t nr, int32_t
     }
 }
 
+/* Few rows that stay in the L1 cache walk each weight row, or panel, to its end, as memory likes it. More keep a block
+ * of weights in L2. */
+CPU_INLINE bool to_the_end(const cpu_linear_job *j) {
+    return j->n_row <= ROWS_OUT_IN && (j->n_row * j->w->n_in <= NEAR_INPUTS || !cpu_is_panels(j->w));
+}
+
 /* The same sums over the panel of outputs o0.. (cpu_kernels.h draws it). One row reads one stream, which the hardware
  * fetches best when left alone. Several compute for longer than it looks ahead: the first of them to pass fetch what
  * follows; where blocks of K are walked one by one, that is the same block two panels on. */
@@ -123,9 +130,8 @@ CPU_INLINE void panel_tile(const cpu_linear_job *j, int32_t r0, int32_t o0, int3
     const ern_bf16 *w = (const ern_bf16 *)j->w->data +
                         o0 / CPU_PANEL_LINES * cpu_panel_numbers(CPU_PANEL_LINES, j->w->n_in) +
                         (int64_t)k0 * CPU_PANEL_LINES;
-    const uintptr_t ahead = j->n_row <= ROWS_OUT_IN
-                                ? AHEAD_OUT_IN
-                                : 2 * (uintptr_t)cpu_panel_numbers(CPU_PANEL_LINES, j->w->n_in) * sizeof(ern_bf16);
+    const uintptr_t ahead =
+        to_the_end(j) ? AHEAD_OUT_IN : 2 * (uintptr_t)cpu_panel_numbers(CPU_PANEL_LINES, j->w->n_in) * sizeof(ern_bf16);
     const __m512i high = _mm512_set1_epi32((int32_t)0xffff0000u);
     const float *x[ROWS_OUT_IN];
     __m512 acc[ROWS_OUT_IN][CPU_PANEL_LINES];
@@ -230,8 +236,7 @@ void cpu_linear_out_in_avx512(const cpu_linear_job *j) {
         panel_one(j);
         return;
     }
-    /* Few rows: walk each weight row to its end, as memory likes it. Many: keep a block of weights in L2. */
-    const int32_t outs = j->n_row <= ROWS_OUT_IN ? OUTS_OUT_IN : L2_OUTS;
+    const int32_t outs = to_the_end(j) ? OUTS_OUT_IN : L2_OUTS;
     for (int32_t ob = j->from; ob < j->to; ob += outs) {
         int32_t oe = least(ob + outs, j->to);
         for (int32_t k0 = 0; k0 < n_in; k0 += K_BLOCK_OUT_IN) {
