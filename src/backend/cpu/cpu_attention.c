@@ -52,12 +52,16 @@ static void store_head(const cpu_backend *b, unsigned char *plane, const float *
     for (int32_t c = 0; c < C; c++) to[c * step] = code[c];
 }
 
-void cpu_rotate(const cpu_run *c, float *x, int32_t n) {
+/* Whether whoever attends rotates the queries: of tiles that are not cut, each is one worker's alone. */
+static bool rotates_late(const cpu_backend *b) { return b->n_split == 0 && !b->probe; }
+
+void cpu_rotate(const cpu_run *c) {
     const cpu_backend *b = c->b;
-    const int32_t C = b->model->config.n_head_dim;
+    const int32_t C = b->model->config.n_head_dim, H = b->model->config.n_head;
     int32_t from, to;
+    if (rotates_late(b)) return;
     cpu_share(c, c->rows.n, 1, &from, &to);
-    for (int64_t t = from; t < to; t++) b->kernels->rope(x + t * n * C, b->rope + t * C, n, C);
+    for (int64_t t = from; t < to; t++) b->kernels->rope(b->q + t * H * C, b->rope + t * C, H, C);
 }
 
 void cpu_store_rows(const cpu_run *c, int32_t layer) {
@@ -172,14 +176,15 @@ static float *row_heads(const cpu_backend *b, int32_t row, const heads *h) {
     return b->q + ((int64_t)row * b->model->config.n_head + h->h0) * b->model->config.n_head_dim;
 }
 
-/* The outputs of one row over its queries. */
-static void finish_row(const cpu_backend *b, int32_t row, const heads *h, const float *acc) {
+/* The outputs of one row: as o takes them, or, o being NULL, over its queries. */
+static void finish_row(const cpu_backend *b, const ern_linear *o, int32_t row, const heads *h, const float *acc) {
     const int32_t C = b->model->config.n_head_dim;
-    float *out = row_heads(b, row, h);
+    float own[CPU_HEAD_TILE * CPU_HEAD_DIM_MAX], *out = o ? own : row_heads(b, row, h);
     for (int32_t i = 0; i < h->n; i++) {
         const float *from = acc + 2 * CPU_HEAD_TILE + i * C, r = 1.0f / acc[CPU_HEAD_TILE + i];
         for (int32_t c = 0; c < C; c++) out[i * C + c] = from[c] * r;
     }
+    if (o) cpu_act_put(b, b->act, o, row, h->h0 * C, own, h->n * C);
 }
 
 /* What attend_tile does for a block: the rows of the tile that see it, at once. j has the first block's rows, or those
@@ -244,7 +249,7 @@ static void find_block(const cpu_run *c, const task *t, int32_t i, cpu_kv_block 
 
 /* A row at position p sees the blocks 0..p / CPU_ATTN_BLOCK, the last one cut after p; which rows share the tile
  * changes nothing for it. The walk stands at the task's first block, and then at that of `after`. */
-static void attend_tile(const cpu_run *c, walk *w, const task *t, const task *after) {
+static void attend_tile(const cpu_run *c, walk *w, const task *t, const task *after, const ern_linear *o) {
     const cpu_backend *b = c->b;
     const cpu_tile *tile = t->tile;
     const heads *h = &t->h;
@@ -255,6 +260,8 @@ static void attend_tile(const cpu_run *c, walk *w, const task *t, const task *af
     float *extra = acc + CPU_ATTN_ROWS * b->part_floats;
     cpu_attn_job job = {.n_head = h->n, .head_dim = C, .scale = scale};
     if (by_rows(b)) job.room = b->room + (size_t)c->worker * cpu_attn_room();
+    for (int32_t r = 0; rotates_late(b) && r < tile->n; r++)
+        b->kernels->rope(row_heads(b, tile->row + r, h), b->rope + (int64_t)(tile->row + r) * C, h->n, C);
     for (int32_t i = tile->block, end = i + tile->n_block; i < end; i++, w->now ^= 1) {
         cpu_kv_block *now = &w->found[w->now], *next = &w->found[w->now ^ 1];
         if (i + 1 < end)
@@ -284,11 +291,12 @@ static void attend_tile(const cpu_run *c, walk *w, const task *t, const task *af
             now->cold = false;
         }
     }
-    for (int32_t r = 0; tile->slot < 0 && r < tile->n; r++) finish_row(b, tile->row + r, h, acc + r * b->part_floats);
+    for (int32_t r = 0; tile->slot < 0 && r < tile->n; r++)
+        finish_row(b, o, tile->row + r, h, acc + r * b->part_floats);
 }
 
 /* The pieces' results in the order of positions, over the first of them. */
-static void join_row(const cpu_run *c, const cpu_tile *split, int32_t r, const heads *h) {
+static void join_row(const cpu_run *c, const cpu_tile *split, int32_t r, const heads *h, const ern_linear *o) {
     const cpu_backend *b = c->b;
     const int32_t slot = split->slot + r * split->stride, n_block = blocks_to(c->rows.pos[split->row + r]);
     float *acc = slot_part(b, slot, h);
@@ -298,29 +306,39 @@ static void join_row(const cpu_run *c, const cpu_tile *split, int32_t r, const h
         for (int64_t at = 0; at < b->part_floats; at += CPU_LINE / 2) __builtin_prefetch(next + at, 0, 2);
         b->kernels->attn_join(acc, part, h->n, b->model->config.n_head_dim);
     }
-    finish_row(b, split->row + r, h, acc);
+    finish_row(b, o, split->row + r, h, acc);
+}
+
+/* Whether the outputs of every head tile are whole groups of o's inputs. */
+static bool puts_act(const cpu_backend *b, const ern_linear *o) {
+    const ern_config *m = &b->model->config;
+    const int32_t group = m->n_head / m->n_kv_head, C = m->n_head_dim;
+    return cpu_act_for(b, o) != CPU_ACT_F32 && group * C % ERN_ACT_GROUP == 0 &&
+           least(group, CPU_HEAD_TILE) * C % ERN_ACT_GROUP == 0;
 }
 
 /* Tasks are taken by whoever is free. Who has a brief one takes its next one early and so knows what it will want. */
-void cpu_attend(const cpu_run *c, int32_t layer) {
+bool cpu_attend(const cpu_run *c, int32_t layer, const ern_linear *o) {
     const cpu_backend *b = c->b;
     const int32_t n_heads = cpu_head_tiles(&b->model->config);
+    const ern_linear *next = !b->probe && puts_act(b, o) ? o : NULL;
     const task none = {.tile = NULL};
     walk w = {.now = 0};
     bool found = false;
     for (task now = take_task(c, layer), after; now.tile; now = found ? after : take_task(c, layer)) {
         if (!found) find_block(c, &now, now.tile->block, &w.found[w.now]);
         after = now.tile->brief ? take_task(c, layer) : none;
-        attend_tile(c, &w, &now, &after);
+        attend_tile(c, &w, &now, &after, next);
         found = after.tile != NULL;
     }
-    if (b->n_split == 0) return;
+    if (b->n_split == 0) return next != NULL;
     cpu_meet(c);
     for (int32_t i = 0, turn = 0; i < b->n_split; i++)
         for (int32_t r = 0; r < b->split[i].n; r++)
             for (int32_t k = 0; k < n_heads; k++, turn++) {
                 if (turn % c->n_worker != c->worker) continue;
                 const heads h = heads_at(&b->model->config, layer, k);
-                join_row(c, &b->split[i], r, &h);
+                join_row(c, &b->split[i], r, &h, next);
             }
+    return next != NULL;
 }

@@ -215,8 +215,8 @@ int32_t cpu_unit(int32_t n_row);
 void cpu_linears(cpu_run *c, const cpu_linear_job *job, int n);
 /* cpu_attention.c. Cosines and sines of one row into table [2, C/2]. */
 void cpu_rope_table(float *table, const float *inv_freq, int32_t pos, int32_t C);
-/* Rotate the n heads of x [rows, n * C] of this worker's rows. */
-void cpu_rotate(const cpu_run *c, float *x, int32_t n);
+/* Rotate the queries of this worker's rows, unless cpu_attend will. */
+void cpu_rotate(const cpu_run *c);
 /* Write k, rotated, and v of all rows of the step to their cells, by workers' shares; before any row leaves. */
 void cpu_store_rows(const cpu_run *c, int32_t layer);
 /* Head tiles of all KV heads. */
@@ -225,8 +225,9 @@ int32_t cpu_head_tiles(const ern_config *m);
 int32_t cpu_attend_slots(const cpu_backend *b);
 /* Cut rows of n_seq sequences into tiles and pieces. */
 void cpu_attend_plan(cpu_backend *b, const cpu_rows *rows, int32_t n_seq);
-/* q = softmax(q K) V for the rows at hand. All have met, with next_task 0; they meet after. */
-void cpu_attend(const cpu_run *c, int32_t layer);
+/* softmax(q K) V for the rows at hand, into act as o takes it (true), or over q. All have met, with next_task 0; they
+ * meet after. */
+bool cpu_attend(const cpu_run *c, int32_t layer, const ern_linear *o);
 /* x += feed-forward(xn) for the rows at hand; all workers have met before and meet at the end. */
 void cpu_ffn(cpu_run *c, const ern_layer *w, int32_t layer);
 

@@ -99,16 +99,16 @@ static void run_layer(cpu_run *c, const ern_layer *w, int32_t layer, bool may_le
         cpu_meet(c);
     }
     const int32_t T = c->rows.n;
-    cpu_rotate(c, b->q, m->n_head);
+    cpu_rotate(c);
     if (c->worker == 0) atomic_store_explicit(&b->next_task, 0, memory_order_relaxed);
     cpu_meet(c);
     cpu_show(c, "q", layer, 0, b->q, T, m->n_head * m->n_head_dim);
     cpu_show(c, "k", layer, 0, b->k, T, m->n_kv_head * m->n_head_dim);
     cpu_show(c, "v", layer, 0, b->v, T, m->n_kv_head * m->n_head_dim);
-    cpu_attend(c, layer);
+    const bool put = cpu_attend(c, layer, &w->o);
     cpu_meet(c);
     cpu_show(c, "attn", layer, 0, b->q, T, m->n_head * m->n_head_dim);
-    cpu_act_rows(c, &w->o, b->q, 0, T);
+    if (!put) cpu_act_rows(c, &w->o, b->q, 0, T);
     const cpu_linear_job o = rows_job(c, &w->o, b->x, b->q, true);
     cpu_linears(c, &o, 1);
     cpu_meet(c);
