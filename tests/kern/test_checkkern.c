@@ -432,6 +432,8 @@ static void test_quant(void **state) {
             check_quant(k, formats[f], exact, 33, 64, 1024);
             check_quant(k, formats[f], exact, 3, 40, 3073);
             check_quant(k, formats[f], exact, 100, 100, 700);
+            check_quant(k, formats[f], exact, 16, 112, 384); /* one tile of rows, an odd number of groups */
+            check_quant(k, formats[f], exact, 150, 144, 400);
         }
     }
 }
