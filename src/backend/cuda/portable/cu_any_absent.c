@@ -51,8 +51,12 @@ cudaError_t cu_moe_few(cudaStream_t s, const cu_few_job *j) {
     return cudaErrorNotSupported;
 }
 
-/* Tests name it beside its portable siblings. */
+/* Tests name these beside their portable siblings. */
 cudaError_t cu_a8_large_run(cudaStream_t s, const cu_job *j) {
+    (void)s, (void)j;
+    return cudaErrorNotSupported;
+}
+cudaError_t cu_broad_run(cudaStream_t s, const cu_job *j) {
     (void)s, (void)j;
     return cudaErrorNotSupported;
 }
