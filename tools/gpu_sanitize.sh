@@ -51,6 +51,7 @@ all     experts fp8 up 44 x 80, 40 rows
 all     few int8 384 x 320, shared int8 640, 3 rows
 all     mid bits int8 200 -> 4220 pairs
 all     mid grouped fp8 44 -> 80
+all     broad bits int8 200 -> 80
 all     large bits bf16 64 -> 168 pairs
 all     large grouped int4 44 -> 80
 all     fp8 rows 133 x 300
@@ -62,7 +63,10 @@ no-sync a8 f8 skinny swiglu, norm in front, 2150 x 640
 no-sync a8 i8 skinny swiglu, norm in front, 4200 x 128
 no-sync a8 i4 experts down 44 x 80, 9 rows, tiles of 8
 no-sync a8 f8 experts up 44 x 80, 9 rows, tiles of 16
+all     a8 f8 experts up 130 x 256, 1 rows
+all     a8 i4 experts down 130 x 256, 1 rows
 no-sync a8 i8 a chain of 512 x 384, 1 rows
+all     route few 7 of 43, 1024, bias
 all     route few 3 of 8, 80, bias
 no-sync half i4, shared i8, 512 x 384, 1 rows
 all     norm T 300 D 80
