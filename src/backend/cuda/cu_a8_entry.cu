@@ -21,7 +21,8 @@ enum {
     AHEAD = 4,   /* segments of up that are asked for before the row is */
     OWN = 4,     /* segments of down's row that a warp reads at once */
     SLOTS_MAX = 24,
-    SEGMENTS_MAX = 96
+    SEGMENTS_MAX = 96,
+    LOOKS_MAX = 1 << 26
 };
 /* Bytes of a block's ring. Up's are together two or three times what the memory has on its way at once, and leave room
  * for blocks of down, whose codes of 4 bits find a place all. */
@@ -51,9 +52,6 @@ typedef struct entry_shared {
     float by_row[SEGMENTS_MAX], by_band[SEGMENTS_MAX * A8_TILE_BANDS], totals[WARPS][CU_BAND];
 } entry_shared;
 
-static __device__ __forceinline__ void barrier_of(int id, int n_thread) {
-    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(n_thread) : "memory");
-}
 /* What kernels in front wrote; in this place. */
 static __device__ __forceinline__ uint4 read16(const void *p) {
     uint4 v;
@@ -65,10 +63,13 @@ static __device__ __forceinline__ uint32_t read4(const void *p) {
     asm volatile("ld.global.cg.u32 %0, [%1];" : "=r"(v) : "l"(p));
     return v;
 }
-/* The expert of a place, when it is chosen. */
+/* The expert of a place, when it is chosen: what has not come after so many looks never comes. */
 static __device__ __forceinline__ uint32_t told_expert(const int32_t *told) {
     uint32_t e = 0;
-    while (e == 0) asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(e) : "l"(told) : "memory");
+    for (int k = 0; e == 0; k++) {
+        if (k > LOOKS_MAX) __trap();
+        asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(e) : "l"(told) : "memory");
+    }
     return e - 1;
 }
 
@@ -194,7 +195,7 @@ __global__ void __launch_bounds__(THREADS, 5) a8_entry(const __grid_constant__ e
         if (thread < n_seg) s.by_row[thread] = __uint_as_float(by);
     }
     a8_show();
-    barrier_of(1, WARPS * 32);
+    cu_barrier(1, WARPS * 32);
 
     float total[2] = {0.0f, 0.0f}; /* of outputs g and g + 8, in all lanes 4 g + c */
     int slot = 0;
@@ -240,7 +241,7 @@ __global__ void __launch_bounds__(THREADS, 5) a8_entry(const __grid_constant__ e
         return;
     }
     if (half < 2) s.totals[warp][lane / 4 + half * 8] = mine;
-    barrier_of(2 + warp / 2, 64);
+    cu_barrier(2 + warp / 2, 64);
     const int32_t out = band / 2 * CU_BAND + lane;
     if (warp % 2 || lane >= CU_BAND || out >= a.w.n_out) return;
     a.h[place * a.ldh + out] = cu_round(cu_swiglu(s.totals[warp][lane], s.totals[warp + 1][lane]));

@@ -42,10 +42,6 @@ template <cu_format F> static __host__ __device__ __forceinline__ one_map map_of
     return m;
 }
 
-static __device__ __forceinline__ void barrier_of(int id, int n_thread) {
-    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(n_thread) : "memory");
-}
-
 template <cu_format F> __global__ void __launch_bounds__(THREADS) a8_one(const __grid_constant__ one_args a) {
     extern __shared__ __align__(1024) unsigned char memory[];
     __shared__ __align__(8) uint64_t bars[2 * SLOTS + 2];
@@ -127,7 +123,7 @@ template <cu_format F> __global__ void __launch_bounds__(THREADS) a8_one(const _
         if (lane == 0) by_row[seg] = of_codes;
     }
     a8_show();
-    barrier_of(1, WARPS * 32);
+    cu_barrier(1, WARPS * 32);
 
     /* The row's sums are in lanes 4 g: outputs g and g + 8. */
     float total[2] = {0.0f, 0.0f};
@@ -155,7 +151,7 @@ template <cu_format F> __global__ void __launch_bounds__(THREADS) a8_one(const _
     float mine = 0.0f;
     if (lane < CU_BAND) mine = __fmul_rn(totals[warp][lane], by_out);
     if (warp % 2 && lane < CU_BAND) totals[warp][lane] = mine;
-    barrier_of(2 + warp / 2, 64);
+    cu_barrier(2 + warp / 2, 64);
     if (warp % 2 || lane >= CU_BAND) return;
     const int32_t out = band / 2 * CU_BAND + lane;
     if (out < j->w.n_out) j->h[out] = cu_round(cu_swiglu(mine, totals[warp + 1][lane]));

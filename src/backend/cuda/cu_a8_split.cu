@@ -215,10 +215,6 @@ static __device__ __forceinline__ void bring_rows(const split_args *a, uint32_t 
 
 /* ---- the kernel -------------------------------------------------------------------------------------------------- */
 
-static __device__ __forceinline__ void barrier_of(int id, int n_thread) {
-    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(n_thread) : "memory");
-}
-
 /* NORM: x is normed here. It takes a third more registers, which kernels beside others do not have. */
 template <cu_format F, int ROWS, bool NORM>
 __global__ void __launch_bounds__(THREADS, 2) a8_split(const __grid_constant__ split_args a) {
@@ -309,7 +305,7 @@ __global__ void __launch_bounds__(THREADS, 2) a8_split(const __grid_constant__ s
         quantize_rows<a8_codes_of(F)>(&a, memory, &m, seg0, n_item, group, warp % 4, lane);
     }
     a8_show();
-    barrier_of(group + 1, 128);
+    cu_barrier(group + 1, 128);
 
     const int32_t log_across = j->w.pairs ? 4 : 5, out_in = thread & ((1 << log_across) - 1);
     const int32_t square_bytes = a.n_high * SUM_ROW * 4, each = a.n_square * square_bytes;
@@ -384,7 +380,7 @@ __global__ void __launch_bounds__(THREADS, 2) a8_split(const __grid_constant__ s
             cluster_meet();
         } else { /* behind it nobody reads what the next tile but one writes to, and all rows are there */
             asm volatile("cp.async.wait_all;" ::: "memory");
-            barrier_of(GROUPS + 1, WARPS * 32);
+            cu_barrier(GROUPS + 1, WARPS * 32);
         }
 #pragma unroll
         for (int q = 0; q < SQUARES; q++) {

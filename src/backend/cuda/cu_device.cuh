@@ -96,6 +96,12 @@ static __device__ __forceinline__ uint4 cu_look4(const void *p) {
     return v;
 }
 
+/* ---- a barrier of some of a block's warps ------------------------------------------------------------------------ */
+
+static __device__ __forceinline__ void cu_barrier(int id, int n_thread) {
+    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(n_thread) : "memory");
+}
+
 /* ---- a row's sum ------------------------------------------------------------------------------------------------- */
 
 /* x[i .. i + 3], or zeros where i >= end (x[0 .. 3] is read then: no branch). */

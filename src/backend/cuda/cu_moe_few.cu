@@ -117,9 +117,6 @@ static __device__ __forceinline__ void few_wait(uint64_t *bar, uint32_t parity) 
     for (int k = 0; !bar_passed_soon(bar, parity); k++)
         if (k > LOOKS_MAX) __trap();
 }
-static __device__ __forceinline__ void few_meet(int id, int threads) {
-    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
 
 /* ---- counts in global memory ------------------------------------------------------------------------------------- */
 
@@ -284,7 +281,7 @@ static __device__ __forceinline__ void few_route(few_shared *s, const few_args *
             s->share[servant * K + lane] = share;
         }
     }
-    few_meet(2, SERVANT_THREADS); /* nobody needs x or w any more */
+    cu_barrier(2, SERVANT_THREADS); /* nobody needs x or w any more */
     if (servant == 0) {
         list_experts(s, a, own, lane);
         if (lane == 0) bar_arrive(skinny_shared(&s->routed));
@@ -652,12 +649,12 @@ static __global__ void __launch_bounds__(THREADS, 1) moe_few(const __grid_consta
     if (warp < WORKERS) {
         few_norm(xs, raw, j, warp, lane);
         asm volatile("bar.arrive 3, %0;" ::"r"((int)THREADS) : "memory"); /* x is no longer needed */
-        few_meet(1, WORKER_THREADS);
+        cu_barrier(1, WORKER_THREADS);
         few_work<FS, FE>(&s, &a, ring, ask, asked, xs, shared_h, tile_h, part, warp, lane);
     } else {
         const int servant = warp - WORKERS;
         few_route(&s, &a, raw, router, own, servant, lane);
-        few_meet(3, THREADS);
+        cu_barrier(3, THREADS);
         if (servant == 0)
             few_bring(&s, &a, shared_h, tile_h, lane);
         else
