@@ -250,6 +250,7 @@ __global__ void __launch_bounds__(THREADS, 5) a8_entry(const __grid_constant__ e
 /* ---- host -------------------------------------------------------------------------------------------------------- */
 
 static_assert(SEGMENTS_MAX <= WARPS * 32, "a thread has a segment's scale");
+static_assert(SEGMENTS_MAX * CU_SEGMENT >= CU_A8_INPUTS, "down of one row is always taken, which leaves zeros in told");
 static int32_t least(int32_t a, int32_t b) { return a < b ? a : b; }
 
 template <cu_format F, bool DOWN> static cudaError_t run(cudaStream_t s, entry_args *a) {
@@ -291,7 +292,7 @@ cudaError_t cu_a8_entry_run(cudaStream_t s, const cu_grouped_job *j, bool *took)
     a.n_expert = j->routes->n_expert;
     a.n_used = j->routes->n_used;
     a.n_tile = (j->shape.n_band + A8_TILE_BANDS - 1) / A8_TILE_BANDS;
-    a.routed = j->behind_up; /* and up, of the same row, is one of these as well */
+    a.routed = j->behind_up; /* up waited for the routes before it let this one begin */
     a.x8 = j->x8;
     a.x = j->x;
     a.ldx = j->ldx;

@@ -274,10 +274,6 @@ static __device__ __forceinline__ void quantize_rows(const a8_args *args, const 
 /* ---- the warps that multiply --------------------------------------------------------------------------------------
  */
 
-static __device__ __forceinline__ void pair_barrier(int pair) {
-    asm volatile("bar.sync %0, 64;" ::"r"(pair + 1) : "memory");
-}
-
 /* h of output g of the tile's band pair from `out` on, rows 2c and 2c + 1 from `row` on. Lanes of neighbouring outputs
  * trade rows, so that each stores two outputs of one row as a word. All lanes call. */
 static __device__ __forceinline__ void put_swiglu(const large_args *a, const large_tile *t, float2 gate, float2 up,
@@ -422,12 +418,12 @@ __global__ void __launch_bounds__(S::THREADS, S::BLOCKS) a8_mid(const __grid_con
             const bool high = warp % 2;
             float2 *const give = halves + warp * TILES * 32 + lane;
             const float2 *const take = halves + (warp ^ 1) * TILES * 32 + lane;
-            pair_barrier(warp / 2);
+            cu_barrier(warp / 2 + 1, 64);
 #pragma unroll
             for (int i = 0; i < TILES; i++)
                 give[i * 32] = high ? make_float2(total[4 * i], total[4 * i + 1])
                                     : make_float2(total[4 * i + 2], total[4 * i + 3]);
-            pair_barrier(warp / 2);
+            cu_barrier(warp / 2 + 1, 64);
 #pragma unroll
             for (int i = 0; i < TILES; i++) {
                 if (t.row + i * 8 >= t.row_end) break;
@@ -510,6 +506,7 @@ cudaError_t cu_a8_mid_grouped(cudaStream_t s, const cu_grouped_job *j) {
     bool took = false;
     const cudaError_t e = cu_a8_entry_run(s, j, &took);
     if (took || e != cudaSuccess) return e;
+    if (j->routes->told && j->n_row == 1 && !j->gather) return cudaErrorInvalidValue; /* nobody would leave zeros */
     args.l = large_experts(j);
     if (!inside) args.l.x = NULL;
     args.x = j->x8;

@@ -235,8 +235,8 @@ template <cu_format F> static cudaError_t run(cudaStream_t s, const cu_job *j) {
     int32_t n_core;
     const cudaError_t e = cu_core_count(&n_core);
     if (e != cudaSuccess) return e;
-    /* Low tiles where the chip holds all of them at once; but where K is long not more of them than keep half of it
-     * busy: the other half is for the kernels behind, which begin early. */
+    /* Low tiles where the chip holds all of them at once; where K is long, where they take three quarters of it: the
+     * rest is for the kernels behind, which begin early. */
     const int32_t across = ceil_div(j->w.n_band, BANDS), low = across * ceil_div(j->n_row, 32);
     const bool few = low <= (j->w.n_seg < LONG ? n_core : n_core * 3 / 4);
     return few ? launch<F, 32>(s, j, n_core) : launch<F, 64>(s, j, n_core);
@@ -245,6 +245,7 @@ template <cu_format F> static cudaError_t run(cudaStream_t s, const cu_job *j) {
 cudaError_t cu_broad_run(cudaStream_t s, const cu_job *j) {
     const large_args a = large_plain(j);
     if (j->x_f32 || j->w.pairs || !large_sound(&a)) return cudaErrorInvalidValue;
+    if (j->n_row == 0) return cudaSuccess;
     switch (j->w.format) {
     case CU_BF16: return run<CU_BF16>(s, j);
     case CU_I8: return run<CU_I8>(s, j);

@@ -202,8 +202,9 @@ typedef struct cu_routes {
     int32_t tile_rows;                 /* places of a tile: 8, 16, 32, 64 or 128; chosen by cu_tile_rows(T, K, E) */
     float *logit;                      /* [T, E] router logits (kept for the probe) */
     int32_t *scratch;                  /* [E * 2 + 2], zeros at first; what has to be is left so */
-    /* [K], zeros at first, or NULL. Where cu_route_few_tells, the expert of each place, + 1, as soon as it is chosen:
-     * up need not wait for all else of the router, and down leaves zeros. NULL where up and down are not both A8. */
+    /* [K], zeros at first, or NULL. Where cu_route_few_tells, of one row: the expert of each place, + 1, as soon as it
+     * is chosen (tile_place is the place then): up need not wait for all else of the router, and down leaves zeros.
+     * NULL where up and down are not both A8. */
     int32_t *told;
 } cu_routes;
 /* Depends on the step's size only for speed. */

@@ -1,6 +1,5 @@
 /* What the kernels for more than a few rows share: the arguments of a launch, which tile a block has, the A operand,
- * and what becomes of the sums; copies to shared memory that a barrier there counts. Device code only; included by
- * cu_large.cu and cu_mid.cu.
+ * and what becomes of the sums; copies to shared memory that a barrier there counts. Device code only.
  *
  * A tile is some bands of outputs times some rows. Rows are those of x (plain) or places of one expert. */
 #ifndef ERN_BACKEND_CUDA_CU_LARGE_KERNEL_CUH

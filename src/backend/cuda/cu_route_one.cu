@@ -135,7 +135,8 @@ static __global__ void __launch_bounds__(THREADS, 1) route_one(const __grid_cons
         }
         __syncwarp();
     }
-    /* Shared experts that begin beside this kernel have their blocks before up's come, which can only wait. */
+    /* Shared experts that begin beside this kernel have their blocks before up's come, which can only wait. That up
+     * then comes behind our own wait is what cu_route_few_tells rests upon. */
     if (!j->beside && warp == LOGIT_WARPS) cu_launch_next();
     cluster_arrive_relaxed(); /* barriers are all that the others have to see */
 

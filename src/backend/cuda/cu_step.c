@@ -320,7 +320,7 @@ static void moe_ffn(run *r, const cu_layer *w, int32_t layer, int32_t row0, int3
     r->normed = norms_next(r, layer);
     if (r->normed) norm_after(r, &after, &b->weights.layer[layer + 1]);
     CU_DO(b, cu_combine(b->stream, x, out, b->expert_y, w->has_shared ? b->shared_y : NULL, &routes, n, D,
-                        after.w ? &after : NULL));
+                        r->normed ? &after : NULL));
     if (out) show(r, "experts", layer, row0, out, n, D);
 }
 
