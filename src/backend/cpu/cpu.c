@@ -205,8 +205,6 @@ static ern_status cpu_wait(ern_backend *base, ern_result *out, ern_err *err) {
 
 static void check_page(const cpu_backend *b, int32_t page) { ERN_ASSERT(page >= 0 && page < b->o.n_page); }
 
-static int32_t planes(const cpu_backend *b) { return (int32_t)(b->page_bytes / b->plane_bytes); }
-
 /* All that was asked for before has happened. */
 static void settle(cpu_backend *b) {
     reach(b, b->n_submitted);
@@ -229,7 +227,7 @@ static bool cpu_kv_read(ern_backend *base, const int32_t *page, int32_t n, void 
     unsigned char *to = host;
     for (int32_t i = 0; i < n; i++) {
         check_page(b, page[i]);
-        for (int32_t p = 0; p < planes(b); p++, to += b->plane_bytes)
+        for (int32_t p = 0; p < cpu_kv_planes(b); p++, to += b->plane_bytes)
             memcpy(to, cpu_kv_plane(b, page[i], p), (size_t)b->plane_bytes);
     }
     return true;
@@ -240,7 +238,7 @@ static void cpu_kv_write(ern_backend *base, const int32_t *page, int32_t n, cons
     const unsigned char *from = host;
     for (int32_t i = 0; i < n; i++) {
         check_page(b, page[i]);
-        for (int32_t p = 0; p < planes(b); p++, from += b->plane_bytes)
+        for (int32_t p = 0; p < cpu_kv_planes(b); p++, from += b->plane_bytes)
             memcpy(cpu_kv_plane(b, page[i], p), from, (size_t)b->plane_bytes);
     }
 }

@@ -18,9 +18,8 @@ void cpu_rope_table(float *table, const float *inv_freq, int32_t pos, int32_t C)
 /* ---- keys and values into their cells ---------------------------------------------------------------------------- */
 
 void cpu_copy_pages(cpu_backend *b, const ern_page_pair *pair, int32_t n) {
-    const int32_t n_plane = (int32_t)(b->page_bytes / b->plane_bytes);
     for (int32_t i = 0; i < n; i++)
-        for (int32_t p = 0; p < n_plane; p++)
+        for (int32_t p = 0; p < cpu_kv_planes(b); p++)
             memmove(cpu_kv_plane(b, pair[i].to, p), cpu_kv_plane(b, pair[i].from, p), (size_t)b->plane_bytes);
 }
 

@@ -162,6 +162,8 @@ static inline unsigned char *cpu_kv_plane(const cpu_backend *b, int32_t page, in
     const int64_t stack = ((int64_t)page / CPU_KV_SHELF * b->n_kv_layer + layer) * G + g;
     return b->kv + ((stack * CPU_KV_SHELF + page % CPU_KV_SHELF) * 2 + value) * b->plane_bytes;
 }
+/* Planes of a page. */
+static inline int32_t cpu_kv_planes(const cpu_backend *b) { return (int32_t)(b->page_bytes / b->plane_bytes); }
 /* Copy pages inside the cache, in order. */
 void cpu_copy_pages(cpu_backend *b, const ern_page_pair *pair, int32_t n);
 
