@@ -411,7 +411,7 @@ CPU_INLINE void attend_many(room *w, const cpu_attn_job *j, const unsigned char 
                             const int32_t C) {
     const int32_t n_group = tiles_of(j->n_row * j->n_head, QUERIES);
     early e;
-    early_begin(&e, j->kv, C * CPU_KV_GROUP * 2);
+    early_begin(&e, j->kv, C * CPU_KV_GROUP * 2, false); /* what is packed here needs no fetch */
     pack_keys(w, j->kv, C, n);
     pack_values(w, row, n, C);
     cpu_tiles_begin(TILE_ROWS, TILE_ROWS);
@@ -546,7 +546,7 @@ CPU_INLINE void attend_few(room *w, const cpu_attn_job *j, const unsigned char *
     const bool ragged = is_ragged(j->kv, n);
     const group g = {.m = 0, .n = n, .buffer = 0};
     early e;
-    early_begin(&e, j->kv, C * CPU_KV_GROUP * 2);
+    early_begin(&e, j->kv, C * CPU_KV_GROUP * 2, true);
     cpu_tiles_begin(all, all);
     if (ragged) pack_keys(w, j->kv, C, n);
     score_few(w, j->kv, ragged, n_group, C, &e);

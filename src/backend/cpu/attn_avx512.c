@@ -116,7 +116,7 @@ CPU_INLINE void block_heads(float *part, const float *q, int32_t dim, float scal
                             const int nh, const int wide, const bool int8) {
     _Alignas(64) float score[CPU_HEAD_TILE][SCORES];
     early e;
-    early_begin(&e, kv, dim * CPU_KV_GROUP * (int8 ? 1 : 2));
+    early_begin(&e, kv, dim * CPU_KV_GROUP * (int8 ? 1 : 2), true);
     score_all(score, q, dim, scale, kv, n, nh, wide, int8, &e);
     soften(part, score, n, kv, nh, int8, &e);
     int32_t c = 0;

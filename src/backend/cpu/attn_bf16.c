@@ -173,7 +173,7 @@ CPU_INLINE void block_heads(float *part, const float *q, int32_t dim, float scal
             _mm256_storeu_si256((__m256i *)(void *)(half[h] + c), narrow(x));
         }
     early e;
-    early_begin(&e, kv, dim * CPU_KV_GROUP * 2);
+    early_begin(&e, kv, dim * CPU_KV_GROUP * 2, true);
     score_all(score, half, dim, scale, kv, n, nh, wide, &e);
     soften(part, weight, score, n, nh, &e);
     int32_t c = 0;

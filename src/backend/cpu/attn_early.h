@@ -2,9 +2,10 @@
  *
  * The fetches walk through memory evenly, a few lines beside each step of a kernel, and in the order of its addresses,
  * a whole block ahead of the loads. So the processor's own prefetchers see one stream and run ahead of it, and the
- * loads, whose order is another one (keys, then values), find everything in the second cache. Bursts of 16 lines, and
- * one line of two, cost what a fetch should spare (docs/speed.md). EARLY_HINT says into which cache; whoever includes
- * this has defined it. */
+ * loads, whose order is another one (keys, then values), find everything in the second cache. Where memory is what a
+ * kernel waits for, bursts of 16 lines, and one line of two, cost what a fetch should spare (docs/speed.md); many rows
+ * on AMX compute for long beside a block and take 16 lines beside every fourth step. EARLY_HINT says into which cache;
+ * whoever includes this has defined it. */
 #ifndef ERN_BACKEND_CPU_ATTN_EARLY_H
 #define ERN_BACKEND_CPU_ATTN_EARLY_H
 
@@ -59,13 +60,13 @@ static inline void early_add_runs(early *e, const cpu_kv_block *b, int32_t i, in
     for (int32_t k = i; k < to && r[k].v_scale; k++) early_add(e, r[k].v_scale, scales);
 }
 
-/* A run has `bytes` of keys, and of values. First the values of a block that nobody fetched, then the next block, page
- * by page. */
-static inline void early_begin(early *e, const cpu_kv_block *kv, int32_t bytes) {
+/* A run has `bytes` of keys, and of values. First the values of a block that nobody fetched, unless they are read
+ * before anything is fetched, then the next block, page by page. */
+static inline void early_begin(early *e, const cpu_kv_block *kv, int32_t bytes, bool values) {
     const cpu_kv_block *next = kv->next;
     e->p = e->end = NULL;
     e->i = e->n = 0;
-    if (kv->cold) early_add_runs(e, kv, 0, kv->n_run, bytes, false);
+    if (kv->cold && values) early_add_runs(e, kv, 0, kv->n_run, bytes, false);
     for (int32_t i = 0, j; next && i < next->n_run; i = j) {
         for (j = i + 1; j < next->n_run && next->run[j].k == next->run[j - 1].k + bytes;) j++;
         early_add_runs(e, next, i, j, bytes, true);

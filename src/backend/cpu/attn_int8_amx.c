@@ -238,7 +238,7 @@ void cpu_attn_int8_amx(float *part, const float *q, int32_t n_head, int32_t head
     early e;
     const cpu_kv_run *end = kv->run + kv->n_run;
     const unsigned char *row[CPU_ATTN_BLOCK];
-    early_begin(&e, kv, head_dim * CPU_KV_GROUP);
+    early_begin(&e, kv, head_dim * CPU_KV_GROUP, true);
     for (const cpu_kv_run *r = kv->run; r < end && r->t0 < n; r++) {
         _mm512_storeu_ps(w.k_scale + r->t0, _mm512_maskz_loadu_ps(cpu_mask(r->n), r->k_scale));
         _mm512_storeu_ps(w.v_scale + r->t0, _mm512_maskz_loadu_ps(cpu_mask(r->n), r->v_scale));
