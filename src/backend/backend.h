@@ -87,6 +87,7 @@ typedef struct ern_backend_options {
 typedef struct ern_backend_plan {
     uint64_t weight_bytes;  /* copies it makes of the weights; mapped weights are not counted */
     uint64_t page_bytes;    /* one KV page over all layers, as kv_read and kv_write move it */
+    int32_t page_step;      /* pages are taken so many at a time, the last ones whether used or not; 0: one by one */
     uint64_t scratch_bytes; /* activations, logits, tables */
     const char *kernels;    /* what computes, for people: "scalar", "avx512", ...; static string */
     /* of the device that the above is taken from; 0: the machine's own memory */

@@ -219,10 +219,12 @@ static void print_weights(const ern_model *m, const ern_engine_plan *p) {
 }
 
 static void print_kv(const launch *l, const ern_engine_plan *p) {
-    char kv[32], prompts[48] = "";
+    char kv[32], prompts[48] = "", room[48] = "";
+    const int32_t taken = (int32_t)(p->kv_bytes / p->backend.page_bytes);
+    if (taken > p->n_page) (void)snprintf(room, sizeof room, " with room for %d", taken);
     if (l->engine.reserve_all) (void)snprintf(prompts, sizeof prompts, "; %d for prompts", launch_prompt_pages(l, p));
-    (void)printf("kv cache  %lld tokens: %d pages of 64, %s%s\n", (long long)p->kv_tokens, p->n_page,
-                 console_bytes(kv, p->kv_bytes), prompts);
+    (void)printf("kv cache  %lld tokens: %d pages of 64, %s%s%s\n", (long long)p->kv_tokens, p->n_page,
+                 console_bytes(kv, p->kv_bytes), room, prompts);
 }
 
 /* Nothing where there is no tier below the pool. */

@@ -1,6 +1,7 @@
 /* Options and memory of the engine. See engine_plan.h and engine.h.
  *
- * Memory: all = weights' copies + backend scratch + engine tables + n_page pages. Told how much there is
+ * Memory: all = weights' copies + backend scratch + engine tables + n_page pages, rounded up to what the backend takes
+ * at a time. Told how much there is
  * (memory_bytes), the pages get what the rest leaves. Asked to find out, we take nine tenths of what the machine has
  * available, less the mapped weights, which must stay in memory too or every step reads the disk.
  *
@@ -125,6 +126,18 @@ static uint64_t table_bytes(const ern_engine_options *full, const ern_backend_pl
     return core_bytes(&c) + outbox + transfer_bytes(&t) + disk_bytes(full, p);
 }
 
+/* Of n pages, with those that are taken beside them. */
+static uint64_t pages_bytes(const ern_backend_plan *p, int32_t n) {
+    const uint64_t step = p->page_step > 1 ? (uint64_t)p->page_step : 1;
+    return ((uint64_t)n + step - 1) / step * step * p->page_bytes;
+}
+
+/* Pages that fit into so many bytes. */
+static uint64_t pages_in(const ern_backend_plan *p, uint64_t bytes) {
+    const uint64_t step = p->page_step > 1 ? (uint64_t)p->page_step : 1;
+    return bytes / (step * p->page_bytes) * step;
+}
+
 static bool on_device(const ern_backend_plan *p) { return p->memory_all_bytes > 0; }
 
 /* What is taken beside the pages from the memory that they are in. */
@@ -221,7 +234,7 @@ ern_status ern_engine_plan_make(ern_engine_plan *out, const ern_engine_options *
     n_cap = least(n_cap, INT32_MAX / P);
     uint64_t memory = memory_bytes(&full, &p.backend, p.mapped_weight_bytes + (o->model->plan_only ? owned : 0)),
              fixed = fixed_bytes(&full, &p.backend, n_cap, p.n_host_page);
-    uint64_t n_fit = memory > fixed ? (memory - fixed) / p.backend.page_bytes : 0;
+    uint64_t n_fit = memory > fixed ? pages_in(&p.backend, memory - fixed) : 0;
     int32_t n_auto = n_fit > (uint64_t)n_cap ? n_cap : (int32_t)n_fit;
     p.n_page = asked > 0 ? asked : n_auto;
     if (asked > 0 && asked < n_min) return refuse(&full, asked, n_min, true, &p.backend, err);
@@ -230,8 +243,8 @@ ern_status ern_engine_plan_make(ern_engine_plan *out, const ern_engine_options *
         return ERN_FAIL(err, ERN_ERR_MEMORY,
                         "--num-gpu-blocks-override %d takes %.1f GiB of KV cache, but only %llu blocks fit in memory; "
                         "give that or less, or leave the flag out",
-                        asked, (double)asked * (double)p.backend.page_bytes / (1 << 30), (unsigned long long)n_fit);
-    p.kv_bytes = (uint64_t)p.n_page * p.backend.page_bytes;
+                        asked, (double)pages_bytes(&p.backend, asked) / (1 << 30), (unsigned long long)n_fit);
+    p.kv_bytes = pages_bytes(&p.backend, p.n_page);
     p.host_bytes = (uint64_t)p.n_host_page * p.backend.page_bytes;
     p.total_bytes = p.backend.weight_bytes + p.backend.scratch_bytes +
                     table_bytes(&full, &p.backend, p.n_page, p.n_host_page) + p.kv_bytes;

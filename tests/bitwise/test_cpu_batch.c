@@ -313,6 +313,8 @@ static void rig_open(rig *g, const setup *s, int32_t n_thread, int32_t P, bool m
     made_check(cpu_backend_ops.plan(&plan, m, &o, &err), &err, "plan");
     made_check(cpu_backend_ops.open(&g->b, m, &o, &err), &err, "open");
     g->page_bytes = plan.page_bytes;
+    const size_t step = (size_t)plan.page_step, taken = ((size_t)g->n_page + step - 1) / step * step;
+    assert_int_equal(((const cpu_backend *)(const void *)g->b)->kv_bytes, taken * g->page_bytes); /* as planned */
 }
 
 static void same(const rig *g, const record *want, const record *got, const way *w, const char *what) {

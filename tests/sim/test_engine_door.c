@@ -153,6 +153,42 @@ static void test_plan_names_a_length_that_fits(void **state) {
     assert_int_equal(ern_engine_plan_make(&p, &o, &err), ERN_OK);
 }
 
+static ern_status plan_by_eights(ern_backend_plan *out, const ern_model *m, const ern_backend_options *o,
+                                 ern_err *err) {
+    const ern_status status = scripted_ops.plan(out, m, o, err);
+    out->page_step = 8;
+    return status;
+}
+
+/* What a backend takes beside the last pages is charged, said and refused as they are. */
+static void test_plan_rounds(void **state) {
+    (void)state;
+    ern_backend_ops eights = scripted_ops;
+    ern_engine_options o = good();
+    ern_engine_plan p;
+    ern_err err;
+    eights.plan = plan_by_eights;
+    o.backend = &eights;
+    assert_int_equal(ern_engine_plan_make(&p, &o, &err), ERN_OK);
+    assert_int_equal(p.n_page, 66);
+    assert_int_equal(p.kv_bytes, 72 * p.backend.page_bytes);
+    const uint64_t fixed = p.total_bytes - p.kv_bytes, page = p.backend.page_bytes;
+    o.memory_bytes = fixed + 72 * page;
+    assert_int_equal(ern_engine_plan_make(&p, &o, &err), ERN_OK);
+    assert_int_equal(p.n_page, 66);
+    assert_int_equal(p.total_bytes, o.memory_bytes);
+    o.memory_bytes--; /* 66 pages would fit, but not the 72 that are taken for them */
+    assert_int_equal(ern_engine_plan_make(&p, &o, &err), ERN_OK);
+    assert_int_equal(p.n_page, 64);
+    assert_true(p.total_bytes <= o.memory_bytes);
+    o.backend_options.n_page = 65;
+    assert_int_equal(ern_engine_plan_make(&p, &o, &err), ERN_ERR_MEMORY);
+    if (!strstr(err.text, "only 64 blocks fit")) fail_msg("%s", err.text);
+    o.memory_bytes++;
+    assert_int_equal(ern_engine_plan_make(&p, &o, &err), ERN_OK);
+    assert_int_equal(p.kv_bytes, 72 * page);
+}
+
 /* ---- submit ---------------------------------------------------------------------------------------------------- */
 
 static void refused(ern_engine *e, ern_request r, const char *names) {
@@ -468,6 +504,7 @@ int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_plan_refuses),
         cmocka_unit_test(test_plan_names_a_length_that_fits),
+        cmocka_unit_test(test_plan_rounds),
         cmocka_unit_test(test_submit_checks_again),
         cmocka_unit_test(test_queue_is_bounded),
         cmocka_unit_test(test_cancel),

@@ -46,6 +46,7 @@ static ern_status cpu_plan(ern_backend_plan *out, const ern_model *m, const ern_
     if (status == ERN_OK)
         *out = (ern_backend_plan){.weight_bytes = huge_bytes(b->weights.bytes), /* the rest is read where it lies */
                                   .page_bytes = (uint64_t)b->page_bytes,
+                                  .page_step = CPU_KV_SHELF,
                                   .scratch_bytes = huge_bytes(cpu_layout(b, NULL)),
                                   .kernels = b->kernels->name};
     cpu_weights_close(&b->weights);

@@ -197,8 +197,9 @@ def plans_the_tiers():
                              "--kvcache-storage-dir", store, "--kvcache-storage-gb", "0.5"])
     assert code == 0, err
     line = {text[:9]: text for text in out.split("\n")}
-    pages, page_bytes = int(re.search(r"(\d+) pages of 64", line["kv cache "]).group(1)), size(line["kv cache "])[0]
-    page_bytes /= pages
+    kv = line["kv cache "]
+    pages = int((re.search(r"room for (\d+)", kv) or re.search(r"(\d+) pages of 64", kv)).group(1))
+    page_bytes = size(kv)[0] / pages
     host, disk = (int(re.search(r"(\d+) pages", line[name]).group(1)) for name in ("host tier", "disk tier"))
     for count, gib in ((host, 0.1), (disk, 0.5)):
         assert abs(count * page_bytes / (gib * 2**30) - 1) < 0.02, (count, gib, out)
