@@ -196,7 +196,7 @@ ERN_MUST_CHECK ern_status ern_quantize(const ern_quantize_options *o, ern_err *e
 /* ---- made checkpoints ------------------------------------------------------------------------------------------ */
 
 typedef struct ern_synth_options {
-    const char *shape; /* tiny-dense, tiny-moe, 0.3b, 21b-a3b */
+    const char *shape; /* tiny-dense, tiny-moe, 0.3b, 21b-a3b; in tests tiny-wide */
     const char *dir;   /* made if missing; refused when it holds a model and force is false */
     bool paddle;       /* layout */
     uint64_t seed;

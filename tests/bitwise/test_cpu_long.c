@@ -3,7 +3,8 @@
  * One sequence of six softmax blocks is served by one worker, alone, in chunks of 512; then with 2, 3 and 7 workers,
  * in other chunks (601: two passes of the feed-forward), alone and beside a second one of other length, rows of drafts
  * (4 in a step) included. The logits of every step's last row must have the bits of the first run. KV in bf16 and int8,
- * every level of this machine; cells that were not written hold NaN.
+ * every level of this machine; cells that were not written hold NaN. Then once more with nobody looking, when queries
+ * are rotated by who attends and, where they can, outputs leave as codes: what is sampled must be the same.
  *
  * Pieces of several blocks need more of them: four rows end a sequence of 64 blocks whose cells were filled from
  * outside, one by one with one worker, then as drafts with more, alone and beside eight rows of another sequence. */
@@ -17,6 +18,8 @@
 #include "backend/cpu/cpu_state.h"
 #include "base/counter.h"
 #include "made_model.h"
+#include "quant_model.h"
+#include "same_sampled.h"
 #include "step.h"
 
 enum { P = 64, PROMPT = 1400, REPLY = 6, LENGTH = PROMPT + REPLY, PAGES = (LENGTH + P - 1) / P, OTHER = 500 };
@@ -30,7 +33,8 @@ static const bool few = false;
 typedef struct seen {
     int32_t pos;   /* of the row whose logits are wanted */
     int32_t row;   /* its index in want */
-    float *logits; /* [REPLY + 1, V] */
+    float *logits; /* [REPLY + 1, V]; NULL: no probe */
+    ern_sampled sampled[REPLY + 1];
 } seen;
 
 static void watch(void *ud, const char *stage, int32_t layer, int32_t row, const float *data, int32_t n_row,
@@ -52,8 +56,8 @@ static ern_backend *opened(const ern_model *m, const ern_backend_options *o, siz
 }
 
 /* Serve the sequence; n_split tells how many rows' attention was cut in all. */
-static void serve(const ern_model *m, int32_t level, int32_t n_thread, bool int8, int32_t chunk, bool beside,
-                  float *logits, int32_t *n_split) {
+static void serve(const ern_model *m, int32_t level, int32_t n_thread, bool int8, int32_t chunk, bool beside, seen *w,
+                  int32_t *n_split) {
     static step s;
     static int32_t text[2][LENGTH + 1], page[2][STEP_PAGES];
     const ern_backend_options o = {.n_page = 2 * PAGES,
@@ -77,8 +81,7 @@ static void serve(const ern_model *m, int32_t level, int32_t n_thread, bool int8
             text[q][i] = (int32_t)(ern_counter64(3, (uint64_t)(q * 10000 + i)) % (uint64_t)m->config.n_vocab);
         for (int i = 0; i < PAGES; i++) page[q][i] = 2 * i + q;
     }
-    seen w = {.logits = logits};
-    cpu_backend_ops.probe(b, watch, &w);
+    if (w->logits) cpu_backend_ops.probe(b, watch, w);
     for (int32_t at = 0, other = 0; at < LENGTH;) {
         int32_t n = at >= PROMPT ? 1 : PROMPT - at < chunk ? PROMPT - at : chunk;
         if (at >= PROMPT && n_thread == 3) n = LENGTH - at < 4 ? LENGTH - at : 4; /* as drafts are verified */
@@ -90,9 +93,10 @@ static void serve(const ern_model *m, int32_t level, int32_t n_thread, bool int8
         }
         step_add(&s, text[0], at, at + n, page[0], P, at >= PROMPT);
         if (!m->has_mtp) s.in.next = NULL;
-        w.row = s.in.n_want - 1;
-        w.pos = at + n - 1;
-        (void)step_run(b, &s, &o, m->config.n_vocab);
+        w->row = s.in.n_want - 1;
+        w->pos = at + n - 1;
+        const ern_result r = step_run(b, &s, &o, m->config.n_vocab);
+        if (w->pos >= PROMPT - 1) w->sampled[w->pos - PROMPT + 1] = r.sampled[w->row];
         *n_split += ((const cpu_backend *)(const void *)b)->n_split;
         at += n;
     }
@@ -102,16 +106,22 @@ static void serve(const ern_model *m, int32_t level, int32_t n_thread, bool int8
 static void check(const ern_model *m, int32_t level, bool int8) {
     const size_t V = (size_t)m->config.n_vocab;
     float *want = calloc((REPLY + 1) * V, sizeof *want), *have = calloc((REPLY + 1) * V, sizeof *have);
+    seen plain = {.logits = want}, other = {.logits = have};
     int32_t n_split = 0;
-    serve(m, level, 1, int8, 512, false, want, &n_split);
+    serve(m, level, 1, int8, 512, false, &plain, &n_split);
     assert_int_equal(n_split, 0); /* nothing to share */
     static const int32_t threads[] = {2, 3, 7}, chunk[] = {601, 401, 509};
     for (int i = 0; i < 6; i += level == ERN_CPU_PORTABLE || few ? 3 : 1) { /* the slow ones: alone and beside */
         n_split = 0;
         memcpy(have, want, (REPLY + 1) * V * sizeof *have); /* rows that a step of drafts does not show */
-        serve(m, level, threads[i / 2], int8, chunk[(i + 1) % 3] - (i % 2 ? 100 : 0), i % 2, have, &n_split);
+        serve(m, level, threads[i / 2], int8, chunk[(i + 1) % 3] - (i % 2 ? 100 : 0), i % 2, &other, &n_split);
         assert_true(n_split > 0);
         assert_memory_equal(have, want, (REPLY + 1) * V * sizeof *have);
+    }
+    for (int32_t n_thread = 1; n_thread <= 2; n_thread++) { /* no row is cut, then some are */
+        seen unseen = {.logits = NULL};
+        serve(m, level, n_thread, int8, 509, true, &unseen, &n_split);
+        for (int i = 0; i <= REPLY; i++) assert_true(same_sampled(&plain.sampled[i], &unseen.sampled[i]));
     }
     free(want);
     free(have);
@@ -209,10 +219,19 @@ static void every_level(const char *shape, void (*f)(const ern_model *, int32_t,
 }
 static void test_dense(void **state) { (void)state, every_level("tiny-dense", check); }
 static void test_moe(void **state) { (void)state, every_level("tiny-moe", check); }
+/* Outputs that leave as codes. */
+static void test_wide(void **state) {
+    (void)state;
+    made_model made = made_model_open("tiny-wide", false, 29);
+    quant_model *q = quant_model_make(made.model, (ern_quant_plan){ERN_QUANT_WINT8, ERN_QUANT_NONE, ERN_QUANT_NONE});
+    for (int int8 = 0; int8 < 2; int8++) check(made.model, (int32_t)ern_cpu_level_here(), int8);
+    quant_model_free(q);
+    made_model_close(&made);
+}
 static void test_pieces(void **state) { (void)state, every_level("tiny-moe", check_lasts); }
 
 int main(void) {
     const struct CMUnitTest tests[] = {cmocka_unit_test(test_dense), cmocka_unit_test(test_moe),
-                                       cmocka_unit_test(test_pieces)};
+                                       cmocka_unit_test(test_wide), cmocka_unit_test(test_pieces)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
