@@ -252,7 +252,7 @@ static cudaGraphExec_t graph_of(const half *h, size_t n_edge[2]) {
 static void check_ways(cu_format shared, cu_format f, int32_t n_row, int32_t n_hidden, int32_t n_ffn) {
     enum { WAYS = 3 };
     const int n_round[WAYS] = {1, 30, n_row == 1 ? 300 : 100}; /* every other one has company */
-    char name[NAME], what[NAME] = "";
+    char name[NAME], what[2 * NAME] = "";
     static const char *const kind[] = {[CU_F8A8] = "f8", [CU_I8A8] = "i8", [CU_I4A8] = "i4"};
     snprintf(name, sizeof name, "half %s, shared %s, %d x %d, %d rows", kind[f], kind[shared], n_hidden, n_ffn, n_row);
     if (!check_begin(name)) return;
@@ -273,9 +273,15 @@ static void check_ways(cu_format shared, cu_format f, int32_t n_row, int32_t n_h
             if (way == 2) CHECK_CUDA(cudaGraphLaunch(exec, h.stream));
             if (round % 2) disturb(&h);
             check_get(way ? got : want, h.x, n * sizeof *got);
-            for (size_t i = 0; i < n && !*what; i++)
+            size_t n_wrong = 0, where = 0;
+            unsigned rows = 0;
+            for (size_t i = n; i-- > 0;)
                 if (!isfinite(want[i]) || (way && memcmp(&got[i], &want[i], sizeof *got)))
-                    snprintf(what, sizeof what, "%s, round %d: number %zu", way == 2 ? "graph" : "stream", round, i);
+                    n_wrong++, where = i, rows |= 1u << i / (size_t)n_hidden;
+            if (n_wrong && !*what)
+                snprintf(what, sizeof what, "%s, round %d: %zu numbers of rows %#x, the first %zu: %g, not %g",
+                         way == 2 ? "graph" : "stream", round, n_wrong, rows, where, (double)(way ? got : want)[where],
+                         (double)want[where]);
         }
     check_that(name, !*what, what);
     CHECK_CUDA(cudaGraphExecDestroy(exec));
