@@ -52,17 +52,6 @@ typedef struct entry_shared {
     float by_row[SEGMENTS_MAX], by_band[SEGMENTS_MAX * A8_TILE_BANDS], totals[WARPS][CU_BAND];
 } entry_shared;
 
-/* What kernels in front wrote; in this place. */
-static __device__ __forceinline__ uint4 read16(const void *p) {
-    uint4 v;
-    asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
-    return v;
-}
-static __device__ __forceinline__ uint32_t read4(const void *p) {
-    uint32_t v;
-    asm volatile("ld.global.cg.u32 %0, [%1];" : "=r"(v) : "l"(p));
-    return v;
-}
 /* The expert of a place, when it is chosen: what has not come after so many looks never comes. */
 static __device__ __forceinline__ uint32_t told_expert(const int32_t *told) {
     uint32_t e = 0;
@@ -87,8 +76,8 @@ static __device__ __forceinline__ void ask(const entry_args *a, entry_shared *s,
         e = told_expert(a->told + tile);
     } else {
         if (!(DOWN && a->routed)) cu_wait_previous();
-        e = read4(a->tile_expert + tile);
-        place = read4(a->tile_place + tile);
+        e = (uint32_t)cu_l2i(a->tile_expert + tile);
+        place = (uint32_t)cu_l2i(a->tile_place + tile);
     }
     const cu_linear *const w = a->experts + min(e, (uint32_t)a->n_expert - 1);
     const unsigned char *from = (const unsigned char *)w->pack + a8_at(band0, 0, n_seg) * BAND_BYTES;
@@ -182,17 +171,17 @@ __global__ void __launch_bounds__(THREADS, 5) a8_entry(const __grid_constant__ e
         }
     } else {
         if (thread == 0) cu_launch_next(); /* the routes are there: down need not wait for them */
-        const uint32_t by = thread < n_seg ? read4(a.x8.scale + thread * a.x8.ld_scale) : 0;
+        const float by = thread < n_seg ? cu_l2f(a.x8.scale + thread * a.x8.ld_scale) : 0.0f;
 #pragma unroll 1
         for (int32_t i = thread; i < n_seg * 8; i += WARPS * 32 * 2) {
             const int32_t next = i + WARPS * 32;
             const bool two = next < n_seg * 8;
-            const uint4 v = read16(a.x8.code + i * 16), u = read16(a.x8.code + (two ? next : i) * 16);
+            const uint4 v = cu_l2(a.x8.code + i * 16), u = cu_l2(a.x8.code + (two ? next : i) * 16);
             if (i == 0) bar_arrive(asked);
             *(uint4 *)(memory + x_at(i / 8, i % 8)) = v;
             if (two) *(uint4 *)(memory + x_at(next / 8, next % 8)) = u;
         }
-        if (thread < n_seg) s.by_row[thread] = __uint_as_float(by);
+        if (thread < n_seg) s.by_row[thread] = by;
     }
     a8_show();
     cu_barrier(1, WARPS * 32);
@@ -256,15 +245,10 @@ static int32_t least(int32_t a, int32_t b) { return a < b ? a : b; }
 template <cu_format F, bool DOWN> static cudaError_t run(cudaStream_t s, entry_args *a) {
     static uint64_t ready;
     const void *const kernel = (const void *)a8_entry<F, DOWN>;
-    const uint64_t before = ready;
     const int x_bytes = (a->w.n_seg + COLUMNS - 1) / COLUMNS * (COLUMNS * CU_SEGMENT);
     a->n_slot = least(least(ring_bytes(F, DOWN) / a8_tile_bytes(F) / GROUP * GROUP, SLOTS_MAX),
                       a->w.n_seg + a->w.n_seg % GROUP);
-    cudaError_t e = cu_shared_bytes(&ready, kernel, ring_bytes(F, DOWN) + SEGMENTS_MAX * CU_SEGMENT);
-    /* All of a multiprocessor's memory is to be shared memory: others lie beside. */
-    if (e == cudaSuccess && ready != before)
-        e = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
-                                 cudaSharedmemCarveoutMaxShared);
+    const cudaError_t e = cu_shared_whole(&ready, kernel, ring_bytes(F, DOWN) + SEGMENTS_MAX * CU_SEGMENT);
     if (e != cudaSuccess) return e;
     void *args[] = {a};
     return cu_launch(s, kernel, dim3((unsigned)(a->n_used * a->n_tile)), THREADS,

@@ -80,7 +80,7 @@ static __device__ __forceinline__ void fill(const large_args *a, const cu_x8 *x8
         for (int k = 0; k < EACH; k++) {
             const int at_row = by_rows(F) ? lane + 32 * k : scale_row(lane + 32 * k);
             const int32_t p = min(t.row + at_row, t.row_end - 1);
-            row_scale[k] = x8->scale + (a->place_entry ? large_l2i(a->place_entry + p) / a->n_used : p);
+            row_scale[k] = x8->scale + (a->place_entry ? cu_l2i(a->place_entry + p) / a->n_used : p);
         }
         const int64_t band_at = a8_at(min(t.band0, last_band / LARGE_BANDS * LARGE_BANDS), 0, n_seg);
         const unsigned char *codes = t.pack + band_at * a8_band_bytes(F);
@@ -152,7 +152,7 @@ static __device__ __forceinline__ void multiply(const large_args *a, uint32_t n_
     const int in_tile = warp * 2 + group;              /* the warp's band of the tile */
     const int row = group * 64 + warp * 16 + lane / 4; /* the thread's rows: this and 8 more */
     const uint32_t step = gridDim.x / WIDE_RANKS, n_seg = (uint32_t)a->w.n_seg;
-    const int32_t n_tile_row = a->experts ? large_l2i(a->n_tile) : a->n_tile_row;
+    const int32_t n_tile_row = a->experts ? cu_l2i(a->n_tile) : a->n_tile_row;
     a8_sum<F> acc[64];
     float total[2][32] = {};
     float scale[N_READ]; /* by_rows: of both rows, then of the bands; else of all rows in order of squares */

@@ -59,7 +59,7 @@ template <cu_format F_, int ROWS_, int WGS_, bool INSIDE_> struct a8_shape {
 
 /* How many there are. Of experts that is for an earlier kernel to say. */
 static __device__ __forceinline__ uint32_t tile_count(const large_args *a) {
-    return (uint32_t)(a->experts ? large_l2i(a->n_tile) : a->n_tile_row) * (uint32_t)a->n_tile_out;
+    return (uint32_t)(a->experts ? cu_l2i(a->n_tile) : a->n_tile_row) * (uint32_t)a->n_tile_out;
 }
 /* Tile `index`: those that read the same weights (plain), or the same rows (experts), follow one another. There may be
  * no such tile: then what is found points somewhere that can be read. pack: its first codes; scale: of all bands. */
@@ -71,9 +71,9 @@ template <typename S> static __device__ __forceinline__ large_tile tile_find(con
     large_tile t;
     if (a->experts) {
         const int32_t at = min(major, a->n_tile_row - 1);
-        const uint32_t e = min((uint32_t)large_l2i(a->tile_expert + at), (uint32_t)args->n_expert - 1);
-        t.row = large_l2i(a->tile_place + at);
-        t.row_end = min(t.row + S::ROWS, large_l2i(a->first + e + 1));
+        const uint32_t e = min((uint32_t)cu_l2i(a->tile_expert + at), (uint32_t)args->n_expert - 1);
+        t.row = cu_l2i(a->tile_place + at);
+        t.row_end = min(t.row + S::ROWS, cu_l2i(a->first + e + 1));
         t.band0 = minor * S::BANDS;
         w = a->experts + e;
     } else {
@@ -165,7 +165,7 @@ static __device__ __forceinline__ void fill_rows(const a8_args *args, const a8_r
     /* What belongs to the lane's row of a tile, which may be beyond its end: a row of x, or an entry. */
     const auto entry_of = [&](int listed) {
         const int32_t p = __shfl_sync(0xffffffffu, list.row, listed) + first + lane % OWN;
-        return a->place_entry ? large_l2i(a->place_entry + max(min(p, last_place), 0)) : p;
+        return a->place_entry ? cu_l2i(a->place_entry + max(min(p, last_place), 0)) : p;
     };
     int32_t entry = entry_of(0);
     uint32_t swap[2]; /* places of the lane's piece, which repeat every 8 rows */

@@ -165,12 +165,7 @@ static bool aligned(const void *p) { return ((uintptr_t)p & 15) == 0; }
 template <cu_format F> static cudaError_t run(cudaStream_t s, const cu_job *j) {
     static uint64_t ready;
     const void *const kernel = (const void *)a8_one<F>;
-    const uint64_t before = ready;
-    cudaError_t e = cu_shared_bytes(&ready, kernel, SHARED_MAX);
-    /* All of a multiprocessor's memory is to be shared memory: others lie beside. */
-    if (e == cudaSuccess && ready != before)
-        e = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
-                                 cudaSharedmemCarveoutMaxShared);
+    const cudaError_t e = cu_shared_whole(&ready, kernel, SHARED_MAX);
     if (e != cudaSuccess) return e;
     one_args a = {*j, least(SLOTS, j->w.n_seg)};
     void *args[] = {&a};

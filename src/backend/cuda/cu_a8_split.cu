@@ -436,15 +436,6 @@ template <cu_format F, int ROWS> static bool plan(split_args *a, int32_t n_rank,
     return a->n_slot >= enough;
 }
 
-/* Once a device. All of a multiprocessor's memory is to be shared memory: where a kernel is given only what its own
- * blocks take, the next one's find no room beside them. */
-static cudaError_t kernel_ready(uint64_t *ready, const void *kernel) {
-    const uint64_t before = *ready;
-    const cudaError_t e = cu_shared_bytes(ready, kernel, SHARED_MAX);
-    if (e != cudaSuccess || *ready == before) return e;
-    return cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
-}
-
 /* As many blocks a tile as give every multiprocessor something. Where a block has more segments than it can ask for at
  * once, codes should keep coming, and a second wave of blocks would begin with none on their way: no more blocks than
  * multiprocessors, if that is most of them, and several of very many tiles a block. Gate and up go the second way, down
@@ -455,7 +446,7 @@ template <cu_format F, int ROWS, bool NORM> static cudaError_t run(cudaStream_t 
     split_args a = {};
     int32_t n_core, n_rank = ROWS / 8, room = SHARED_TWO;
     cudaError_t e = cu_core_count(&n_core);
-    if (e == cudaSuccess) e = kernel_ready(&ready, (const void *)a8_split<F, ROWS, NORM>);
+    if (e == cudaSuccess) e = cu_shared_whole(&ready, (const void *)a8_split<F, ROWS, NORM>, SHARED_MAX);
     if (e != cudaSuccess) return e;
     a.j = *j;
     a.per_row = 65536u / (uint32_t)j->n_row + 1;

@@ -96,6 +96,25 @@ static __device__ __forceinline__ uint4 cu_look4(const void *p) {
     return v;
 }
 
+/* ---- what earlier kernels of the step wrote: from the L2 cache ------------------------------------------------------
+ * Volatile, so that it stays behind the wait for them; no clobber, so that many can be asked for at once. */
+
+static __device__ __forceinline__ uint4 cu_l2(const void *p) {
+    uint4 v;
+    asm volatile("ld.global.cg.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+    return v;
+}
+static __device__ __forceinline__ float cu_l2f(const float *p) {
+    float v;
+    asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(v) : "l"(p));
+    return v;
+}
+static __device__ __forceinline__ int32_t cu_l2i(const int32_t *p) {
+    int32_t v;
+    asm volatile("ld.global.cg.s32 %0, [%1];" : "=r"(v) : "l"(p));
+    return v;
+}
+
 /* ---- a barrier of some of a block's warps ------------------------------------------------------------------------ */
 
 static __device__ __forceinline__ void cu_barrier(int id, int n_thread) {

@@ -43,13 +43,6 @@ static __host__ __device__ constexpr int large_group_bytes(cu_format f) {
     return f == CU_BF16 ? 2048 : f == CU_I4 ? 512 : 1024;
 }
 
-/* From L2: what earlier kernels of the step wrote. Volatile, so that it stays behind the wait for them. */
-static __device__ __forceinline__ int32_t large_l2i(const int32_t *p) {
-    int32_t v;
-    asm volatile("ld.global.cg.s32 %0, [%1];" : "=r"(v) : "l"(p));
-    return v;
-}
-
 /* ---- tiles ---------------------------------------------------------------------------------------------------------
  */
 
@@ -66,9 +59,9 @@ static __device__ __forceinline__ bool large_find(const large_args *a, uint32_t 
     const int32_t tile_row = (int32_t)(super * LARGE_SUPER + at % high);
     t->band0 = (int32_t)(at / high) * a->tile_bands;
     if (a->experts) {
-        if (tile_row >= large_l2i(a->n_tile)) return false;
-        const int32_t e = large_l2i(a->tile_expert + tile_row), end = large_l2i(a->first + e + 1);
-        t->row = large_l2i(a->tile_place + tile_row);
+        if (tile_row >= cu_l2i(a->n_tile)) return false;
+        const int32_t e = cu_l2i(a->tile_expert + tile_row), end = cu_l2i(a->first + e + 1);
+        t->row = cu_l2i(a->tile_place + tile_row);
         t->row_end = t->row + rows < end ? t->row + rows : end;
         t->pack = (const unsigned char *)a->experts[e].pack;
         t->scale = a->experts[e].scale;
@@ -85,7 +78,7 @@ static __device__ __forceinline__ bool large_find(const large_args *a, uint32_t 
 static __device__ __forceinline__ int32_t large_row(const large_args *a, const large_tile *t, int i) {
     const int32_t p = t->row + i;
     if (p >= t->row_end) return -1;
-    return a->place_entry ? large_l2i(a->place_entry + p) / a->n_used : p;
+    return a->place_entry ? cu_l2i(a->place_entry + p) / a->n_used : p;
 }
 
 /* ---- the A operand: codes of one half of a group (products 2 h, 2 h + 1) ------------------------------------------

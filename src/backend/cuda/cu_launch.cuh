@@ -60,6 +60,15 @@ static inline cudaError_t cu_shared_bytes(uint64_t *ready, const void *kernel, i
     return e;
 }
 
+/* The same, and all of a multiprocessor's memory is to be shared memory: where a kernel is given only what its own
+ * blocks take, those of others find no room beside them. */
+static inline cudaError_t cu_shared_whole(uint64_t *ready, const void *kernel, int bytes) {
+    const uint64_t before = *ready;
+    const cudaError_t e = cu_shared_bytes(ready, kernel, bytes);
+    if (e != cudaSuccess || *ready == before) return e;
+    return cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+}
+
 /* fn: a __global__ function; args: pointers to its parameters. early: it may begin before the kernel in front of it
  * ends. n_rank: blocks of a cluster along x (grid.x is a multiple of it). */
 static inline cudaError_t cu_launch(cudaStream_t s, const void *fn, dim3 grid, unsigned n_thread, size_t shared_bytes,

@@ -301,7 +301,7 @@ static __device__ __forceinline__ void load_rows(uint4 *to, const cu_bf16 *h, in
             uint4 v[8];
 #pragma unroll
             for (int k = 0; k < 8; k++)
-                if (p0 + 32 * k < n) v[k] = skinny_l2(h + r * ldh + (p0 + 32 * k) * 8);
+                if (p0 + 32 * k < n) v[k] = cu_l2(h + r * ldh + (p0 + 32 * k) * 8);
 #pragma unroll
             for (int k = 0; k < 8; k++) {
                 const int32_t p = p0 + 32 * k;
@@ -345,12 +345,12 @@ static __device__ __forceinline__ void few_combine(const few_shared *s, const fe
 #pragma unroll 1
     for (int32_t i = part.from + lane; i < part.to; i += 32) {
         const int32_t r = i / D, out = i - r * D;
-        const float old = skinny_l2f(a->j.x + i);
+        const float old = cu_l2f(a->j.x + i);
         float y = 0.0f, v[8];
-        const float sh = a->stage[SHARED_DOWN].n_job > 0 ? skinny_l2f(a->j.shared_y + i) : 0.0f;
+        const float sh = a->stage[SHARED_DOWN].n_job > 0 ? cu_l2f(a->j.shared_y + i) : 0.0f;
 #pragma unroll
         for (int k = 0; k < 8; k++)
-            v[k] = k < K ? skinny_l2f(a->j.expert_y + (int64_t)s->entry_place[r * K + k] * D + out) : 0.0f;
+            v[k] = k < K ? cu_l2f(a->j.expert_y + (int64_t)s->entry_place[r * K + k] * D + out) : 0.0f;
 #pragma unroll
         for (int k = 0; k < 8; k++)
             if (k < K) y = __fmaf_rn(s->share[r * K + k], v[k], y);

@@ -81,23 +81,6 @@ static __device__ __forceinline__ void skinny_commit(void) { asm volatile("cp.as
 template <int LEFT> static __device__ __forceinline__ void skinny_wait(void) {
     asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
 }
-/* From L2: what earlier kernels wrote. No clobber, so that many can be asked for at once; only used behind
- * cu_wait_previous, which no volatile statement passes. */
-static __device__ __forceinline__ uint4 skinny_l2(const void *p) {
-    uint4 v;
-    asm volatile("ld.global.cg.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
-    return v;
-}
-static __device__ __forceinline__ float skinny_l2f(const float *p) {
-    float v;
-    asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(v) : "l"(p));
-    return v;
-}
-static __device__ __forceinline__ int32_t skinny_l2i(const int32_t *p) {
-    int32_t v;
-    asm volatile("ld.global.cg.s32 %0, [%1];" : "=r"(v) : "l"(p));
-    return v;
-}
 
 /* ---- clusters ---------------------------------------------------------------------------------------------------- */
 
@@ -213,7 +196,7 @@ static __device__ __forceinline__ void skinny_x_load(uint4 *xs, const skinny_arg
             uint4 v[ONCE];
 #pragma unroll
             for (int k = 0; k < ONCE; k++)
-                if ((round + k) * n_cw + cw < a->n_seg) v[k] = skinny_l2(from + (round + k) * n_cw * CU_SEGMENT);
+                if ((round + k) * n_cw + cw < a->n_seg) v[k] = cu_l2(from + (round + k) * n_cw * CU_SEGMENT);
 #pragma unroll
             for (int k = 0; k < ONCE; k++) {
                 uint32_t *at = to + ((round + k) * x_round + r * 4) * 4;
@@ -314,7 +297,7 @@ static __device__ __noinline__ void skinny_x_norm_narrow(uint4 *xs, float row_sc
     for (int32_t id = thread; id < n_row * padded; id += blockDim.x) {
         const int32_t r = id / padded, i = id % padded, at = skinny_x_at(&p, r, i);
         const float x =
-            i < n ? cu_normed(skinny_l2f(a->x_f32 + (int64_t)row[r] * n + i), row_scale[r], a->norm_w[i]) : 0.0f;
+            i < n ? cu_normed(cu_l2f(a->x_f32 + (int64_t)row[r] * n + i), row_scale[r], a->norm_w[i]) : 0.0f;
         if (at >= 0) ((cu_bf16 *)xs)[at] = cu_round(x);
     }
     __syncthreads();
@@ -349,10 +332,10 @@ __global__ void __launch_bounds__(SKINNY_WARPS_MAX * 32, 3) skinny_kernel(const 
         __syncthreads();
     } else { /* which weights it will be is for an earlier kernel to say */
         cu_wait_previous();
-        const int32_t n_tile = skinny_l2i(a.n_tile), expert = skinny_l2i(a.tile_expert + blockIdx.y);
-        place = skinny_l2i(a.tile_place + blockIdx.y);
+        const int32_t n_tile = cu_l2i(a.n_tile), expert = cu_l2i(a.tile_expert + blockIdx.y);
+        place = cu_l2i(a.tile_place + blockIdx.y);
         if ((int32_t)blockIdx.y >= n_tile) return;
-        n_row = min(n_row, skinny_l2i(a.first + expert + 1) - place);
+        n_row = min(n_row, cu_l2i(a.first + expert + 1) - place);
         pack = (const unsigned char *)a.experts[expert].pack;
         scale = a.experts[expert].scale;
     }
@@ -365,8 +348,7 @@ __global__ void __launch_bounds__(SKINNY_WARPS_MAX * 32, 3) skinny_kernel(const 
     if (a.n_rank > 1) cluster_arrive(); /* the others may write to our memory from here on */
 
     if (a.grouped) {
-        if (thread < n_row)
-            row[thread] = a.gather ? skinny_l2i(a.place_entry + place + thread) / a.n_used : place + thread;
+        if (thread < n_row) row[thread] = a.gather ? cu_l2i(a.place_entry + place + thread) / a.n_used : place + thread;
         __syncthreads();
     }
     const int xl = 4 * n_row;
@@ -404,7 +386,7 @@ __global__ void __launch_bounds__(SKINNY_WARPS_MAX * 32, 3) skinny_kernel(const 
             }
         }
         if (rank == 0 && a.epilogue == CU_ADD && r < n_row && out < a.n_out)
-            old = skinny_l2f(a.y + (place + r) * a.ldy + out);
+            old = cu_l2f(a.y + (place + r) * a.ldy + out);
         for (int32_t v0 = 0; v0 < n_unit; v0 += a.n_pass) {
             const int32_t v1 = min(v0 + a.n_pass, n_unit);
             for (int32_t v = v0; v < v1;) {
