@@ -306,6 +306,7 @@ __global__ void __launch_bounds__(S::THREADS, S::BLOCKS) a8_mid(const __grid_con
     const a8_ring ring = {(uint32_t)__cvta_generic_to_shared(memory), (uint32_t)__cvta_generic_to_shared(scales),
                           bars_at, bars_at + N * 8, bars_at + 2 * N * 8};
     const int32_t n_seg = a->w.n_seg;
+    const uint32_t zero = cu_hidden_zero(n_seg);
 
     if (!a->place_entry) cu_launch_next();
     if (threadIdx.x == 0) {
@@ -363,9 +364,11 @@ __global__ void __launch_bounds__(S::THREADS, S::BLOCKS) a8_mid(const __grid_con
             a8_segment<ROWS>(acc[k], code[k], ring.slots + slot * S::SLOT + S::SEGMENTS * S::CODES + in * S::X);
             if (in == S::SEGMENTS - 1 && ++slot == N) slot = 0, parity ^= 1;
         };
+        uint32_t read = 0; /* bits of the scales of a slot */
         const auto leave = [&]() {
             __syncwarp();
-            if (lane == 0) bar_arrive(ring.empty + done * 8);
+            if (lane == 0) bar_leave(ring.empty + done * 8, read, zero);
+            read = 0;
             if (++done == N) done = 0;
         };
         const auto add = [&](int k) {
@@ -374,7 +377,10 @@ __global__ void __launch_bounds__(S::THREADS, S::BLOCKS) a8_mid(const __grid_con
             const float by_band = S::F == CU_F8A8 ? by[ROWS + warp] : 1.0f;
             float2 by_row[TILES];
 #pragma unroll
-            for (int i = 0; i < TILES; i++) by_row[i] = *(const float2 *)(by + i * 8 + 2 * (lane & 3));
+            for (int i = 0; i < TILES; i++) {
+                by_row[i] = *(const float2 *)(by + i * 8 + 2 * (lane & 3));
+                read |= __float_as_uint(by_row[i].x) | __float_as_uint(by_band);
+            }
             a8_hold<ROWS / 2>(acc[k]);
             wide_hold_codes<4>(code[k]);
 #pragma unroll

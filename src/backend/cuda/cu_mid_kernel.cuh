@@ -156,6 +156,16 @@ static __device__ __forceinline__ void mid_products(float acc[2][TILES][4], cons
     }
 }
 
+/* Bits of sums that all codes and rows of a segment are in. */
+template <int TILES> static __device__ __forceinline__ uint32_t mid_read(const float acc[2][TILES][4]) {
+    uint32_t read = 0;
+#pragma unroll
+    for (int m = 0; m < 2; m++)
+#pragma unroll
+        for (int i = 0; i < TILES; i++) read |= __float_as_uint(acc[m][i][0]);
+    return read;
+}
+
 template <int N>
 static __device__ __forceinline__ void mid_scale(float total[N][4], const large_tile *t, int32_t band, int32_t n_band,
                                                  int lane) {
@@ -177,6 +187,7 @@ __global__ void __launch_bounds__((mid_warps_max(ROWS) + mid_fillers(ROWS)) * 32
     const int lane = threadIdx.x % 32, warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
     const int n_warp = a.n_pair * PARTS;
     const int32_t n_seg = a.l.w.n_seg, last_band = a.l.w.n_band - 1;
+    const uint32_t zero = cu_hidden_zero(n_seg);
     mid_block b;
 
     cu_launch_next();
@@ -232,7 +243,7 @@ __global__ void __launch_bounds__((mid_warps_max(ROWS) + mid_fillers(ROWS)) * 32
             bar_wait(b.full + slot * 8, parity);
             mid_products<F, ROWS, TILES>(acc, codes + slot * b.slot_bytes, x + slot * b.slot_bytes, lane);
             __syncwarp();
-            if (lane == 0) bar_arrive(b.empty + slot * 8);
+            if (lane == 0) bar_leave(b.empty + slot * 8, mid_read<TILES>(acc), zero);
             if (++slot == a.n_slot) slot = 0, parity ^= 1;
 #pragma unroll
             for (int m = 0; m < 2; m++)
@@ -288,7 +299,7 @@ __global__ void __launch_bounds__((mid_warps_max(ROWS) + mid_fillers(ROWS)) * 32
                     bar_wait(b.full + slot * 8, parity);
                     mid_products<F, ROWS, TILES>(acc, codes + slot * b.slot_bytes, x + slot * b.slot_bytes, lane);
                     __syncwarp();
-                    if (lane == 0) bar_arrive(b.empty + slot * 8);
+                    if (lane == 0) bar_leave(b.empty + slot * 8, mid_read<TILES>(acc), zero);
                     if (++slot == a.n_slot) slot = 0, parity ^= 1;
 #pragma unroll
                     for (int i = 0; i < TILES; i++) {
