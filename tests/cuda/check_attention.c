@@ -508,6 +508,21 @@ static void many_case(const shape *s) {
     step_free(w), step_free(alone);
 }
 
+/* A piece of a prompt, which fewer rows a block walk, and the same beside a whole one, where blocks have more. */
+static void piece_case(const shape *s) {
+    const char *name = case_name("a piece of a prompt", s);
+    if (!check_begin(name)) return;
+    const int32_t content[] = {70, 71}, len[] = {3000, 1300}, rows[] = {157, 1300};
+    step *alone = step_new(s, 1, content, len, rows), *both = step_new(s, 2, content, len, rows);
+    cu_bf16 *x = attend(name, alone, false, BIG), *y = attend(name, both, false, BIG);
+    check_step(name, alone, x, 4);
+    int32_t compared = 0;
+    const bool same = same_bits(both, y, alone, x, &compared);
+    check_that(case_name("a piece alone and beside a prompt: bits", s), same && compared == 157, "differ");
+    free(x), free(y);
+    step_free(alone), step_free(both);
+}
+
 /* What comes out as codes: those of what comes out as bf16. */
 static void codes_case(const shape *s, cu_codes codes) {
     const char *name = case_name(codes == CU_CODES_F8 ? "prefill to fp8" : "prefill to int8", s);
@@ -888,6 +903,14 @@ void check_attention(void) {
         fused_uneven_case(&s);
     }
     for (int i = 0; i < 3; i++) many_case(&(shape){.C = 128, .H = 16, .G = 2, .P = 16, .dtype = kinds[i]});
+    const shape pieces[] = {{.C = 128, .H = 20, .G = 4, .P = 64},
+                            {.C = 128, .H = 16, .G = 2, .P = 48},
+                            {.C = 64, .H = 32, .G = 16, .P = 48}};
+    for (int i = 0; i < 9; i++) {
+        shape s = pieces[i / 3];
+        s.dtype = kinds[i % 3];
+        piece_case(&s);
+    }
     static const struct {
         const char *what;
         int32_t H, G, n_seq, len;
@@ -905,6 +928,11 @@ void check_attention(void) {
             speed_case(what, speed[i].H, speed[i].G, kinds[k], speed[i].n_seq, speed[i].len, 1);
         }
     }
+    speed_case("240 of 8192, 16/2, bf16", 16, 2, ERN_KV_BF16, 1, 8192, 240);
+    speed_case("368 of 8192, 16/2, bf16", 16, 2, ERN_KV_BF16, 1, 8192, 368);
+    speed_case("368 of 8192, 16/2, fp8", 16, 2, ERN_KV_F8, 1, 8192, 368);
+    speed_case("496 of 8192, 16/2, bf16", 16, 2, ERN_KV_BF16, 1, 8192, 496);
+    speed_case("1008 of 8192, 16/2, bf16", 16, 2, ERN_KV_BF16, 1, 8192, 1008);
     speed_case("prefill 8192, 20/4, bf16", 20, 4, ERN_KV_BF16, 1, 8192, 8192);
     speed_case("prefill 8192, 20/4, int8", 20, 4, ERN_KV_I8, 1, 8192, 8192);
     speed_case("prefill 8192, 20/4, fp8", 20, 4, ERN_KV_F8, 1, 8192, 8192);

@@ -94,6 +94,7 @@ enum { PLANNERS = 1024, BINS = 1024 };
 typedef struct plan_args {
     int32_t n_row, n_seq, group, n_kv_head, half; /* half: C / 2 */
     int32_t n_block;                              /* of the kernel for short sequences */
+    int32_t n_core;                               /* multiprocessors */
     int32_t n_page_cell, n_page_max;
     const int32_t *pos, *row0, *kv_len, *page;
     const float *inv_freq;
@@ -171,7 +172,7 @@ static __device__ void plan_starts(const plan_args *a, int32_t n_tile, int32_t n
     }
 }
 
-/* Short sequences; returns how many others there are. */
+/* Short sequences; returns how many tiles of ATTN_ROWS_LESS rows the others have. */
 static __device__ int32_t plan_short(const plan_args *a, int64_t *warp_sum) {
     __shared__ int32_t n_wide, row_max, begin[PLANNERS];
     if (threadIdx.x == 0) n_wide = row_max = 0;
@@ -187,7 +188,7 @@ static __device__ int32_t plan_short(const plan_args *a, int64_t *warp_sum) {
             one.n_row = one.len > 0 ? (a->row0[s + 1] - one.row0) * a->group : 0;
         }
         const bool mine = one.n_row >= 1 && one.n_row <= ATTN_FEW;
-        if (one.n_row > ATTN_FEW) n_wide = 1;
+        if (one.n_row > ATTN_FEW) atomicAdd(&n_wide, (one.n_row + ATTN_ROWS_LESS - 1) / ATTN_ROWS_LESS);
         if (mine) one.pos0 = a->pos[one.row0];
         const int32_t tiles = mine ? (one.len + CU_KEYS - 1) / CU_KEYS : 0;
         const int32_t most_rows = __reduce_max_sync(0xffffffffu, mine ? one.n_row : 0);
@@ -210,9 +211,9 @@ static __device__ int32_t plan_short(const plan_args *a, int64_t *warp_sum) {
     return n_wide;
 }
 
-/* The others: tiles of rows, sorted by the keys that they walk, most first. The order inside a bin is that of arrival:
- * it moves work in time only. */
-static __device__ void plan_wide(const plan_args *a, int64_t *warp_sum) {
+/* The others: tiles of so many rows, sorted by the keys that they walk, most first. The order inside a bin is that of
+ * arrival: it moves work in time only. */
+static __device__ void plan_wide(const plan_args *a, int32_t rows, int64_t *warp_sum) {
     __shared__ int32_t place[BINS];
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     place[threadIdx.x] = 0;
@@ -222,8 +223,8 @@ static __device__ void plan_wide(const plan_args *a, int64_t *warp_sum) {
             const int32_t n = packed_rows(a, s);
             if (n <= ATTN_FEW) continue;
             const int32_t pos0 = a->pos[a->row0[s]];
-            for (int32_t i = lane; i * ATTN_ROWS < n; i += 32) {
-                const int32_t last = min((i + 1) * ATTN_ROWS, n) - 1;
+            for (int32_t i = lane; i * rows < n; i += 32) {
+                const int32_t last = min((i + 1) * rows, n) - 1;
                 const int32_t bin = BINS - 1 - min((pos0 + last / a->group) / CU_KEYS, BINS - 1);
                 const int32_t at = atomicAdd(&place[bin], 1);
                 if (turn == 0) continue;
@@ -246,9 +247,11 @@ static __device__ void plan_wide(const plan_args *a, int64_t *warp_sum) {
 static __global__ void __launch_bounds__(PLANNERS) plan_kernel(const plan_args a) {
     __shared__ int64_t warp_sum[32];
     if (blockIdx.x == 0) {
-        const bool wide = plan_short(&a, warp_sum);
+        const int32_t n_wide = plan_short(&a, warp_sum);
+        const int32_t rows = n_wide * a.n_kv_head <= a.n_core ? ATTN_ROWS_LESS : ATTN_ROWS;
         if (threadIdx.x == 0) a.work[ATTN_N_WIDE] = a.work[ATTN_WIDE_TAKEN] = a.work[ATTN_WIDE_DONE] = 0;
-        if (wide) plan_wide(&a, warp_sum);
+        if (threadIdx.x == 0) a.work[ATTN_WIDE_ROWS] = rows;
+        if (n_wide) plan_wide(&a, rows, warp_sum);
         __threadfence();
         return;
     }
@@ -285,6 +288,7 @@ cudaError_t cu_attn_plan(cudaStream_t s, const cu_cache *c, const cu_seqs *seqs,
     a.group = c->n_head / c->n_kv_head;
     a.n_kv_head = c->n_kv_head;
     a.half = c->n_head_dim / 2;
+    a.n_core = attn_sm_count();
     a.n_block = attn_decode_blocks(c->n_head_dim, attn_codes_of(c->dtype), (int64_t)seqs->n_seq * c->n_kv_head);
     a.pos = seqs->pos;
     a.row0 = seqs->row0;

@@ -24,6 +24,7 @@
 enum {
     ATTN_FEW = 16,          /* most packed rows of a sequence that is cut along its keys */
     ATTN_ROWS = 128,        /* packed rows of a block that walks the keys */
+    ATTN_ROWS_LESS = 64,    /* the same where all such blocks find a multiprocessor each: a piece of a prompt */
     ATTN_BLOCKS_MOST = 640, /* of the kernel for short sequences */
 };
 
@@ -36,9 +37,10 @@ enum {
     ATTN_N_DEC,      /* sequences with few rows ("short") */
     ATTN_N_TILE,     /* tiles of keys of all short sequences and heads */
     ATTN_ROW_MAX,    /* most packed rows of a short sequence */
-    ATTN_N_WIDE = 4, /* (sequence, tile of ATTN_ROWS rows) of the others */
+    ATTN_N_WIDE = 4, /* (sequence, tile of rows) of the others */
     ATTN_WIDE_TAKEN, /* of these, beyond one a block; blocks that are done: zeros before and after every launch */
     ATTN_WIDE_DONE,
+    ATTN_WIDE_ROWS, /* packed rows of a tile: ATTN_ROWS or ATTN_ROWS_LESS */
     ATTN_HEAD = 16
 };
 
@@ -71,7 +73,7 @@ typedef struct attn_args {
 /* ---- lists ------------------------------------------------------------------------------------------------------ */
 
 static __host__ __device__ __forceinline__ int64_t attn_wide_max(int32_t n_row, int32_t n_seq) {
-    return n_row / (ATTN_ROWS / 16) + n_seq; /* group is at most 16 */
+    return n_row / (ATTN_ROWS_LESS / 16) + n_seq; /* group is at most 16 */
 }
 /* The tiles of all short sequences and heads in a line, cut into stretches, one a block: the first `more` blocks have
  * each + 1 tiles, the others each. Hardly fewer sequences and heads than blocks: a block each, which are not cut if
@@ -285,6 +287,12 @@ template <int chunks> static __device__ __forceinline__ uint32_t attn_swirl(uint
 }
 template <int chunks> static __device__ __forceinline__ uint32_t attn_at(uint32_t row, uint32_t chunk) {
     return (row * chunks + (chunk ^ attn_swirl<chunks>(row))) * 16;
+}
+
+/* Blocks of a kernel that takes from the list: no more than there can be tiles. */
+static inline int32_t attn_wide_blocks(const attn_args *a, int32_t n_core) {
+    const int64_t most = ((int64_t)a->n_row * a->group / ATTN_ROWS_LESS + a->n_seq) * a->n_kv_head;
+    return most < n_core ? (int32_t)most : n_core;
 }
 
 /* Cells of a plane, P rounded up. */

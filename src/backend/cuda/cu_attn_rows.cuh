@@ -5,21 +5,21 @@
 
 #include "backend/cuda/cu_attn.cuh"
 
-/* ATTN_ROWS packed rows of a sequence and KV head, fewer where the sequence ends. */
+/* A tile of packed rows of a sequence and KV head. */
 typedef struct rows_item {
     int32_t head, seq, len, row0, pos0; /* pos0: of the sequence's first row */
-    int32_t first, n;                   /* packed rows: the first of these, and how many the sequence has */
+    int32_t first, n;                   /* packed rows of the sequence: the first of these, and behind the last */
     int32_t n_tile;                     /* of keys that they see */
 } rows_item;
-/* item = nth * n_kv_head + head, nth: place in the list of (sequence, which ATTN_ROWS of its rows). */
+/* item = nth * n_kv_head + head, nth: place in the list of (sequence, which tile of its rows). */
 static __device__ __forceinline__ rows_item rows_item_of(const attn_args *a, const int32_t *list, int32_t item) {
     rows_item it;
-    const int32_t nth = item / a->n_kv_head;
+    const int32_t nth = item / a->n_kv_head, rows = a->work[ATTN_WIDE_ROWS];
     it.head = item - nth * a->n_kv_head;
-    it.seq = list[2 * nth], it.first = list[2 * nth + 1] * ATTN_ROWS;
+    it.seq = list[2 * nth], it.first = list[2 * nth + 1] * rows;
     it.row0 = a->row0[it.seq], it.len = a->kv_len[it.seq], it.pos0 = a->pos[it.row0];
-    it.n = (a->row0[it.seq + 1] - it.row0) * a->group;
-    it.n_tile = (it.pos0 + (min(it.first + ATTN_ROWS, it.n) - 1) / a->group) / CU_KEYS + 1;
+    it.n = min((a->row0[it.seq + 1] - it.row0) * a->group, it.first + rows);
+    it.n_tile = (it.pos0 + (it.n - 1) / a->group) / CU_KEYS + 1;
     return it;
 }
 

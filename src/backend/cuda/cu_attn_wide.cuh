@@ -4,8 +4,9 @@
  * decode kernel's bits), reads keys and values from shared memory once for 64 rows where mma.sync reads them for 16,
  * and runs while the same warps do other things.
  *
- * A block stays on its multiprocessor. Warpgroup 2 takes (sequence, 128 packed rows, head) from the list, longest walks
- * first, and fills a ring: keys and values of a tile in turn. Warpgroups 0 and 1 have 64 rows each:
+ * A block stays on its multiprocessor. Warpgroup 2 takes (sequence, 128 packed rows or 64, head) from the list, longest
+ * walks first, and fills a ring: keys and values of a tile in turn. Warpgroups 0 and 1 have 64 rows each (of 64 in all
+ * warpgroup 0 has all, and never waits for a turn):
  *   S = q K, both from shared memory, 64 x 128; weights stay in registers, as the A operand of
  *   O = P V, 64 x 128, V as it lies (dimensions along a row); BF16: eight columns of ones behind it give the sum of the
  *   weights (mma.sync waits for the other's products)
@@ -41,8 +42,8 @@ template <int CODES> struct wide_room {
 
 typedef struct wide_item {
     int32_t n_tile; /* 0: no more */
-    int32_t first;  /* packed row */
-    int32_t n;      /* packed rows of the sequence */
+    int32_t first;  /* packed row of the sequence */
+    int32_t n;      /* and the one behind the last */
     int32_t row0, pos0, head;
 } wide_item;
 typedef struct wide_shared {
@@ -258,13 +259,14 @@ static __device__ __forceinline__ void wide_fill(const attn_args *a, const CUten
         int32_t taken = 0;
         if (thread == 0) taken = atomicAdd(a->work + ATTN_WIDE_TAKEN, 1);
         const int32_t nth = item / a->n_kv_head, seq = list[2 * nth], len = a->kv_len[seq];
+        const int32_t rows = a->work[ATTN_WIDE_ROWS];
         wide_item it;
         it.head = item - nth * a->n_kv_head;
-        it.first = list[2 * nth + 1] * ATTN_ROWS;
+        it.first = list[2 * nth + 1] * rows;
         it.row0 = a->row0[seq];
         it.pos0 = a->pos[it.row0];
-        it.n = (a->row0[seq + 1] - it.row0) * a->group;
-        it.n_tile = (it.pos0 + (min(it.first + ATTN_ROWS, it.n) - 1) / a->group) / CU_KEYS + 1;
+        it.n = min((a->row0[seq + 1] - it.row0) * a->group, it.first + rows);
+        it.n_tile = (it.pos0 + (it.n - 1) / a->group) / CU_KEYS + 1;
 
         if (CODES) wide_turn_q<CODES>(a, &it, smem, attn_smem(&sh->q_free), q_parity, thread);
         const int64_t plane = it.head * a->plane_bytes;
@@ -471,6 +473,27 @@ static __device__ __forceinline__ void wide_put_codes(const attn_args *a, const 
     if (there && c == 0) a->out8.scale[head * a->out8.ld_scale + row] = scale;
 }
 
+/* A warpgroup without rows lets the tiles pass and gives its turns away. Returns the piece behind the last. */
+static __device__ __forceinline__ uint32_t wide_pass(wide_shared *sh, int32_t n_tile, uint32_t piece, int group,
+                                                     int lane) {
+    const uint32_t full = attn_smem(sh->full), empty = attn_smem(sh->empty);
+    wide_my_turn(group);
+    wide_your_turn(group);
+#pragma unroll 1
+    for (int32_t tile = 0; tile < n_tile; tile++, piece += 2) {
+        const uint32_t slot = wide_slot(piece);
+        bar_wait(full + slot * 8, wide_parity(piece));
+        bar_wait(full + slot * 8 + 8, wide_parity(piece));
+        __syncwarp();
+        if (lane == 0) bar_arrive(empty + slot * 8);
+        if (lane == 0) bar_arrive(empty + slot * 8 + 8);
+        if (lane == 0 && tile + 1 == n_tile) bar_arrive(attn_smem(&sh->q_free));
+        wide_my_turn(group);
+        wide_your_turn(group);
+    }
+    return piece;
+}
+
 template <int CODES>
 static __device__ __forceinline__ void wide_walk(const attn_args *a, wide_shared *sh, uint32_t ring, int group,
                                                  int thread) {
@@ -485,6 +508,10 @@ static __device__ __forceinline__ void wide_walk(const attn_args *a, wide_shared
         const wide_item it = sh->item[slot / 2];
         if (!it.n_tile) break;
         const int32_t mine = it.first + group * 64;
+        if (mine >= it.n) {
+            piece = wide_pass(sh, it.n_tile, piece, group, lane);
+            continue;
+        }
         const int32_t low =
             mine + 63 < it.n ? it.pos0 + mine / a->group : -1; /* least position; -1: a row is missing */
         wide_rows w;

@@ -269,11 +269,9 @@ template <int C, int CODES> static __global__ void __launch_bounds__(THREADS, 1)
 template <int C, int CODES> static cudaError_t run_codes(cudaStream_t s, const attn_args *a) {
     typedef prefill_shape<C, CODES> sh;
     static uint64_t ready;
-    const int64_t most = ((int64_t)a->n_row * a->group / ATTN_ROWS + a->n_seq) * a->n_kv_head;
-    const int32_t n = attn_sm_count();
     const cudaError_t e = cu_shared_bytes(&ready, (const void *)prefill_kernel<C, CODES>, sh::bytes);
     if (e != cudaSuccess) return e;
-    prefill_kernel<C, CODES><<<(unsigned)(most < n ? most : n), THREADS, sh::bytes, s>>>(*a);
+    prefill_kernel<C, CODES><<<attn_wide_blocks(a, attn_sm_count()), THREADS, sh::bytes, s>>>(*a);
     return cudaGetLastError();
 }
 
