@@ -225,7 +225,7 @@ template <cu_format F> static __device__ __forceinline__ void chain_unpack(uint3
 
 /* The next `count` octets, of which the first is the linear's `first`: the warp's units as bf16, the A operand of their
  * products. The scale of the thread's output comes with octet by_octet (I8, I4); those of segments go to `scale` (F8).
- * Beyond `count`, any numbers. */
+ * Beyond `count`, zeros: nobody looks at them, but the compiler must know them as new ones. */
 template <cu_format F, int N>
 static __device__ __forceinline__ void chain_take(uint32_t code[N][8][4], const chain_args *a, chain_block *b,
                                                   int32_t first, int32_t count, int32_t by_octet, float *by,
@@ -234,25 +234,23 @@ static __device__ __forceinline__ void chain_take(uint32_t code[N][8][4], const 
     constexpr int VECTORS = sh::UNIT / 512; /* a lane's of a unit */
 #pragma unroll
     for (int k = 0; k < N; k++) {
-        if (k >= 2 && k >= count) { /* nobody looks at them, but the compiler must know them as new ones */
+        if (k >= count) {
 #pragma unroll
             for (int i = 0; i < 32; i++) code[k][i / 4][i % 4] = 0;
             continue;
         }
         const int32_t slot = b->slot + b->warp / sh::SEGS;
         const unsigned char *from = b->smem + a->ring_at + slot * sh::SLOT;
-        if (k < count) {
-            chain_wait(b->full + slot * 8, b->parity);
-            b->slot += sh::PER;
-            if (b->slot == a->n_slot) b->slot = 0, b->parity ^= 1;
-        }
+        chain_wait(b->full + slot * 8, b->parity);
+        b->slot += sh::PER;
+        if (b->slot == a->n_slot) b->slot = 0, b->parity ^= 1;
         uint4 raw[VECTORS];
 #pragma unroll
         for (int i = 0; i < VECTORS; i++)
             raw[i] = *(const uint4 *)(from + b->warp % sh::SEGS * sh::UNIT + i * 512 + b->lane * 16);
         if ((F == CU_I8 || F == CU_I4) && first + k == by_octet)
             *by = chain_code_scale<F>(((const float *)(from + sh::CODES))[b->lane % CU_BAND]);
-        if (F == CU_F8 && b->lane == 0 && k < count)
+        if (F == CU_F8 && b->lane == 0)
             scale[(first + k) * CHAIN_WARPS + b->warp] = ((const float *)(from + sh::CODES))[b->warp];
         chain_unpack<F>(code[k], raw);
     }

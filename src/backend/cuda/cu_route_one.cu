@@ -132,6 +132,7 @@ static __global__ void __launch_bounds__(THREADS, 1) route_one(const __grid_cons
             bar_init(came, 2);
             bar_init_end();
             bar_arrive_expect(came, E * 4);
+            bar_arrive_expect(row, D * 4);
         }
         __syncwarp();
     }
@@ -153,10 +154,7 @@ static __global__ void __launch_bounds__(THREADS, 1) route_one(const __grid_cons
             if (k / BATCH * BATCH < n_step) norm[k] = __ldg((const uint2 *)(j->norm_w + first + k * 32));
         cluster_meet(); /* rank 0 can be sent to */
         cu_wait_previous();
-        if (warp == 0 && lane == 0) {
-            bar_arrive_expect(row, D * 4);
-            copy_bulk((uint32_t)__cvta_generic_to_shared(s.x), j->x, D * 4, row);
-        }
+        if (warp == 0 && lane == 0) copy_bulk((uint32_t)__cvta_generic_to_shared(s.x), j->x, D * 4, row);
         bar_wait(row, 0);
         if (warp == 0) cu_launch_next();
         const float sum = parts_sum(share_of(s.x + first, w, norm, n_step));
