@@ -211,6 +211,18 @@ static __device__ __forceinline__ void wide_copy(const unsigned char *kv, int32_
     }
 }
 
+/* This thread has done what it does for a slot. own: it has copied to it, which is waited for; what the copy engine
+ * brings counts itself. */
+static __device__ __forceinline__ void wide_copied(uint32_t bar, bool own) {
+    if (own) {
+        attn_copy_commit();
+        attn_copy_wait<0>();
+        wide_give(bar);
+    } else {
+        bar_arrive(bar);
+    }
+}
+
 /* Warpgroup 2 alone. */
 static __device__ __forceinline__ void wide_meet(void) { asm volatile("bar.sync 1, 128;" ::: "memory"); }
 /* The codes of a tile's keys or values by the copy engine, as they lie; plane: of page 0. What is beyond len stays
@@ -318,6 +330,13 @@ static __device__ __forceinline__ void wide_fill(const attn_args *a, const CUten
         if (CODES) wide_turn_q<CODES>(a, &it, smem, attn_smem(&sh->q_free), q_parity, thread);
         const int64_t plane = it.head * a->plane_bytes;
         if (CODES) wide_copy_codes(a, plane, seq, 0, len, run, ring + wide_room<CODES>::code, codes, thread);
+        /* Where the lane's run of a tile lies: its page. */
+        const auto run_page = [&](int32_t tile) {
+            const int32_t in_tile = thread / 2 * run, key = tile * CU_KEYS + in_tile;
+            if (CODES || run == 0 || thread >= 32 || in_tile >= CU_KEYS || key >= len) return 0;
+            return a->page[(int64_t)seq * a->n_page_max + key / a->n_page_cell];
+        };
+        int32_t next_page = run_page(0); /* a tile ahead: the way there and back is as long as a tile takes */
         for (int32_t tile = 0; tile < it.n_tile; tile++) {
             const uint32_t slot = wide_slot(piece), parity = wide_parity(piece) ^ 1;
             const uint32_t to = ring + wide_room<CODES>::slot(slot);
@@ -355,12 +374,9 @@ static __device__ __forceinline__ void wide_fill(const attn_args *a, const CUten
                 }
                 const int32_t in_tile = thread / 2 * run; /* a lane a run and half */
                 const bool mine = runs && thread < 32 && in_tile < CU_KEYS;
-                int32_t row = 0;
-                if (mine) {
-                    const int32_t page = a->page[(int64_t)seq * a->n_page_max + (key0 + in_tile) / a->n_page_cell];
-                    row = page * (int32_t)(a->page_bytes / (2 * WIDE_C)) +
-                          it.head * (int32_t)(a->plane_bytes / (2 * WIDE_C)) + (key0 + in_tile) % a->n_page_cell;
-                }
+                const int32_t row = next_page * (int32_t)(a->page_bytes / (2 * WIDE_C)) +
+                                    it.head * (int32_t)(a->plane_bytes / (2 * WIDE_C)) +
+                                    (key0 + in_tile) % a->n_page_cell;
                 bar_wait(empty + slot * 8, parity);
                 if (runs && thread == 0) bar_expect(full + slot * 8, WIDE_SIDE);
                 __syncwarp();
@@ -368,20 +384,19 @@ static __device__ __forceinline__ void wide_fill(const attn_args *a, const CUten
                     wide_copy_run(cells, row, thread & 1, to + (thread & 1) * WIDE_HALF + in_tile * 128,
                                   full + slot * 8);
                 if (!runs) wide_copy(a->kv, at, to, thread);
+                next_page = run_page(tile + 1);
                 if (tile == 0) {
                     if (thread == 0) sh->item[slot / 2] = it;
                     bar_wait(attn_smem(&sh->q_free), q_parity);
 #pragma unroll 1
-                    for (int i = 0; i < 16; i++) {
+                    for (int i = 0; i < (it.n - it.first > 64 ? 16 : 8); i++) {
                         const int r = i * 8 + thread / 16, part = thread % 16;
                         const cu_bf16 *q = wide_q_row(a, &it, r);
                         attn_copy16(ring + wide_room<CODES>::q + wide_q_at(r, part), q ? q + part * 8 : a->q,
                                     q != NULL);
                     }
                 }
-                attn_copy_commit();
-                attn_copy_wait<0>();
-                wide_give(full + slot * 8);
+                wide_copied(full + slot * 8, !runs || tile == 0);
                 bar_wait(empty + slot * 8 + 8, parity);
                 if (runs && thread == 0) bar_expect(full + slot * 8 + 8, WIDE_SIDE);
                 __syncwarp();
@@ -389,9 +404,7 @@ static __device__ __forceinline__ void wide_fill(const attn_args *a, const CUten
                     wide_copy_run(cells, row + (int32_t)(a->value / (2 * WIDE_C)), thread & 1,
                                   to + WIDE_SIDE + (thread & 1) * WIDE_HALF + in_tile * 128, full + slot * 8 + 8);
                 if (!runs) wide_copy(a->kv + a->value, at, to + WIDE_SIDE, thread);
-                attn_copy_commit();
-                attn_copy_wait<0>();
-                wide_give(full + slot * 8 + 8);
+                wide_copied(full + slot * 8 + 8, !runs);
             }
             piece += 2;
         }
