@@ -33,6 +33,7 @@ enum {
     CHAIN_JOBS = 4,      /* most of a linear in a block */
     CHAIN_SUMS = 16,     /* most bands times rows of a linear: a thread adds up one output */
     CHAIN_SLOTS = 32,    /* most of the ring */
+    CHAIN_TURNS = 4,     /* of rounds: nobody is so many ahead of another */
     CHAIN_MOST = 4,      /* most units of a warp that wait for x at the same time */
     CHAIN_ROWS = 4,      /* most of a step */
     CHAIN_HEAD = 128,    /* C */
@@ -131,7 +132,7 @@ typedef struct chain_block {
     uint32_t full, parity;         /* barriers of the ring */
     int32_t slot;                  /* of the next octet that is taken */
     int32_t n_fill, ask, ask_slot; /* of the next slot that is asked for */
-    uint32_t taken;                /* two barriers, by turn: all warps have the octets of a round */
+    uint32_t taken;                /* CHAIN_TURNS barriers, by turn: all warps have the octets of a round */
     uint32_t round;                /* so far */
     uint2 norm;                    /* the lane's four weights of the next norm */
     int turn;                      /* linears so far, modulo 6: of two places for partial sums and three for scales */
@@ -256,10 +257,21 @@ static __device__ __forceinline__ void chain_take(uint32_t code[N][8][4], const 
     }
 #pragma unroll
     for (int k = 0; k < N; k++) wide_hold_codes<8>(code[k]); /* before x is looked at */
+    const uint32_t taken = b->taken + b->round % CHAIN_TURNS * 8;
     __syncwarp();
-    if (b->lane == 0) bar_arrive(b->taken + b->round % 2 * 8);
+    if (b->lane == 0) {
+        uint32_t read = F == CU_I8 || F == CU_I4 ? __float_as_uint(*by) : 0; /* of every load of the slots */
+#pragma unroll
+        for (int k = 0; k < N; k++) {
+            uint32_t unit = 0;
+#pragma unroll
+            for (int i = 0; i < 8; i += 8 / VECTORS) unit |= code[k][i][0];
+            read += unit; /* a sum, so that units need not wait for one another */
+        }
+        bar_leave(taken, read, cu_hidden_zero(a->n_layer));
+    }
     if (b->warp == CHAIN_WARPS - 1) {
-        chain_wait(b->taken + b->round % 2 * 8, b->round / 2 % 2);
+        chain_wait(taken, b->round / CHAIN_TURNS % 2);
         chain_ask<F>(a, b, count * sh::PER);
     }
     b->round++;
@@ -454,7 +466,7 @@ static __device__ __forceinline__ void chain_linear(const chain_args *a, chain_b
             chain_products<ROWS, 2>(b, code, count, x, oct_of, st.n_octet, to, n_row);
         first += count;
         if (first >= st.n) break;
-        chain_sync(CHAIN_BAR); /* nobody is two rounds ahead of another: see `taken` */
+        chain_sync(CHAIN_BAR); /* so that nobody is far ahead of another: see `taken` */
         for (oct_of += count; oct_of >= st.n_octet;) oct_of -= st.n_octet;
     }
 
@@ -842,7 +854,7 @@ static __device__ __forceinline__ void chain_join_end(const chain_args *a, const
 template <cu_format F, bool I8, int ROWS>
 __global__ void __launch_bounds__(CHAIN_THREADS, 1) chain_kernel(const __grid_constant__ chain_args a) {
     extern __shared__ __align__(128) unsigned char chain_memory[];
-    __shared__ __align__(8) uint64_t bars[CHAIN_SLOTS + 2];
+    __shared__ __align__(8) uint64_t bars[CHAIN_SLOTS + CHAIN_TURNS];
     __shared__ float row_scale[CHAIN_ROWS];
     __shared__ int32_t pos[CHAIN_ROWS], set;
     __shared__ chain_jobs jobs;
@@ -863,8 +875,7 @@ __global__ void __launch_bounds__(CHAIN_THREADS, 1) chain_kernel(const __grid_co
     b.warp = __shfl_sync(0xffffffffu, thread / 32, 0);
     if (thread == 0) {
         for (int i = 0; i < a.n_slot; i++) bar_init(b.full + i * 8, 1);
-        bar_init(b.taken, CHAIN_WARPS);
-        bar_init(b.taken + 8, CHAIN_WARPS);
+        for (int i = 0; i < CHAIN_TURNS; i++) bar_init(b.taken + i * 8, CHAIN_WARPS);
         bar_init_end();
         jobs = a.jobs[blockIdx.x];
     }
