@@ -249,7 +249,6 @@ static __global__ void __maxnreg__(MANY ? 160 : 104) route_few(const __grid_cons
         if (thread == 0) {
             bar_init(came, 1);
             bar_init_end();
-            bar_arrive_expect(came, E * 4);
         }
     }
     cluster_arrive();
@@ -261,6 +260,7 @@ static __global__ void __maxnreg__(MANY ? 160 : 104) route_few(const __grid_cons
     if (rank < n_row && j->bias)
         for (int32_t e = thread; e < E; e += n_thread) copy_piece<4>(bias + e, j->bias + e);
     cluster_meet(); /* the ranks can be sent to */
+    if (rank < n_row && thread == 0) bar_arrive_expect(came, E * 4);
     cu_wait_previous();
 
     const float *from = j->x + (int64_t)row0 * D;
