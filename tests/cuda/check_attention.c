@@ -523,11 +523,16 @@ static void piece_case(const shape *s) {
     step_free(alone), step_free(both);
 }
 
-/* What comes out as codes: those of what comes out as bf16. */
-static void codes_case(const shape *s, cu_codes codes) {
-    const char *name = case_name(codes == CU_CODES_F8 ? "prefill to fp8" : "prefill to int8", s);
+/* What comes out as codes: those of what comes out as bf16. long: the last prompt is long enough for blocks of 128
+ * rows, so that both kinds are seen. */
+static void codes_case(const shape *s, cu_codes codes, bool is_long) {
+    const char *name = case_name(codes == CU_CODES_F8 ? is_long ? "long prefill to fp8" : "prefill to fp8"
+                                 : is_long            ? "long prefill to int8"
+                                                      : "prefill to int8",
+                                 s);
     if (CU_PORTABLE || !check_begin(name)) return;
-    const int32_t content[] = {30, 31, 32}, len[] = {70, 200, 331}, rows[] = {33, 17, 331};
+    const int32_t last = is_long ? 1300 : 331;
+    const int32_t content[] = {30, 31, 32}, len[] = {70, 200, last}, rows[] = {33, 17, last};
     step *w = step_new(s, 3, content, len, rows);
     device_step d = device_new(w);
     const int32_t n = s->H * s->C;
@@ -876,7 +881,7 @@ void check_attention(void) {
         verify_case(&s);
         fused_case(&s);
         prefill_case(&s);
-        for (int k = CU_CODES_F8; k <= CU_CODES_I8 && s.C == CU_SEGMENT; k++) codes_case(&s, (cu_codes)k);
+        for (int k = CU_CODES_F8; k <= CU_CODES_I8 && s.C == CU_SEGMENT; k++) codes_case(&s, (cu_codes)k, false);
     }
     static const shape heads[] = {{.C = 128, .H = 5, .G = 1, .P = 64, .dtype = ERN_KV_BF16},
                                   {.C = 128, .H = 16, .G = 2, .P = 16, .dtype = ERN_KV_BF16},
@@ -903,13 +908,16 @@ void check_attention(void) {
         fused_uneven_case(&s);
     }
     for (int i = 0; i < 3; i++) many_case(&(shape){.C = 128, .H = 16, .G = 2, .P = 16, .dtype = kinds[i]});
-    const shape pieces[] = {{.C = 128, .H = 20, .G = 4, .P = 64},
-                            {.C = 128, .H = 16, .G = 2, .P = 48},
-                            {.C = 64, .H = 32, .G = 16, .P = 48}};
-    for (int i = 0; i < 9; i++) {
+    /* Pages that a copy takes whole, in part, and that none takes. */
+    const shape pieces[] = {
+        {.C = 128, .H = 20, .G = 4, .P = 64}, {.C = 128, .H = 16, .G = 2, .P = 48}, {.C = 128, .H = 16, .G = 2, .P = 8},
+        {.C = 128, .H = 16, .G = 2, .P = 20}, {.C = 64, .H = 32, .G = 16, .P = 48},
+    };
+    for (int i = 0; i < 15; i++) {
         shape s = pieces[i / 3];
         s.dtype = kinds[i % 3];
         piece_case(&s);
+        for (int k = CU_CODES_F8; k <= CU_CODES_I8 && s.C == CU_SEGMENT; k++) codes_case(&s, (cu_codes)k, true);
     }
     static const struct {
         const char *what;

@@ -376,10 +376,11 @@ __global__ void __launch_bounds__(S::THREADS, S::BLOCKS) a8_mid(const __grid_con
             const float *by = scales + (done * S::SEGMENTS + in) * S::SCALES;
             const float by_band = S::F == CU_F8A8 ? by[ROWS + warp] : 1.0f;
             float2 by_row[TILES];
+            if (S::F == CU_F8A8) read |= __float_as_uint(by_band);
 #pragma unroll
             for (int i = 0; i < TILES; i++) {
                 by_row[i] = *(const float2 *)(by + i * 8 + 2 * (lane & 3));
-                read |= __float_as_uint(by_row[i].x) | __float_as_uint(by_band);
+                read |= __float_as_uint(by_row[i].x);
             }
             a8_hold<ROWS / 2>(acc[k]);
             wide_hold_codes<4>(code[k]);

@@ -1,8 +1,8 @@
 /* Attention of sequences with many rows: a block takes 128 packed rows of a sequence and KV head and walks the tiles of
  * keys that they see, first tile first; scores, weights and sums stay in registers, and the next tile is on its way
- * while one is worked on. Blocks take (sequence, rows, head) from a list with the longest walks first. Where that would
- * leave more than half of the multiprocessors without a block, as a small piece of a long prompt does, a block takes 64
- * rows: twice as many walk, and each the faster. No row meets another one, so its bits stay.
+ * while one is worked on. Blocks take (sequence, rows, head) from a list with the longest walks first. Where blocks of
+ * 64 rows find a multiprocessor each, as those of a small piece of a long prompt do, they have no more: twice as many
+ * walk, and each the faster. No row meets another one, so its bits stay.
  *
  * C = 128, which the models have: wide_kernel of cu_attn_wide.cuh. Other sizes: prefill_kernel, eight warps of 16 rows.
  * There BF16 tiles are copied into two buffers in turn. Others are copied as codes and made bf16 once for all warps,

@@ -23,7 +23,7 @@
  * keys][128 bytes]. Piece i of 16 bytes of a row sits at i ^ (row & 7): the 128-byte swizzle of the descriptors, keys
  * and q read along a row, values across.
  *
- * After any change look at what nvcc -Xptxas -v says: "C7511 ... wgmma.mma_async instructions are serialized" costs a
+ * After any change look at what ptxas says: "wgmma.mma_async instructions are serialized" (C7511, C7518, C7520) costs a
  * quarter of the speed, and small things bring it about, here as in what warpgroup 2 does (unrolled loops, addresses
  * kept over a loop). */
 #ifndef ERN_BACKEND_CUDA_CU_ATTN_WIDE_CUH
@@ -572,7 +572,7 @@ static __device__ __forceinline__ uint32_t wide_pass(wide_shared *sh, int32_t n_
     return piece;
 }
 
-/* Of row g and g + 8 of a warp, which `mine` is the first of the block's 64. */
+/* mine: the warpgroup's first packed row. */
 static __device__ __forceinline__ void wide_rows_begin(wide_rows *w, const attn_args *a, const wide_item *it,
                                                        int32_t mine) {
     const int warp = threadIdx.x / 32 % 4, g = (threadIdx.x & 31) >> 2;
