@@ -20,10 +20,10 @@ static __device__ __forceinline__ void bar_arrive(uint32_t bar) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
 }
 /* The same, where the copy engine is to write next what the warp has loaded, all lanes at once: only when the loads are
- * there. read: the bits of all of them, or of what was computed from them, or'ed; zero: cu_hidden_zero. An arrival waits
- * for no load before it: that a load comes before what others write after the arrival holds for what threads write, not
- * for the copy engine, and neither the compiler (ptxas 13) nor the chip sees to it (docs/speed.md, "a slot that was
- * filled too early"). Operands of products that are done need none of this. */
+ * there. read: the bits of all of them, or of what was computed from them, or'ed; zero: cu_hidden_zero. An arrival
+ * waits for no load before it: that a load comes before what others write after the arrival holds for what threads
+ * write, not for the copy engine, and neither the compiler (ptxas 13) nor the chip sees to it (docs/speed.md, "a slot
+ * that was filled too early"). Operands of products that are done need none of this. */
 static __device__ __forceinline__ void bar_leave(uint32_t bar, uint32_t read, uint32_t zero) {
     bar_arrive(bar + (read & zero));
 }
