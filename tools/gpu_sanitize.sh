@@ -12,6 +12,7 @@
 #             time one is filled again (kernels that do the same are clean where none is, or where a tensor copy fills
 #             it, which is not seen). And of a named barrier at which some only arrive (bar.arrive) it loses track when
 #             they come again and have not waited with those who wait there in between: chain's sums, decode's turns.
+#             Nor does it follow a wait without order and a fence behind it: sample's clusters.
 # initcheck knows nothing of memory that gpu_check has poisoned: that a kernel reads such is seen by the poison, NaN.
 set -u
 build=$1
@@ -91,7 +92,7 @@ all     attention a piece of a prompt C128 H20/4 P64 bf16
 all     linear of format 5, then rope and store: C 64
 all     attention half int8 2 kv heads
 no-race chain small int8 kv bf16
-all     sample V
+no-race sample V
 X2
 done | xargs -0 -n 3 -P "$side" sh -c "$run" run
 status=$?

@@ -5,18 +5,14 @@
  * and runs while the same warps do other things.
  *
  * A block stays on its multiprocessor. Warpgroup 2 takes (sequence, 128 packed rows or 64, head) from the list, longest
- * walks first, and fills a ring: keys and values of a tile in turn. Warpgroups 0 and 1 have 64 rows each:
+ * walks first, and fills a ring: keys and values of a tile in turn. Warpgroups 0 and 1 have 64 rows each (of 64 in all
+ * warpgroup 0 has all, and never waits for a turn):
  *   S = q K, both from shared memory, 64 x 128; weights stay in registers, as the A operand of
  *   O = P V, 64 x 128, V as it lies (dimensions along a row); BF16: eight columns of ones behind it give the sum of the
  *   weights (mma.sync waits for the other's products)
  * A warpgroup has a turn at the tensor cores: O of a tile, then S of the next, which it waits for when the turn is the
  * other's. Meanwhile it joins O, under S, and makes weights of S, under the other's products. Registers hold the
  * totals, S and O, or S and the weights, not all of them: S begins when O is there.
- *
- * Of 64 rows or less nobody makes use of what one warpgroup leaves of the tensor cores, and a tile takes as long as its
- * steps one after the other. So both take these rows together (BF16; of codes warpgroup 0 has all): each the scores of
- * half of the keys, whose weights both read from shared memory, and half of the dimensions of O. The highest score of a
- * row goes from one to the other; every number is the sum of the same products in the same order as above.
  *
  * Shared memory: 4 slots (keys, values, keys, values) of [2 halves of the dimensions][128 keys][128 bytes], BF16:
  * behind values a third such half, of ones; q [2 warpgroups][2 halves][64 rows][128 bytes]; codes on their way, [2][128
@@ -52,7 +48,6 @@ typedef struct wide_item {
 } wide_item;
 typedef struct wide_shared {
     float scale[2][2][CU_KEYS]; /* codes: of keys and values of the tile whose keys are in slots 0 and 2 */
-    float top[2][64];           /* of rows that both have: the highest score, or magnitude, of either's half */
     uint64_t full[WIDE_SLOTS], empty[WIDE_SLOTS], q_free, codes[2];
     wide_item item[2]; /* of the first keys in slots 0 and 2 */
     int32_t handed;
@@ -121,48 +116,6 @@ template <bool SUM> static __device__ __forceinline__ void wide_values(float *o,
     wide_commit();
 }
 
-/* The same of halves. Scores of 64 keys. */
-static __device__ __forceinline__ void wide_half_scores(float *s, uint32_t q, uint32_t k) {
-    const uint64_t a = wide_matrix(q), b = wide_matrix(k);
-    wide_forget<32>(s);
-#pragma unroll
-    for (int i = 0; i < 8; i++)
-        asm volatile("{.reg .pred p; setp.ne.b32 p, %34, 0;\n"
-                     "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" CU_D32_NAMES "%32, %33, p, 1, 1, 0, 0;}\n"
-                     : CU_D32(s)
-                     : "l"(a + (i / 4) * (64 * 128 / 16) + (i % 4) * 2),
-                       "l"(b + (i / 4) * (WIDE_HALF / 16) + (i % 4) * 2), "r"((int)(i > 0)));
-    wide_commit();
-}
-/* p: the weights, as q lies. v: 64 dimensions; ones: bytes from there to the ones. The sums are o[32], o[34]. */
-static __device__ __forceinline__ void wide_half_values(float *o, uint32_t p, uint32_t v, int ones) {
-    const uint64_t a = wide_matrix(p), b = wide_matrix(v) + ((uint64_t)(ones / 16 - 1) << 16);
-    wide_forget<36>(o);
-#pragma unroll
-    for (int i = 0; i < 8; i++)
-        asm volatile(
-            "{.reg .pred p; setp.ne.b32 p, %38, 0;\n"
-            "wgmma.mma_async.sync.aligned.m64n72k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, "
-            "%11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, "
-            "%30, %31, %32, %33, %34, %35}, %36, %37, p, 1, 1, 0, 1;}\n"
-            : CU_D32(o), "+f"((o)[32]), "+f"((o)[33]), "+f"((o)[34]), "+f"((o)[35])
-            : "l"(a + (i / 4) * (64 * 128 / 16) + (i % 4) * 2), "l"(b + i * (16 * 128 / 16)), "r"((int)(i > 0)));
-    wide_commit();
-}
-
-/* Both warpgroups that multiply. */
-static __device__ __forceinline__ void wide_both(void) { asm volatile("bar.sync 4, 256;" ::: "memory"); }
-/* The other warpgroup's numbers of rows g and g + 8 of the warp, for ours, which all four lanes have. row: g's. */
-static __device__ __forceinline__ void wide_trade(float theirs[2], const float ours[2], float (*top)[64], int group,
-                                                  int row, int c) {
-#pragma unroll
-    for (int i = 0; i < 2; i++)
-        if (c == 0) top[group][row + 8 * i] = ours[i];
-    wide_both();
-#pragma unroll
-    for (int i = 0; i < 2; i++) theirs[i] = top[group ^ 1][row + 8 * i];
-}
-
 /* Turns at the tensor cores, warpgroup 0 first. */
 static __device__ __forceinline__ void wide_my_turn(int group) {
     asm volatile("bar.sync %0, 256;" ::"r"(2 + group) : "memory");
@@ -208,18 +161,6 @@ static __device__ __forceinline__ void wide_copy(const unsigned char *kv, int32_
     for (int i = 0; i < 16; i++) {
         const int32_t from = __shfl_sync(0xffffffffu, at, 2 * i + odd);
         attn_copy16((mine ^ ((2 * i & 6) << 4)) + i * 256, kv + (from < 0 ? 0 : (int64_t)from * 64), from >= 0);
-    }
-}
-
-/* This thread has done what it does for a slot. own: it has copied to it, which is waited for; what the copy engine
- * brings counts itself. */
-static __device__ __forceinline__ void wide_copied(uint32_t bar, bool own) {
-    if (own) {
-        attn_copy_commit();
-        attn_copy_wait<0>();
-        wide_give(bar);
-    } else {
-        bar_arrive(bar);
     }
 }
 
@@ -330,13 +271,6 @@ static __device__ __forceinline__ void wide_fill(const attn_args *a, const CUten
         if (CODES) wide_turn_q<CODES>(a, &it, smem, attn_smem(&sh->q_free), q_parity, thread);
         const int64_t plane = it.head * a->plane_bytes;
         if (CODES) wide_copy_codes(a, plane, seq, 0, len, run, ring + wide_room<CODES>::code, codes, thread);
-        /* Where the lane's run of a tile lies: its page. */
-        const auto run_page = [&](int32_t tile) {
-            const int32_t in_tile = thread / 2 * run, key = tile * CU_KEYS + in_tile;
-            if (CODES || run == 0 || thread >= 32 || in_tile >= CU_KEYS || key >= len) return 0;
-            return a->page[(int64_t)seq * a->n_page_max + key / a->n_page_cell];
-        };
-        int32_t next_page = run_page(0); /* a tile ahead: the way there and back is as long as a tile takes */
         for (int32_t tile = 0; tile < it.n_tile; tile++) {
             const uint32_t slot = wide_slot(piece), parity = wide_parity(piece) ^ 1;
             const uint32_t to = ring + wide_room<CODES>::slot(slot);
@@ -374,9 +308,12 @@ static __device__ __forceinline__ void wide_fill(const attn_args *a, const CUten
                 }
                 const int32_t in_tile = thread / 2 * run; /* a lane a run and half */
                 const bool mine = runs && thread < 32 && in_tile < CU_KEYS;
-                const int32_t row = next_page * (int32_t)(a->page_bytes / (2 * WIDE_C)) +
-                                    it.head * (int32_t)(a->plane_bytes / (2 * WIDE_C)) +
-                                    (key0 + in_tile) % a->n_page_cell;
+                int32_t row = 0;
+                if (mine) {
+                    const int32_t page = a->page[(int64_t)seq * a->n_page_max + (key0 + in_tile) / a->n_page_cell];
+                    row = page * (int32_t)(a->page_bytes / (2 * WIDE_C)) +
+                          it.head * (int32_t)(a->plane_bytes / (2 * WIDE_C)) + (key0 + in_tile) % a->n_page_cell;
+                }
                 bar_wait(empty + slot * 8, parity);
                 if (runs && thread == 0) bar_expect(full + slot * 8, WIDE_SIDE);
                 __syncwarp();
@@ -384,19 +321,20 @@ static __device__ __forceinline__ void wide_fill(const attn_args *a, const CUten
                     wide_copy_run(cells, row, thread & 1, to + (thread & 1) * WIDE_HALF + in_tile * 128,
                                   full + slot * 8);
                 if (!runs) wide_copy(a->kv, at, to, thread);
-                next_page = run_page(tile + 1);
                 if (tile == 0) {
                     if (thread == 0) sh->item[slot / 2] = it;
                     bar_wait(attn_smem(&sh->q_free), q_parity);
 #pragma unroll 1
-                    for (int i = 0; i < (it.n - it.first > 64 ? 16 : 8); i++) {
+                    for (int i = 0; i < 16; i++) {
                         const int r = i * 8 + thread / 16, part = thread % 16;
                         const cu_bf16 *q = wide_q_row(a, &it, r);
                         attn_copy16(ring + wide_room<CODES>::q + wide_q_at(r, part), q ? q + part * 8 : a->q,
                                     q != NULL);
                     }
                 }
-                wide_copied(full + slot * 8, !runs || tile == 0);
+                attn_copy_commit();
+                attn_copy_wait<0>();
+                wide_give(full + slot * 8);
                 bar_wait(empty + slot * 8 + 8, parity);
                 if (runs && thread == 0) bar_expect(full + slot * 8 + 8, WIDE_SIDE);
                 __syncwarp();
@@ -404,7 +342,9 @@ static __device__ __forceinline__ void wide_fill(const attn_args *a, const CUten
                     wide_copy_run(cells, row + (int32_t)(a->value / (2 * WIDE_C)), thread & 1,
                                   to + WIDE_SIDE + (thread & 1) * WIDE_HALF + in_tile * 128, full + slot * 8 + 8);
                 if (!runs) wide_copy(a->kv + a->value, at, to + WIDE_SIDE, thread);
-                wide_copied(full + slot * 8 + 8, !runs);
+                attn_copy_commit();
+                attn_copy_wait<0>();
+                wide_give(full + slot * 8 + 8);
             }
             piece += 2;
         }
@@ -502,53 +442,35 @@ static __device__ __forceinline__ void wide_join(float *acc, const float *o, con
     for (int i = 0; i < 64; i++) acc[i] = attn_join(acc[i], o[i], w->f[i >> 1 & 1], w->b[i >> 1 & 1]);
 }
 
-/* The bits of the largest magnitude of N pairs of the four lanes of a row. */
-template <int N> static __device__ __forceinline__ uint32_t wide_largest(const uint32_t *two) {
-    uint32_t top = 0;
-#pragma unroll
-    for (int j = 0; j < N; j++) top = max(top, max(two[j] << 16 & 0x7fffffffu, two[j] & 0x7fff0000u));
-    top = max(top, __shfl_xor_sync(0xffffffffu, top, 1));
-    return max(top, __shfl_xor_sync(0xffffffffu, top, 2));
-}
-/* A row's head is a segment, whose largest magnitude is top: codes of 8 N numbers of it from `first` on, which four
- * lanes have, pairs 8 j + 2 c a lane. Those of four j change places until a lane has eight in a row. there: the row is.
- * All lanes call. */
-template <cu_codes K, int N>
-static __device__ __forceinline__ void wide_put_codes(const attn_args *a, const uint32_t *two, uint32_t top,
-                                                      int32_t row, int32_t head, int first, bool there) {
+/* A row's head is a segment: codes of its 128 numbers, which four lanes have, pairs 8 j + 2 c a lane. Those of four j
+ * change places until a lane has eight in a row. there: the row is. All lanes call. */
+template <cu_codes K>
+static __device__ __forceinline__ void wide_put_codes(const attn_args *a, const uint32_t two[16], int32_t row,
+                                                      int32_t head, bool there) {
     const int c = threadIdx.x & 3;
-    uint32_t word[N / 2];
+    uint32_t top = 0, word[8];
+#pragma unroll
+    for (int j = 0; j < 16; j++) top = max(top, max(two[j] << 16 & 0x7fffffffu, two[j] & 0x7fff0000u));
+    top = max(top, __shfl_xor_sync(0xffffffffu, top, 1));
+    top = max(top, __shfl_xor_sync(0xffffffffu, top, 2));
     float scale;
     const float f = a8_factor<K>(&scale, top);
 #pragma unroll
-    for (int n = 0; n < N / 2; n++) { /* j = 2 n + c % 2, dimensions 8 j + 4 (c / 2) .. */
+    for (int n = 0; n < 8; n++) { /* j = 2 n + c % 2, dimensions 8 j + 4 (c / 2) .. */
         const float v[4] = {__uint_as_float(two[2 * n] << 16), __uint_as_float(two[2 * n] & 0xffff0000u),
                             __uint_as_float(two[2 * n + 1] << 16), __uint_as_float(two[2 * n + 1] & 0xffff0000u)};
         const uint32_t both = f == 0.0f ? 0 : a8_code4<K>(v, f);
         const uint32_t got = __shfl_xor_sync(0xffffffffu, both, 1);
         word[n] = c & 1 ? __byte_perm(got, both, 0x7632) : __byte_perm(both, got, 0x5410);
     }
-    uint8_t *to = a->out8.code + row * a->out8.ldx + head * WIDE_C + first + c * 8;
+    uint8_t *to = a->out8.code + row * a->out8.ldx + head * WIDE_C + c * 8;
 #pragma unroll
-    for (int n = 0; n < N / 4; n++) { /* j = 4 n + c */
+    for (int n = 0; n < 4; n++) { /* j = 4 n + c */
         const uint32_t got = __shfl_xor_sync(0xffffffffu, c & 2 ? word[2 * n] : word[2 * n + 1], 2);
         const uint2 v = c & 2 ? make_uint2(got, word[2 * n + 1]) : make_uint2(word[2 * n], got);
         if (there) *(uint2 *)(to + n * 32) = v;
     }
-    if (there && c == 0 && first == 0) a->out8.scale[head * a->out8.ld_scale + row] = scale;
-}
-/* Where a row goes. two: 8 N numbers from dimension `first` on, as cu_mma has them; top: see above. All lanes call. */
-template <int N>
-static __device__ __forceinline__ void wide_put_row(const attn_args *a, const uint32_t *two, uint32_t top, int32_t row,
-                                                    int32_t head, int first, bool there) {
-    if (a->out_codes == CU_CODES_F8)
-        wide_put_codes<CU_CODES_F8, N>(a, two, top, row, head, first, there);
-    else if (a->out_codes == CU_CODES_I8)
-        wide_put_codes<CU_CODES_I8, N>(a, two, top, row, head, first, there);
-    else if (there)
-#pragma unroll
-        for (int j = 0; j < N; j++)
-            *(uint32_t *)(a->out + row * a->ldo + head * WIDE_C + first + j * 8 + 2 * (threadIdx.x & 3)) = two[j];
+    if (there && c == 0) a->out8.scale[head * a->out8.ld_scale + row] = scale;
 }
 
 /* A warpgroup without rows lets the tiles pass and gives its turns away. Returns the piece behind the last. */
@@ -572,136 +494,10 @@ static __device__ __forceinline__ uint32_t wide_pass(wide_shared *sh, int32_t n_
     return piece;
 }
 
-/* mine: the warpgroup's first packed row. */
-static __device__ __forceinline__ void wide_rows_begin(wide_rows *w, const attn_args *a, const wide_item *it,
-                                                       int32_t mine) {
-    const int warp = threadIdx.x / 32 % 4, g = (threadIdx.x & 31) >> 2;
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-        const int32_t r = mine + warp * 16 + g + 8 * i, t = r / a->group;
-        w->pos[i] = r < it->n ? it->pos0 + t : -1;
-        w->M[i] = -INFINITY;
-        w->L[i] = 0.0f;
-    }
-}
-
-static __device__ __forceinline__ void wide_half_join(float *acc, const float *o, wide_rows *w) {
-#pragma unroll
-    for (int i = 0; i < 32; i++) acc[i] = attn_join(acc[i], o[i], w->f[i >> 1 & 1], w->b[i >> 1 & 1]);
-    wide_join_sum(w, o + 32);
-}
-
-/* Up to 64 rows by both warpgroups (BF16). Weights lie where q of rows 64 and up would. Returns the piece behind the
- * last. */
-static __device__ __forceinline__ uint32_t wide_share(const attn_args *a, wide_shared *sh, const wide_item *it,
-                                                      unsigned char *smem, uint32_t piece, int group, int thread) {
-    typedef wide_room<0> room;
-    const int warp = thread / 32, lane = thread % 32, g = lane >> 2, c = lane & 3;
-    const uint32_t ring = attn_smem(smem), full = attn_smem(sh->full), empty = attn_smem(sh->empty);
-    const uint32_t q = ring + room::q, weights = q + 64 * 256, half = group * (64 * 128);
-    unsigned char *const mine = smem + room::q + 64 * 256 + half; /* weights of the warpgroup's keys */
-    const int row = warp * 16 + g;
-    const int32_t low = it->first + 63 < it->n ? it->pos0 + it->first / a->group : -1;
-    uint32_t slot = wide_slot(piece);
-    wide_rows w;
-    wide_rows_begin(&w, a, it, it->first);
-    float acc[32] = {}, s[32], o[36];
-    wide_fence();
-    wide_half_scores(s, q, wide_uniform(ring + room::slot(slot) + half));
-#pragma unroll 1
-    for (int32_t tile = 0;; tile++) {
-        const uint32_t keys = wide_uniform(ring + room::slot(slot ^ 2) + half),
-                       values = wide_uniform(ring + room::slot(slot) + WIDE_SIDE + group * WIDE_HALF);
-        const int32_t key0 = tile * CU_KEYS;
-        const bool last = tile + 1 == it->n_tile;
-        wide_wait<0>();
-        wide_hold<32>(s);
-        __syncwarp();
-        if (lane == 0) bar_arrive(empty + slot * 8);
-        if (key0 + CU_KEYS - 1 > low)
-#pragma unroll
-            for (int i = 0; i < 2; i++) {
-                const int32_t seen = w.pos[i] - key0 - group * 64 - 2 * c; /* as in wide_soften */
-#pragma unroll
-                for (int j = 0; j < 8; j++)
-#pragma unroll
-                    for (int e = 0; e < 2; e++)
-                        if (j * 8 + e > seen) s[4 * j + 2 * i + e] = -INFINITY;
-            }
-        float top[2], other[2];
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            float x[4];
-#pragma unroll
-            for (int k = 0; k < 4; k++) x[k] = fmaxf(s[4 * k + 2 * i], s[4 * k + 2 * i + 1]);
-#pragma unroll
-            for (int j = 4; j < 8; j++) x[j & 3] = fmaxf(x[j & 3], fmaxf(s[4 * j + 2 * i], s[4 * j + 2 * i + 1]));
-            top[i] = fmaxf(fmaxf(x[0], x[1]), fmaxf(x[2], x[3]));
-            top[i] = fmaxf(top[i], __shfl_xor_sync(0xffffffffu, top[i], 1));
-            top[i] = fmaxf(top[i], __shfl_xor_sync(0xffffffffu, top[i], 2));
-        }
-        wide_trade(other, top, sh->top, group, row, c); /* behind it nobody reads the weights before */
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            const float m = __fmul_rn(fmaxf(top[i], other[i]), a->scale), base = key0 <= w.pos[i] ? m : 0.0f;
-#pragma unroll
-            for (int j = 0; j < 8; j++) {
-                const float p0 = attn_ex2(__fsub_rn(__fmul_rn(s[4 * j + 2 * i], a->scale), base));
-                const float p1 = attn_ex2(__fsub_rn(__fmul_rn(s[4 * j + 2 * i + 1], a->scale), base));
-                *(uint32_t *)(mine + (row + 8 * i) * 128 + (((j ^ row) & 7) << 4) + c * 4) = cu_round2(p0, p1);
-            }
-            w.f[i] = 1.0f, w.b[i] = -0.0f;
-            if (key0 <= w.pos[i]) attn_factors(&w.M[i], m, &w.f[i], &w.b[i]);
-        }
-        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-        wide_both(); /* the weights are there */
-        bar_wait(full + slot * 8 + 8, wide_parity(piece));
-        piece += 2;
-        if (!last) bar_wait(full + (slot ^ 2) * 8, wide_parity(piece));
-        wide_fence();
-        wide_half_values(o, weights, values, group ? WIDE_HALF : 2 * WIDE_HALF);
-        wide_wait<0>();
-        wide_hold<36>(o);
-        __syncwarp();
-        if (lane == 0) bar_arrive(empty + slot * 8 + 8);
-        if (last) {
-            if (lane == 0) bar_arrive(attn_smem(&sh->q_free)); /* nor does anybody need the weights */
-            wide_half_join(acc, o, &w);
-            break;
-        }
-        wide_fence();
-        wide_half_scores(s, q, keys);
-        wide_half_join(acc, o, &w);
-        wide_hold<32>(acc);
-        slot ^= 2;
-    }
-    uint32_t two[2][8];
-    float top[2] = {}, other[2] = {}; /* bits of magnitudes */
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-#pragma unroll
-        for (int j = 0; j < 8; j++)
-            two[i][j] = cu_round2(__fdiv_rn(acc[4 * j + 2 * i], w.L[i]), __fdiv_rn(acc[4 * j + 2 * i + 1], w.L[i]));
-        if (a->out_codes != CU_CODES_NONE) top[i] = __uint_as_float(wide_largest<8>(two[i]));
-    }
-    if (a->out_codes != CU_CODES_NONE) {
-        wide_trade(other, top, sh->top, group, row, c);
-        wide_both(); /* both have read: those of the next rows may come */
-    }
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-        const int32_t r = it->first + row + 8 * i, t = r / a->group;
-        wide_put_row<8>(a, two[i], max(__float_as_uint(top[i]), __float_as_uint(other[i])), it->row0 + t,
-                        it->head * a->group + r - t * a->group, group * 64, w.pos[i] >= 0);
-    }
-    return piece;
-}
-
 template <int CODES>
-static __device__ __forceinline__ void wide_walk(const attn_args *a, wide_shared *sh, unsigned char *smem, int group,
+static __device__ __forceinline__ void wide_walk(const attn_args *a, wide_shared *sh, uint32_t ring, int group,
                                                  int thread) {
-    const int warp = thread / 32, lane = thread % 32, g = lane >> 2;
-    const uint32_t ring = attn_smem(smem);
+    const int warp = thread / 32, lane = thread % 32, g = lane >> 2, c = lane & 3;
     const uint32_t full = attn_smem(sh->full), empty = attn_smem(sh->empty), q_free = attn_smem(&sh->q_free);
     const uint32_t q = ring + wide_room<CODES>::q + group * (64 * 256);
     uint32_t piece = 0;
@@ -712,18 +508,20 @@ static __device__ __forceinline__ void wide_walk(const attn_args *a, wide_shared
         const wide_item it = sh->item[slot / 2];
         if (!it.n_tile) break;
         const int32_t mine = it.first + group * 64;
-        if (!CODES && it.n - it.first <= 64) {
-            piece = wide_share(a, sh, &it, smem, piece, group, thread);
-            continue;
-        }
-        if (CODES && mine >= it.n) {
+        if (mine >= it.n) {
             piece = wide_pass(sh, it.n_tile, piece, group, lane);
             continue;
         }
         const int32_t low =
             mine + 63 < it.n ? it.pos0 + mine / a->group : -1; /* least position; -1: a row is missing */
         wide_rows w;
-        wide_rows_begin(&w, a, &it, mine);
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const int32_t r = mine + warp * 16 + g + 8 * i, t = r / a->group;
+            w.pos[i] = r < it.n ? it.pos0 + t : -1;
+            w.M[i] = -INFINITY;
+            w.L[i] = 0.0f;
+        }
         float acc[64] = {}, s[64], o[CODES ? 64 : 68];
         uint32_t p[8][4];
         wide_my_turn(group);
@@ -780,8 +578,14 @@ static __device__ __forceinline__ void wide_walk(const attn_args *a, wide_shared
 #pragma unroll
             for (int j = 0; j < 16; j++)
                 two[j] = cu_round2(__fdiv_rn(acc[4 * j + 2 * i], w.L[i]), __fdiv_rn(acc[4 * j + 2 * i + 1], w.L[i]));
-            const uint32_t top = a->out_codes == CU_CODES_NONE ? 0 : wide_largest<16>(two);
-            wide_put_row<16>(a, two, top, row, head, 0, w.pos[i] >= 0);
+            if (a->out_codes == CU_CODES_F8)
+                wide_put_codes<CU_CODES_F8>(a, two, row, head, w.pos[i] >= 0);
+            else if (a->out_codes == CU_CODES_I8)
+                wide_put_codes<CU_CODES_I8>(a, two, row, head, w.pos[i] >= 0);
+            else if (w.pos[i] >= 0)
+#pragma unroll
+                for (int j = 0; j < 16; j++)
+                    *(uint32_t *)(a->out + row * a->ldo + head * WIDE_C + j * 8 + 2 * c) = two[j];
         }
     }
     if (group == 0) wide_my_turn(group); /* the last one that the other gave */
@@ -821,7 +625,7 @@ static __global__ void __launch_bounds__(WIDE_THREADS, 1)
             asm volatile("setmaxnreg.inc.sync.aligned.u32 224;");
         else
             asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
-        wide_walk<CODES>(&a, &sh, smem, group, thread);
+        wide_walk<CODES>(&a, &sh, attn_smem(smem), group, thread);
     }
 }
 
