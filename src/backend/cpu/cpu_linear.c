@@ -1,8 +1,10 @@
 /* How linear layers and their inputs are shared between the workers of a step.
  *
- * Outputs are taken, not given: whoever is free takes the next piece of what is left, so a worker whose processor is
- * disturbed delays the others by one small piece. Which worker computes an output changes no bit of it. Weights in
- * Paddle's order are given in fixed shares: one long run of outputs per weight row is what memory likes there. */
+ * Outputs are taken, not given: each worker takes pieces of a share of its own, from the front on, which makes one
+ * stream of memory of them, and who is done takes what is left of the others' from the back. So a worker whose
+ * processor is disturbed delays the others by one small piece. Which worker computes an output changes no bit of it.
+ * Weights in Paddle's order are given in fixed shares: one long run of outputs per weight row is what memory likes
+ * there. */
 #include "backend/cpu/cpu_state.h"
 
 enum {
@@ -13,20 +15,34 @@ enum {
 
 void cpu_phase(cpu_run *c) {
     c->phase++;
-    if (c->worker == 0) atomic_store_explicit(&c->b->claim[(c->phase + 1) % 2].next, 0, memory_order_relaxed);
+    atomic_store_explicit(&c->b->left[(c->phase + 1) % 2][c->worker].taken, 0, memory_order_relaxed);
+}
+
+/* A piece of a share a..z-1: of one's own from its front, of another's from its back. */
+static bool take_of(cpu_left *left, int32_t a, int32_t z, bool own, int32_t *from, int32_t *to) {
+    uint64_t taken = atomic_load_explicit(&left->taken, memory_order_relaxed);
+    int32_t front, back, take;
+    do {
+        front = a + (int32_t)(uint32_t)taken;
+        back = z - (int32_t)(taken >> 32);
+        if (front == back) return false;
+        take = (back - front + 1) / 2; /* large pieces first, small ones to end together */
+    } while (!atomic_compare_exchange_weak_explicit(&left->taken, &taken, taken + ((uint64_t)take << (own ? 0 : 32)),
+                                                    memory_order_relaxed, memory_order_relaxed));
+    *from = own ? front : back - take;
+    *to = *from + take;
+    return true;
 }
 
 bool cpu_claim(const cpu_run *c, int32_t n, int32_t *from, int32_t *to) {
-    atomic_int *next = &c->b->claim[c->phase % 2].next;
-    int at = atomic_load_explicit(next, memory_order_relaxed), take;
-    do {
-        if (at >= n) return false;
-        take = (n - at) / (2 * c->n_worker); /* large pieces first, small ones to end together */
-        if (take < 1) take = 1;
-    } while (!atomic_compare_exchange_weak_explicit(next, &at, at + take, memory_order_relaxed, memory_order_relaxed));
-    *from = at;
-    *to = at + take;
-    return true;
+    cpu_left *left = c->b->left[c->phase % 2];
+    for (int i = 0; i < c->n_worker; i++) {
+        const int who = (c->worker + i) % c->n_worker;
+        int64_t a, z;
+        ern_pool_share(n, 1, who, c->n_worker, &a, &z);
+        if (take_of(&left[who], (int32_t)a, (int32_t)z, i == 0, from, to)) return true;
+    }
+    return false;
 }
 
 /* ---- inputs ------------------------------------------------------------------------------------------------------ */

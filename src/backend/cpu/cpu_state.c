@@ -183,6 +183,7 @@ size_t cpu_layout(cpu_backend *b, unsigned char *base) {
     b->own = cut_act(b, &c, b->gathers ? n * R : 0, D);
     b->mid =
         cut_act(b, &c, R * larger(K, 1), larger((size_t)m->n_ffn, larger(1, (size_t)m->n_shared_expert) * expert_f));
+    for (int i = 0; i < 2; i++) b->left[i] = cut(&c, n, sizeof(cpu_left));
     b->sampler = cut(&c, n * b->sampler_bytes, 1);
     for (int i = 0; i < CPU_SLOTS; i++) slot_layout(b, &b->slot[i], &c);
     b->pair = cut(&c, CPU_PAIRS_MAX, sizeof(ern_page_pair));

@@ -63,6 +63,13 @@ typedef struct cpu_weights {
     struct cpu_file_ranges *files;
 } cpu_weights;
 
+/* What is left of a worker's share of a phase's pieces: how many have been taken from its front (low half), and from
+ * its back. */
+typedef struct cpu_left {
+    _Atomic uint64_t taken;
+    char apart[120];
+} cpu_left;
+
 typedef struct cpu_backend {
     const ern_backend_ops *ops;
     const ern_model *model;
@@ -111,16 +118,13 @@ typedef struct cpu_backend {
     unsigned char *sampler; /* [n_worker, sampler_bytes] */
     size_t sampler_bytes;
     atomic_int next_task;
-    cpu_act act;     /* [T] rows of xn, of q, of mtp_in or of head_in, as the next linear takes them */
-    cpu_act own;     /* [n_worker * R] where `gathers`: the rows of act that chose an expert */
-    cpu_act mid;     /* [R] or [R*K] rows of gate, as down takes them */
-    bool gathers;    /* there are experts that take rows as int8 */
-    size_t act_each; /* bytes of a number of act.q and mid.q: 0 where no linear wants them, 1 for int8, 2 for bf16, 4
-                        for fp8 */
-    struct {
-        atomic_int next; /* first piece of the phase that nobody has taken; phases take turns */
-        char apart[124];
-    } claim[2];
+    cpu_act act;       /* [T] rows of xn, of q, of mtp_in or of head_in, as the next linear takes them */
+    cpu_act own;       /* [n_worker * R] where `gathers`: the rows of act that chose an expert */
+    cpu_act mid;       /* [R] or [R*K] rows of gate, as down takes them */
+    bool gathers;      /* there are experts that take rows as int8 */
+    size_t act_each;   /* bytes of a number of act.q and mid.q: 0 where no linear wants them, 1 for int8, 2 for bf16, 4
+                          for fp8 */
+    cpu_left *left[2]; /* [n_worker]; phases take turns */
 
     cpu_slot slot[CPU_SLOTS]; /* step n uses slot n % CPU_SLOTS */
     ern_page_pair *pair;      /* [CPU_PAIRS_MAX] asked for since the last submit; engine thread */

@@ -271,7 +271,8 @@ void cpu_step(cpu_backend *b, cpu_slot *s, const cpu_slot *prev) {
     const int64_t begin_us = ern_now_us();
     cpu_copy_pages(b, s->pair, s->n_pair);
     prepare(b, s, prev);
-    for (int i = 0; i < 2; i++) atomic_store_explicit(&b->claim[i].next, 0, memory_order_relaxed);
+    for (int i = 0; i < 2 * b->n_worker; i++)
+        atomic_store_explicit(&b->left[i % 2][i / 2].taken, 0, memory_order_relaxed);
     cpu_run run = {.b = b, .s = s};
     ern_pool_run(b->pool, step_worker, &run);
     s->compute_us = ern_now_us() - begin_us;
