@@ -1,8 +1,9 @@
 #!/bin/sh
 # make gpu-sanitize: the kernels under NVIDIA's compute-sanitizer, from a built tree on a machine with a GPU and the CUDA
 # toolkit. Every family of kernels by some small cases of gpu_check, each under memcheck, initcheck, synccheck and
-# racecheck. Prints a line for each run as it ends, a report where it is not clean, and a count; exit code 1 if one was
-# not clean. Arguments: the build folder; runs side by side (8); a word that "TOOL: CASES" has to hold.
+# racecheck; and, first, what none of these sees, in the machine code (check_arrivals.py). Prints a line for each run as it
+# ends, a report where it is not clean, and a count; exit code 1 if one was not clean. Arguments: the build folder; runs
+# side by side (8); a word that "TOOL: CASES" has to hold.
 #
 # Left out, and counted: what a tool cannot follow.
 #   no-sync   synccheck wants all warps of a block to meet their cluster in the same place; a8_split's asking warp meets it
@@ -21,6 +22,7 @@ word=${3:-}
 PATH=$PATH:/usr/local/cuda/bin
 command -v compute-sanitizer >/dev/null || { echo 'compute-sanitizer: not in PATH; it comes with the CUDA toolkit'; exit 1; }
 ! "$build/ernest" collect-env | grep '^gpu: *none' || exit 1
+python3 tools/check_arrivals.py "$build/ernest_cuda.so" || exit 1
 dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT
 trap 'exit 1' INT TERM
