@@ -1,5 +1,6 @@
 /* Attention of sequences with many rows by warps of 16 rows, eight in a block: what a block has to do, and what a warp
- * keeps of its rows and begins with. Device code only; included by cu_attn_prefill.cu and cu_any_prefill.cu. */
+ * keeps of its rows and begins with. What a block has to do is the same for warpgroups (cu_attn_wide.cuh). Device code
+ * only. */
 #ifndef ERN_BACKEND_CUDA_CU_ATTN_ROWS_CUH
 #define ERN_BACKEND_CUDA_CU_ATTN_ROWS_CUH
 

@@ -29,6 +29,7 @@
 
 #include "backend/cuda/cu_a8_device.cuh"
 #include "backend/cuda/cu_attn.cuh"
+#include "backend/cuda/cu_attn_rows.cuh"
 
 enum { WIDE_C = 128, WIDE_THREADS = 384, WIDE_HALF = CU_KEYS * 128, WIDE_SIDE = 2 * WIDE_HALF, WIDE_SLOTS = 4 };
 /* Where things are in shared memory, from a multiple of 1024 on. */
@@ -258,15 +259,9 @@ static __device__ __forceinline__ void wide_fill(const attn_args *a, const CUten
     while (item < n_item) {
         int32_t taken = 0;
         if (thread == 0) taken = atomicAdd(a->work + ATTN_WIDE_TAKEN, 1);
-        const int32_t nth = item / a->n_kv_head, seq = list[2 * nth], len = a->kv_len[seq];
-        const int32_t rows = a->work[ATTN_WIDE_ROWS];
-        wide_item it;
-        it.head = item - nth * a->n_kv_head;
-        it.first = list[2 * nth + 1] * rows;
-        it.row0 = a->row0[seq];
-        it.pos0 = a->pos[it.row0];
-        it.n = min((a->row0[seq + 1] - it.row0) * a->group, it.first + rows);
-        it.n_tile = (it.pos0 + (it.n - 1) / a->group) / CU_KEYS + 1;
+        const rows_item of = rows_item_of(a, list, item);
+        const wide_item it = {of.n_tile, of.first, of.n, of.row0, of.pos0, of.head};
+        const int32_t seq = of.seq, len = of.len;
 
         if (CODES) wide_turn_q<CODES>(a, &it, smem, attn_smem(&sh->q_free), q_parity, thread);
         const int64_t plane = it.head * a->plane_bytes;
