@@ -235,15 +235,15 @@ static cu_bf16 *attend(const char *name, const step *w, bool decode, int64_t scr
 /* One row and head against double; the largest error as a share of its bound.
  *
  * A product of the tensor core adds 16 exact products and the sum so far, each cut to no less than 23 bits below the
- * largest: 17 * 2^-23 of the sum of magnitudes. Score j, base 2, A = sum |q k|: C/16 such products and three roundings,
- *   ds = scale * A * (C/16 * 17 + 3) * 2^-23.
- * Its weight is then off by a factor within 1 + d_j, d_j = 2^-8 (rounding to bf16: 8 bits) + ln 2 * ds + 2^-22 (ex2) +
- * 2^-24 * |s - m| ln 2 (the difference), and each join of a tile, of nt, puts one more ex2 of a rounded difference on a
- * weight: nt * (2^-22 + 2^-24 * R), R the spread of scores. m itself is the same for all weights of a tile and cancels.
- * BF16: the weights that are summed are those that weigh, so O' - O = sum p_j d_j (v_j - O) / sum of weights. Codes:
- * those that weigh are rounded after the value's scale, so |O' - O| <= sum p_j d_j (|v_j| + |O|). The sums: 8 products
- * and nt joins (two roundings each) of sum p |v|, the same of l for |O|. Last, one division and bf16: 2^-8 + 2^-24 of
- * the result. A weight below 2^-126 of the largest is lost, which is nothing. */
+ * largest: 17 * 2^-23 of the sum of magnitudes. Score j, base 2, A = sum |q k|: C/16 such products and two roundings
+ * (of the scale; codes: of the key's), ds = scale * A * (C/16 * 17 + 2) * 2^-23. Its weight is then off by a factor
+ * within 1 + d_j, d_j = 2^-8 (rounding to bf16: 8 bits) + ln 2 * ds + 2^-22 (ex2) + 2^-24 * |s - m| ln 2 (the
+ * difference), and each join of a tile, of nt, puts one more ex2 of a rounded difference on a weight: nt * (2^-22 +
+ * 2^-24 * R), R the spread of scores. m itself is the same for all weights of a tile and cancels. BF16: the weights
+ * that are summed are those that weigh, so O' - O = sum p_j d_j (v_j - O) / sum of weights. Codes: those that weigh are
+ * rounded after the value's scale, so |O' - O| <= sum p_j d_j (|v_j| + |O|). The sums: 8 products and nt joins (two
+ * roundings each) of sum p |v|, the same of l for |O|. Last, one division and bf16: 2^-8 + 2^-24 of the result. A
+ * weight below 2^-126 of the largest is lost, which is nothing. */
 static double row_error(const step *w, const cu_bf16 *out, int32_t seq, int32_t r, int32_t head) {
     const shape *s = &w->s;
     const int32_t t = w->row0[seq] + r, n = w->pos[t] + 1, g = head / (s->H / s->G), nt = (n + CU_KEYS - 1) / CU_KEYS;
@@ -263,7 +263,7 @@ static double row_error(const step *w, const cu_bf16 *out, int32_t seq, int32_t 
             v[(size_t)j * C + i] = (double)kv_number(w, seq, j, 1, g, (int32_t)i, &vs) * (double)vs;
         }
         score[j] = dot * scale;
-        off[j] = ln2 * size * scale * ((double)C / 16.0 * 17.0 + 3.0) * 0x1p-23;
+        off[j] = ln2 * size * scale * ((double)C / 16.0 * 17.0 + 2.0) * 0x1p-23;
         if (score[j] > top) top = score[j];
         if (score[j] < low) low = score[j];
     }

@@ -5,8 +5,8 @@
  * group = H/G. Lane 4 g + c of a warp owns rows g and g + 8 of a tile of 16.
  *
  * The law (both kernels, bit for bit), for a row and the keys of a tile of CU_KEYS:
- *   S = q k by products over C, first first; s = S * scale (codes: S * scale of the key, then * scale); base 2
- *   m = the largest s that the row sees; p = 2^(s - m), 0 where it sees nothing
+ *   s = q k by products over C, first first (codes: times the scale of the key); m = the largest s that the row sees,
+ *   times scale; p = 2^(s * scale - m), rounded once, 0 where it sees nothing
  *   l = the sum of bf16(p) and O = sum of bf16(p) v, by products over the keys, first first (codes: O of bf16(p * scale
  *   of the value), 0 where p is 0)
  *   M' = max(M, m), a = 2^(M - M'), b = 2^(m - M'): L = L a + l b, Acc = Acc a + O b, from M = -inf, L = Acc = 0
@@ -219,8 +219,12 @@ static __device__ __forceinline__ float attn_ex2(float x) {
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
-template <int CODES> static __device__ __forceinline__ float attn_score(float dot, float key_scale, float scale) {
-    return __fmul_rn(CODES ? __fmul_rn(dot, key_scale) : dot, scale);
+template <int CODES> static __device__ __forceinline__ float attn_score(float dot, float key_scale) {
+    return CODES ? __fmul_rn(dot, key_scale) : dot;
+}
+/* base: m, or 0 where the row sees nothing, since there is no -inf - -inf. */
+static __device__ __forceinline__ float attn_weight(float s, float scale, float base) {
+    return attn_ex2(__fmaf_rn(s, scale, -base));
 }
 /* The value's scale on a weight; a weight of nothing stays nothing whatever the scale. */
 static __device__ __forceinline__ float attn_scaled(float p, float value_scale) {

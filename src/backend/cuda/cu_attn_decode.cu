@@ -561,7 +561,7 @@ static __global__ void __launch_bounds__(THREADS *GROUPS, (groups_each(C, CODES)
 #pragma unroll
             for (int e = 0; e < 4; e++) {
                 const float scale = CODES ? key_scale[in_tile + (e & 1)] : 1.0f;
-                score[j][e] = attn_score<CODES>(score[j][e], scale, a.scale);
+                score[j][e] = attn_score<CODES>(score[j][e], scale);
             }
         }
         if (key0 + CU_KEYS - 1 > cur.pos0) { /* else all rows see all keys */
@@ -630,8 +630,9 @@ static __global__ void __launch_bounds__(THREADS *GROUPS, (groups_each(C, CODES)
         for (int i = 0; i < 2; i++) {
             m[i] = top[g + 8 * i];
             for (int w = 1; w < 4; w++) m[i] = fmaxf(m[i], top[w * ATTN_FEW + g + 8 * i]);
+            m[i] = __fmul_rn(m[i], a.scale);
             seen[i] = key0 <= pos[i];
-            base[i] = seen[i] ? m[i] : 0.0f; /* no -inf - -inf */
+            base[i] = seen[i] ? m[i] : 0.0f;
         }
         const float *value_scale = key_scale + (1 + turn) * CU_KEYS;
 #pragma unroll
@@ -639,8 +640,8 @@ static __global__ void __launch_bounds__(THREADS *GROUPS, (groups_each(C, CODES)
             const int chunk = warp * 4 + j;
 #pragma unroll
             for (int i = 0; i < 2; i++) {
-                const float p0 = attn_ex2(__fsub_rn(score[j][2 * i], base[i]));
-                const float p1 = attn_ex2(__fsub_rn(score[j][2 * i + 1], base[i]));
+                const float p0 = attn_weight(score[j][2 * i], a.scale, base[i]);
+                const float p1 = attn_weight(score[j][2 * i + 1], a.scale, base[i]);
                 const uint32_t at = attn_at<16>(g + 8 * i, chunk) + c * 4;
                 *(uint32_t *)(smem + sh::l_at + at) = cu_round2(p0, p1);
                 if (CODES) {

@@ -382,7 +382,6 @@ static __device__ __forceinline__ void attend(const one_args *args, unsigned cha
             const int in_tile = warp * sh::warp_keys + j * 8 + 2 * c;
 #pragma unroll
             for (int e = 0; e < 4; e++) {
-                s[j][e] = attn_score<0>(s[j][e], 1.0f, a->scale);
                 if (t.tile * CU_KEYS + in_tile + (e & 1) > t.pos) s[j][e] = -INFINITY;
                 m[e >> 1] = fmaxf(m[e >> 1], s[j][e]);
             }
@@ -394,13 +393,13 @@ static __device__ __forceinline__ void attend(const one_args *args, unsigned cha
             tile_ask(a, smem, 0, &next);
         else
             attn_copy_commit();
-        tile_top<WARPS>(m, top, g);
+        tile_top<WARPS>(m, top, g, a->scale);
 #pragma unroll
         for (int j = 0; j < J; j++) {
 #pragma unroll
             for (int i = 0; i < 2; i++) {
-                const float p0 = attn_ex2(__fsub_rn(s[j][2 * i], m[i]));
-                const float p1 = attn_ex2(__fsub_rn(s[j][2 * i + 1], m[i]));
+                const float p0 = attn_weight(s[j][2 * i], a->scale, m[i]);
+                const float p1 = attn_weight(s[j][2 * i + 1], a->scale, m[i]);
                 *(uint32_t *)(smem + sh::l_at + attn_at<16>(g + 8 * i, warp * J + j) + c * 4) = cu_round2(p0, p1);
             }
         }

@@ -122,7 +122,7 @@ static __device__ __forceinline__ void walk_tile(rows<C> *w, uint32_t k, uint32_
         if (CODES) scale = *(const float2 *)(key_scale + j * 8 + 2 * c);
 #pragma unroll
         for (int e = 0; e < 4; e++) {
-            s[j][e] = attn_score<CODES>(s[j][e], e & 1 ? scale.y : scale.x, score_scale);
+            s[j][e] = attn_score<CODES>(s[j][e], e & 1 ? scale.y : scale.x);
             if (CUT && key0 + j * 8 + 2 * c + (e & 1) > w->pos[e >> 1]) s[j][e] = -INFINITY;
             m[e >> 1] = fmaxf(m[e >> 1], s[j][e]);
         }
@@ -132,9 +132,9 @@ static __device__ __forceinline__ void walk_tile(rows<C> *w, uint32_t k, uint32_
 #pragma unroll
     for (int i = 0; i < 2; i++) {
         m[i] = fmaxf(m[i], __shfl_xor_sync(0xffffffffu, m[i], 1));
-        m[i] = fmaxf(m[i], __shfl_xor_sync(0xffffffffu, m[i], 2));
+        m[i] = __fmul_rn(fmaxf(m[i], __shfl_xor_sync(0xffffffffu, m[i], 2)), score_scale);
         seen[i] = !CUT || key0 <= w->pos[i];
-        base[i] = seen[i] ? m[i] : 0.0f; /* no -inf - -inf */
+        base[i] = seen[i] ? m[i] : 0.0f;
     }
 
     uint32_t p[8][4];
@@ -145,8 +145,8 @@ static __device__ __forceinline__ void walk_tile(rows<C> *w, uint32_t k, uint32_
 #pragma unroll
         for (int x = 0; x < 4; x++) {
             const int j = 2 * kk + (x >> 1), i = x & 1;
-            const float p0 = attn_ex2(__fsub_rn(s[j][2 * i], base[i]));
-            const float p1 = attn_ex2(__fsub_rn(s[j][2 * i + 1], base[i]));
+            const float p0 = attn_weight(s[j][2 * i], score_scale, base[i]);
+            const float p1 = attn_weight(s[j][2 * i + 1], score_scale, base[i]);
             pl[x] = cu_round2(p0, p1);
             if (CODES) {
                 const float2 scale = *(const float2 *)(key_scale + CU_KEYS + j * 8 + 2 * c);

@@ -131,12 +131,13 @@ static __device__ __forceinline__ void tile_put_top(float m[2], float *top, int 
     }
 }
 /* The largest of all warps' scores. */
-template <int WARPS> static __device__ __forceinline__ void tile_top(float m[2], const float *top, int g) {
+template <int WARPS> static __device__ __forceinline__ void tile_top(float m[2], const float *top, int g, float scale) {
 #pragma unroll
     for (int i = 0; i < 2; i++) {
         m[i] = top[g + 8 * i];
 #pragma unroll
         for (int w = 1; w < WARPS; w++) m[i] = fmaxf(m[i], top[w * ATTN_FEW + g + 8 * i]);
+        m[i] = __fmul_rn(m[i], scale);
     }
 }
 

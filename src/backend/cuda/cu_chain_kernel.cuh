@@ -706,7 +706,7 @@ static __device__ __forceinline__ void chain_attend(const chain_args *a, const c
 #pragma unroll
             for (int e = 0; e < 4; e++) {
                 const float scale = I8 ? key_scale[in_tile + (e & 1)] : 1.0f;
-                s[j][e] = attn_score<I8>(s[j][e], scale, a->att.scale);
+                s[j][e] = attn_score<I8>(s[j][e], scale);
                 if (t.tile * CU_KEYS + in_tile + (e & 1) > t.pos) s[j][e] = -INFINITY;
                 m[e >> 1] = fmaxf(m[e >> 1], s[j][e]);
             }
@@ -724,14 +724,14 @@ static __device__ __forceinline__ void chain_attend(const chain_args *a, const c
             chain_load<I8>(a, b, layer, 0, &next);
         }
         attn_copy_commit();
-        tile_top<CHAIN_WARPS>(m, top, g);
+        tile_top<CHAIN_WARPS>(m, top, g, a->att.scale);
 #pragma unroll
         for (int j = 0; j < J; j++) {
             const int chunk = warp * J + j;
 #pragma unroll
             for (int i = 0; i < 2; i++) {
-                const float p0 = attn_ex2(__fsub_rn(s[j][2 * i], m[i]));
-                const float p1 = attn_ex2(__fsub_rn(s[j][2 * i + 1], m[i]));
+                const float p0 = attn_weight(s[j][2 * i], a->att.scale, m[i]);
+                const float p1 = attn_weight(s[j][2 * i + 1], a->att.scale, m[i]);
                 const uint32_t at = attn_at<16>(g + 8 * i, chunk) + c * 4;
                 *(uint32_t *)(smem + sh::l_at + at) = cu_round2(p0, p1);
                 if (I8) {
