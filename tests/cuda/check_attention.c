@@ -519,8 +519,20 @@ static void piece_case(const shape *s) {
     int32_t compared = 0;
     const bool same = same_bits(both, y, alone, x, &compared);
     check_that(case_name("a piece alone and beside a prompt: bits", s), same && compared == 157, "differ");
-    free(x), free(y);
-    step_free(alone), step_free(both);
+    /* and beside replies, which find room on multiprocessors that the piece leaves free, or do not */
+    enum { REPLIES = 16 };
+    int32_t c1[REPLIES + 1], l1[REPLIES + 1], r1[REPLIES + 1];
+    for (int32_t i = 0; i < REPLIES; i++) c1[i] = 80 + i, l1[i] = 150 + 53 * i, r1[i] = 1;
+    c1[REPLIES] = content[0], l1[REPLIES] = len[0], r1[REPLIES] = rows[0];
+    step *replies = step_new(s, REPLIES, c1, l1, r1), *beside = step_new(s, REPLIES + 1, c1, l1, r1);
+    cu_bf16 *z = attend(name, replies, true, BIG), *u = attend(name, beside, false, BIG);
+    compared = 0;
+    check_that(case_name("a piece beside replies: bits", s),
+               same_bits(beside, u, alone, x, &compared) && same_bits(beside, u, replies, z, &compared) &&
+                   compared == 157 + REPLIES,
+               "differ");
+    free(x), free(y), free(z), free(u);
+    step_free(alone), step_free(both), step_free(replies), step_free(beside);
 }
 
 /* What comes out as codes: those of what comes out as bf16. long: the last prompt is long enough for blocks of 128

@@ -150,9 +150,9 @@ static __device__ attn_short unit_at(const plan_args *a, int32_t x, int32_t n_de
     return one;
 }
 /* What each block begins with. */
-static __device__ void plan_starts(const plan_args *a, int32_t n_tile, int32_t n_dec, const int32_t *begin,
-                                   int32_t stride) {
-    const attn_line line = attn_line_of(n_tile, n_dec * a->n_kv_head, a->n_block);
+static __device__ void plan_starts(const plan_args *a, int32_t n_tile, int32_t n_dec, int32_t n_block,
+                                   const int32_t *begin, int32_t stride) {
+    const attn_line line = attn_line_of(n_tile, n_dec * a->n_kv_head, n_block);
     static_assert(PLANNERS >= ATTN_BLOCKS_MOST, "a thread a block");
     if ((int32_t)threadIdx.x < line.n_block) {
         const int32_t x = attn_line_start(&line, threadIdx.x), stop = attn_line_start(&line, threadIdx.x + 1);
@@ -172,10 +172,19 @@ static __device__ void plan_starts(const plan_args *a, int32_t n_tile, int32_t n
     }
 }
 
+/* Blocks for n_tile tiles of short sequences. A piece of a prompt leaves multiprocessors free: the short sequences get
+ * these, at the same time, if they are done there before the piece is (n_wide tiles of rows, the longest of which walks
+ * so many tiles of keys, each of them no longer than two of a short sequence). */
+static __device__ int32_t plan_blocks(const plan_args *a, int32_t n_tile, int32_t n_wide, int32_t longest) {
+    const int32_t left = a->n_core - n_wide * a->n_kv_head, n = left * (a->n_block / a->n_core);
+    if (CU_PORTABLE || n_wide == 0 || n <= 0 || n_tile > (int64_t)left * longest / 2) return a->n_block;
+    return n;
+}
+
 /* Short sequences; returns how many tiles of ATTN_ROWS_LESS rows the others have. */
 static __device__ int32_t plan_short(const plan_args *a, int64_t *warp_sum) {
-    __shared__ int32_t n_wide, row_max, begin[PLANNERS];
-    if (threadIdx.x == 0) n_wide = row_max = 0;
+    __shared__ int32_t n_wide, longest, row_max, begin[PLANNERS];
+    if (threadIdx.x == 0) n_wide = longest = row_max = 0;
     __syncthreads();
     int32_t before_dec = 0, before_tile = 0;
     for (int32_t from = 0; from < a->n_seq; from += PLANNERS) {
@@ -188,7 +197,10 @@ static __device__ int32_t plan_short(const plan_args *a, int64_t *warp_sum) {
             one.n_row = one.len > 0 ? (a->row0[s + 1] - one.row0) * a->group : 0;
         }
         const bool mine = one.n_row >= 1 && one.n_row <= ATTN_FEW;
-        if (one.n_row > ATTN_FEW) atomicAdd(&n_wide, (one.n_row + ATTN_ROWS_LESS - 1) / ATTN_ROWS_LESS);
+        if (one.n_row > ATTN_FEW) {
+            atomicAdd(&n_wide, (one.n_row + ATTN_ROWS_LESS - 1) / ATTN_ROWS_LESS);
+            atomicMax(&longest, (one.len + CU_KEYS - 1) / CU_KEYS);
+        }
         if (mine) one.pos0 = a->pos[one.row0];
         const int32_t tiles = mine ? (one.len + CU_KEYS - 1) / CU_KEYS : 0;
         const int32_t most_rows = __reduce_max_sync(0xffffffffu, mine ? one.n_row : 0);
@@ -202,12 +214,13 @@ static __device__ int32_t plan_short(const plan_args *a, int64_t *warp_sum) {
         before_dec += (int32_t)(all >> 40);
         before_tile += (int32_t)all;
     }
-    if (threadIdx.x == 0) *(int4 *)a->work = make_int4(before_dec, before_tile, row_max, 0); /* ATTN_N_DEC and so on */
+    const int32_t n_block = plan_blocks(a, before_tile, n_wide, longest);
+    if (threadIdx.x == 0) *(int4 *)a->work = make_int4(before_dec, before_tile, row_max, n_block); /* ATTN_N_DEC .. */
     __syncthreads();
     if (before_dec <= PLANNERS)
-        plan_starts(a, before_tile, before_dec, begin, (int32_t)sizeof *begin);
+        plan_starts(a, before_tile, before_dec, n_block, begin, (int32_t)sizeof *begin);
     else
-        plan_starts(a, before_tile, before_dec, &attn_shorts(a->work)->x0, (int32_t)sizeof(attn_short));
+        plan_starts(a, before_tile, before_dec, n_block, &attn_shorts(a->work)->x0, (int32_t)sizeof(attn_short));
     return n_wide;
 }
 
@@ -345,9 +358,8 @@ cudaError_t cu_attend(cudaStream_t s, cu_bf16 *out, const cu_bf16 *q, const floa
     a.scratch = (float *)scratch;
     a.n_scratch = scratch_bytes / (int64_t)sizeof(float);
     const int codes = attn_codes_of(c->dtype);
-    cudaError_t e = attn_decode(s, &a, c->n_head_dim, codes);
-    if (e == cudaSuccess && !decode) e = attn_prefill(s, &a, c->n_head_dim, codes);
-    return e;
+    cudaError_t e = decode ? cudaSuccess : attn_prefill(s, &a, c->n_head_dim, codes);
+    return e != cudaSuccess ? e : attn_decode(s, &a, c->n_head_dim, codes);
 }
 
 cudaError_t cu_attend_codes(cudaStream_t s, const cu_x8 *out, cu_codes codes, const cu_bf16 *q, const cu_cache *c,

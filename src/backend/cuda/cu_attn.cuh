@@ -37,6 +37,7 @@ enum {
     ATTN_N_DEC,      /* sequences with few rows ("short") */
     ATTN_N_TILE,     /* tiles of keys of all short sequences and heads */
     ATTN_ROW_MAX,    /* most packed rows of a short sequence */
+    ATTN_N_BLOCK,    /* most blocks for them: all of the launch, or what finds room beside the others' */
     ATTN_N_WIDE = 4, /* (sequence, tile of rows) of the others */
     ATTN_WIDE_TAKEN, /* of these, beyond one a block; blocks that are done: zeros before and after every launch */
     ATTN_WIDE_DONE,
@@ -343,6 +344,7 @@ int64_t attn_decode_floats(int64_t n_tile, int64_t n_unit, int32_t n_row, int32_
 /* Blocks of the launch for so many sequences times heads. */
 int32_t attn_decode_blocks(int32_t C, int codes, int64_t n_unit);
 cudaError_t attn_decode(cudaStream_t s, const attn_args *a, int32_t C, int codes);
+/* Goes in front of attn_decode, which may run beside it: it waits for what is before it, then lets the next begin. */
 cudaError_t attn_prefill(cudaStream_t s, const attn_args *a, int32_t C, int codes);
 
 #endif

@@ -441,13 +441,17 @@ static __global__ void __launch_bounds__(THREADS *GROUPS, (groups_each(C, CODES)
         bar_init(b.bar[0], 1), bar_init(b.bar[1], 1);
         bar_init_end();
     }
-    if (!makes) cu_wait_previous();
     stretch s = stretch_of(&a, C);
+    /* Beside: attn_prefill, in front, has waited for all that is read here before it let this kernel begin; it writes
+     * other rows of out and no scratch. The last block waits for it, so that who waits for this kernel waits for both.
+     */
+    if (!makes && !s.beside) cu_wait_previous();
     const int4 pages = __ldcg((const int4 *)s.start->page);
     const unit end_unit = unit_of(&s.start->last);
     walk w = walk_of(&a, &s);
     if ((int32_t)blockIdx.x >= (s.cut ? s.line.n_block : s.n_unit)) {
-        if (blockIdx.x == 0) cu_wait_previous(); /* who waits for this kernel waits for those before */
+        /* who waits for this kernel waits for those before */
+        if (blockIdx.x == 0 || (s.beside && blockIdx.x + 1 == gridDim.x)) cu_wait_previous();
         return;
     }
     const bool joins = s.cut && !attn_line_hands(&s.line, end_unit.x0, end_unit.n_tile) &&

@@ -34,19 +34,21 @@ typedef struct stretch {
     int32_t row_max, slot; /* words of a slot */
     int32_t n_unit;
     bool cut;           /* false: slots do not fit scratch, and block b takes units b, b + blocks and so on */
+    bool beside;        /* there is room for all blocks of the line beside attn_prefill's, which is in front */
     int32_t from, stop; /* of this block */
     int32_t begin_end;  /* where the unit of its first tile ends */
     const attn_start *start;
 } stretch;
 
 static __device__ __forceinline__ stretch stretch_of(const attn_args *a, int C) {
-    const int4 head = __ldcg((const int4 *)a->work); /* ATTN_N_DEC, ATTN_N_TILE, ATTN_ROW_MAX */
+    const int4 head = __ldcg((const int4 *)a->work); /* ATTN_N_DEC, ATTN_N_TILE, ATTN_ROW_MAX, ATTN_N_BLOCK */
     stretch s;
     s.n_unit = head.x * a->n_kv_head;
-    s.line = attn_line_of(head.y, s.n_unit, (int32_t)gridDim.x);
+    s.line = attn_line_of(head.y, s.n_unit, head.w);
     s.row_max = head.z;
     s.slot = slot_words(s.row_max, C);
     s.cut = ((int64_t)head.y + s.n_unit) * s.slot <= a->n_scratch;
+    s.beside = s.cut && head.w < (int32_t)gridDim.x;
     s.from = attn_line_start(&s.line, blockIdx.x), s.stop = attn_line_start(&s.line, blockIdx.x + 1);
     s.start = attn_starts(a->turn, a->n_row, C) + blockIdx.x;
     return s;
