@@ -508,6 +508,45 @@ static void many_case(const shape *s) {
     step_free(w), step_free(alone);
 }
 
+/* Blocks that take tiles of many rows and of few one after the other, of all numbers of tiles of keys: in this order,
+ * in another one, again and again, and ten of the sequences by themselves. */
+static void mixture_case(const shape *s) {
+    const char *name = case_name("a mixture", s);
+    if (!check_begin(name)) return;
+    enum { MIXED = 130, SOME = 10, TIMES = 5 };
+    static const int32_t packed[] = {20, 64, 65, 128, 200, 60, 17, 129}, tiles[] = {1, 2, 3, 4, 5, 7, 1, 2, 6};
+    int32_t content[2][MIXED], len[2][MIXED], rows[2][MIXED];
+    for (int32_t i = 0; i < MIXED; i++) {
+        const int32_t most = packed[i % 8] / (s->H / s->G) + 1, n = tiles[i % 9] * CU_KEYS - i % 5 * 31;
+        const int32_t at[] = {i, i * 47 % MIXED}; /* 47 and 130 have no divisor in common */
+        for (int k = 0; k < 2; k++) content[k][at[k]] = i, len[k][at[k]] = n, rows[k][at[k]] = most < n ? most : n;
+    }
+    step *w = step_new(s, MIXED, content[0], len[0], rows[0]), *other = step_new(s, MIXED, content[1], len[1], rows[1]);
+    cu_bf16 *x = attend(name, w, false, BIG), *y = attend(name, other, false, BIG);
+    check_step(name, w, x, 1);
+    int32_t compared = 0, want = 0;
+    bool same = same_bits(w, x, other, y, &compared);
+    for (int i = 0; i < TIMES; i++) {
+        cu_bf16 *again = attend(name, w, false, BIG);
+        same = same && memcmp(x, again, (size_t)w->n_row * (size_t)CU_PAD(s->H * s->C) * 2) == 0;
+        free(again);
+    }
+    check_that(case_name("a mixture in another order: bits", s), same && compared == w->n_row, "differ");
+    compared = 0, same = true;
+    for (int32_t i = 0; i < SOME; i++) {
+        const int32_t k = i * 13;
+        step *alone = step_new(s, 1, content[0] + k, len[0] + k, rows[0] + k);
+        cu_bf16 *z = attend(name, alone, false, BIG);
+        same = same && same_bits(w, x, alone, z, &compared);
+        want += alone->n_row;
+        free(z);
+        step_free(alone);
+    }
+    check_that(case_name("a mixture and alone: bits", s), same && compared == want, "differ");
+    free(x), free(y);
+    step_free(w), step_free(other);
+}
+
 /* A piece of a prompt, which fewer rows a block walk, and the same beside a whole one, where blocks have more. */
 static void piece_case(const shape *s) {
     const char *name = case_name("a piece of a prompt", s);
@@ -531,7 +570,10 @@ static void piece_case(const shape *s) {
                same_bits(beside, u, alone, x, &compared) && same_bits(beside, u, replies, z, &compared) &&
                    compared == 157 + REPLIES,
                "differ");
-    free(x), free(y), free(z), free(u);
+    cu_bf16 *v = attend(name, beside, false, 0);
+    check_that(case_name("a piece beside replies, without scratch: bits", s),
+               memcmp(u, v, (size_t)beside->n_row * (size_t)CU_PAD(s->H * s->C) * 2) == 0, "differ");
+    free(x), free(y), free(z), free(u), free(v);
     step_free(alone), step_free(both), step_free(replies), step_free(beside);
 }
 
@@ -920,6 +962,8 @@ void check_attention(void) {
         fused_uneven_case(&s);
     }
     for (int i = 0; i < 3; i++) many_case(&(shape){.C = 128, .H = 16, .G = 2, .P = 16, .dtype = kinds[i]});
+    for (int i = 0; i < 6; i++)
+        mixture_case(&(shape){.C = 128, .H = i < 3 ? 20 : 32, .G = 4, .P = i < 3 ? 64 : 20, .dtype = kinds[i % 3]});
     /* Pages that a copy takes whole, in part, and that none takes. */
     const shape pieces[] = {
         {.C = 128, .H = 20, .G = 4, .P = 64}, {.C = 128, .H = 16, .G = 2, .P = 48}, {.C = 128, .H = 16, .G = 2, .P = 8},

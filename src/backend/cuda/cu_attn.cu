@@ -173,8 +173,8 @@ static __device__ void plan_starts(const plan_args *a, int32_t n_tile, int32_t n
 }
 
 /* Blocks for n_tile tiles of short sequences. A piece of a prompt leaves multiprocessors free: the short sequences get
- * these, at the same time, if they are done there before the piece is (n_wide tiles of rows, the longest of which walks
- * so many tiles of keys, each of them no longer than two of a short sequence). */
+ * these, at the same time, if they are done there before the piece is: it has n_wide tiles of rows, the longest of
+ * which walks so many tiles of keys, and a tile of a short sequence takes as long as two of these at most. */
 static __device__ int32_t plan_blocks(const plan_args *a, int32_t n_tile, int32_t n_wide, int32_t longest) {
     const int32_t left = a->n_core - n_wide * a->n_kv_head, n = left * (a->n_block / a->n_core);
     if (CU_PORTABLE || n_wide == 0 || n <= 0 || n_tile > (int64_t)left * longest / 2) return a->n_block;
@@ -358,6 +358,7 @@ cudaError_t cu_attend(cudaStream_t s, cu_bf16 *out, const cu_bf16 *q, const floa
     a.scratch = (float *)scratch;
     a.n_scratch = scratch_bytes / (int64_t)sizeof(float);
     const int codes = attn_codes_of(c->dtype);
+    a.behind = !decode;
     cudaError_t e = decode ? cudaSuccess : attn_prefill(s, &a, c->n_head_dim, codes);
     return e != cudaSuccess ? e : attn_decode(s, &a, c->n_head_dim, codes);
 }

@@ -69,6 +69,7 @@ typedef struct attn_args {
     /* Of cu_attend_codes: instead of out */
     cu_x8 out8;
     cu_codes out_codes;
+    bool behind; /* decode's: attn_prefill is right in front */
 } attn_args;
 
 /* ---- lists ------------------------------------------------------------------------------------------------------ */
@@ -140,7 +141,8 @@ static __device__ __forceinline__ void attn_wide_done(int32_t *work) {
     if (atomicAdd(work + ATTN_WIDE_DONE, 1) == (int32_t)gridDim.x - 1) work[ATTN_WIDE_TAKEN] = work[ATTN_WIDE_DONE] = 0;
 }
 
-/* The first act of a kernel that has nothing to do early. */
+/* The first act of a kernel that has nothing to do early. Of attn_prefill, this order is also what attn_decode behind
+ * it relies on: all that was before is there when the next kernel begins. */
 static __device__ __forceinline__ void attn_wait_launch(void) {
     cu_wait_previous();
     cu_launch_next();
@@ -344,7 +346,7 @@ int64_t attn_decode_floats(int64_t n_tile, int64_t n_unit, int32_t n_row, int32_
 /* Blocks of the launch for so many sequences times heads. */
 int32_t attn_decode_blocks(int32_t C, int codes, int64_t n_unit);
 cudaError_t attn_decode(cudaStream_t s, const attn_args *a, int32_t C, int codes);
-/* Goes in front of attn_decode, which may run beside it: it waits for what is before it, then lets the next begin. */
+/* Where both have rows it goes in front of attn_decode, which may run beside it. */
 cudaError_t attn_prefill(cudaStream_t s, const attn_args *a, int32_t C, int codes);
 
 #endif

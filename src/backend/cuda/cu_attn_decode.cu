@@ -288,7 +288,8 @@ static __device__ __forceinline__ void take_up(const attn_args *a, const stretch
 
 /* Join the block's share of its last unit, which was cut: the blocks whose stretch ends in the unit or with it share
  * its rows and slices, in turn. All results of a block are out before it waits here, and all blocks are on the chip at
- * once (the next kernel's come when all of these have begun), so what is waited for comes.
+ * once (the next kernel's come when all of these have begun, and attn_prefill's wait for none of them), so what is
+ * waited for comes.
  *
  * Words come to shared memory (`room`), where `lanes` threads a row and slice join them. Every word has one reader, who
  * makes it 0 for the next launch. */

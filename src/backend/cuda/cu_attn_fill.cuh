@@ -8,8 +8,8 @@
  *
  * The warpgroup takes (sequence, 128 packed rows or 64, head) from the list, longest walks first, and fills the slots
  * in the order in which they are left. A copy of its own costs a fence, and a fence costs as much as a third of a
- * tile's products: keys and values that the copy engine brings alone have none, and a page is asked for a tile ahead.
- */
+ * tile's products: keys and values that the copy engine brings alone have none. In BF16 a page is asked for a tile
+ * ahead. */
 #ifndef ERN_BACKEND_CUDA_CU_ATTN_FILL_CUH
 #define ERN_BACKEND_CUDA_CU_ATTN_FILL_CUH
 

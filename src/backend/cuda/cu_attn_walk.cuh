@@ -48,7 +48,7 @@ static __device__ __forceinline__ stretch stretch_of(const attn_args *a, int C) 
     s.row_max = head.z;
     s.slot = slot_words(s.row_max, C);
     s.cut = ((int64_t)head.y + s.n_unit) * s.slot <= a->n_scratch;
-    s.beside = s.cut && head.w < (int32_t)gridDim.x;
+    s.beside = a->behind && s.cut && head.w < (int32_t)gridDim.x;
     s.from = attn_line_start(&s.line, blockIdx.x), s.stop = attn_line_start(&s.line, blockIdx.x + 1);
     s.start = attn_starts(a->turn, a->n_row, C) + blockIdx.x;
     return s;

@@ -9,13 +9,16 @@
  *   O = P V, 64 x 128, V as it lies (dimensions along a row); BF16: eight columns of ones behind it give the sum of the
  *   weights (mma.sync waits for the other's products)
  * in one of two ways, by how many rows the block has:
- *   more than 64  (wide_each) each has 64 of them and all tiles of keys. It has a turn at the tensor cores: O of a
- * tile, then S of the next, which it waits for when the turn is the other's. Meanwhile it joins O, under S, and makes
- * weights of S, under the other's products. Registers hold the totals, S and O, or S and the weights, not all of them:
- * S begins when O is there. 64 or less    (wide_turns) both have all of them and every other tile of keys: a piece of a
- * prompt has fewer rows than the chip has room for, and its time is that of one block's walk. Each keeps the totals of
- * half of the rows, which leaves room for S of its next tile to be made beside O, and gets O of the other's tiles for
- * them by way of shared memory.
+ *
+ * More than 64 (wide_each): each has 64 of them and all tiles of keys. It has a turn at the tensor cores: O of a tile,
+ * then S of the next, which it waits for when the turn is the other's. Meanwhile it joins O, under S, and makes weights
+ * of S, under the other's products. Registers hold the totals, S and O, or S and the weights, not all of them: S begins
+ * when O is there.
+ *
+ * 64 or less (wide_turns): both have all of them and every other tile of keys. A piece of a prompt has fewer rows than
+ * the chip has room for, and its time is that of one block's walk. Each keeps the totals of half of the rows, which
+ * leaves room for S of its next tile to be made beside O, and gets O of the other's tiles for them by way of shared
+ * memory.
  *
  * After any change look at what ptxas says: "wgmma.mma_async instructions are serialized" (C7511, C7513, C7518, C7520)
  * costs a quarter of the speed, and small things bring it about, here as in what warpgroup 2 does (unrolled loops,
@@ -95,7 +98,7 @@ static __device__ __forceinline__ void wide_your_turn(int group) {
 /* A row's totals so far. */
 typedef struct wide_row {
     float M, L;
-    float f, b;  /* factors that wait for O of the last tile */
+    float f, b;  /* factors of the totals and of O of the tile that is to be joined */
     int32_t pos; /* -1: no such row */
 } wide_row;
 
@@ -326,13 +329,11 @@ static __device__ __forceinline__ void wide_arrive(uint32_t bar, uint32_t times)
 
 /* Row g + 8 of a tile, for the thread of the other warpgroup that has its totals. o: of the row, pairs in every other
  * place. at: the place of these two threads, which leave things there for one another in turn. */
-static __device__ __forceinline__ void wide_leave(unsigned char *at, uint32_t give, const float *o, float m, float l,
-                                                  int lane) {
+static __device__ __forceinline__ void wide_leave(unsigned char *at, uint32_t give, const float *o, float m, float l) {
 #pragma unroll
     for (int k = 0; k < 16; k++) *(float2 *)(at + k * 1024) = make_float2(o[4 * k], o[4 * k + 1]);
     *(float2 *)(at + 16 * 1024) = make_float2(m, l);
-    __syncwarp();
-    if (lane == 0) bar_arrive(give);
+    bar_arrive(give); /* each for its own: racecheck follows that */
 }
 /* Join what the other warpgroup left of its tile from key0 on. */
 static __device__ __forceinline__ void wide_take(float *acc, wide_row *w, const unsigned char *at, int32_t key0) {
@@ -429,7 +430,7 @@ static __device__ __forceinline__ uint32_t wide_turns(const attn_args *a, wide_s
                     bar_wait(get, (*n_got)++ & 1);
                     wide_take(acc, &w, trade, (tile - 1) * CU_KEYS);
                 }
-                wide_leave(trade, give, o + 2, m[1], CODES ? l[2] : o[CODES ? 0 : 66], lane);
+                wide_leave(trade, give, o + 2, m[1], CODES ? l[2] : o[CODES ? 0 : 66]);
                 wide_own(acc, &w, o, m[0], CODES ? l[0] : o[CODES ? 0 : 64], tile * CU_KEYS);
                 break;
             }
@@ -451,7 +452,7 @@ static __device__ __forceinline__ uint32_t wide_turns(const attn_args *a, wide_s
             __syncwarp();
             if (lane == 0) wide_arrive(empty + slot * 8 + 8, 2);
             if (tile > 0) wide_take(acc, &w, trade, (tile - 1) * CU_KEYS);
-            wide_leave(trade, give, o + 2, m[1], CODES ? l[2] : o[CODES ? 0 : 66], lane);
+            wide_leave(trade, give, o + 2, m[1], CODES ? l[2] : o[CODES ? 0 : 66]);
             wide_own(acc, &w, o, m[0], CODES ? l[0] : o[CODES ? 0 : 64], tile * CU_KEYS);
             wide_hold<32>(acc);
             m[0] = m2[0], m[1] = m2[1];
@@ -470,8 +471,7 @@ static __device__ __forceinline__ uint32_t wide_turns(const attn_args *a, wide_s
         wide_take(acc, &w, trade, (it.n_tile - 1) * CU_KEYS);
     }
     if (odd) { /* and it is the first to leave something of the next item: the place has to be free */
-        __syncwarp();
-        if (group == 1 && lane == 0) bar_arrive(give);
+        if (group == 1) bar_arrive(give);
         if (group == 0) bar_wait(get, (*n_got)++ & 1);
     }
     wide_store<2>(a, &it, &w, r, acc);
@@ -507,12 +507,13 @@ static __global__ void __launch_bounds__(WIDE_THREADS, 1)
     unsigned char *smem = memory + (-attn_smem(memory) & 1023);
     if (threadIdx.x == 0) {
         for (int i = 0; i < WIDE_SLOTS; i++) {
-            bar_init(attn_smem(&sh.full[i]), 4);  /* warps of warpgroup 2 */
-            bar_init(attn_smem(&sh.empty[i]), 8); /* warps of the others */
+            bar_init(attn_smem(&sh.full[i]), 4); /* warps of warpgroup 2 */
+            bar_init(attn_smem(&sh.empty[i]),
+                     8); /* for each warp of the others that reads it one, or two of half of them */
         }
         bar_init(attn_smem(&sh.q_free), 8);
         for (int i = 0; i < 2; i++) bar_init(attn_smem(&sh.codes[i]), 1);
-        for (int i = 0; i < 8; i++) bar_init(attn_smem(&sh.traded[i / 4][i % 4]), 1);
+        for (int i = 0; i < 8; i++) bar_init(attn_smem(&sh.traded[i / 4][i % 4]), 32);
         bar_init_end();
     }
     for (int i = threadIdx.x; i < 2 * wide_room<CODES>::ones / 4; i += WIDE_THREADS) {

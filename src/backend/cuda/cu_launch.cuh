@@ -5,7 +5,7 @@
  *           cu_wait_previous()  all earlier kernels of the stream are done and their writes are seen
  * A kernel launched `early` reads weights as it likes (they were written before the stream was last waited for), but
  * calls cu_wait_previous in every block, before it reads what an earlier kernel wrote and before it writes anything an
- * earlier kernel may still read; one alone does not, attention of short sequences beside attn_prefill, and says why.
+ * earlier kernel may still read; attention of short sequences beside attn_prefill does so in one block alone.
  * Both are harmless in a kernel that was launched without. A kernel that never calls cu_launch_next lets the next begin
  * when it ends. Of CU_PORTABLE none begins early. */
 #ifndef ERN_BACKEND_CUDA_CU_LAUNCH_CUH
