@@ -1,4 +1,5 @@
-/* Every kernel of the cuda backend against scalar code, on a machine with a GPU: gpu_check [FILTER [SEED]]. */
+/* Every kernel of the cuda backend against scalar code, on a machine with a GPU: gpu_check [FILTER [SEED
+ * [PART/PARTS]]]. PART/PARTS (1/8 .. 8/8): each case in one of so many processes, which may run side by side. */
 #include "check.h"
 
 #include <time.h>
@@ -9,12 +10,15 @@ uint64_t check_seed;
 int check_n_case, check_n_failed;
 const char *check_filter;
 static uint64_t n_drawn;
+static int part = 1, n_part = 1, n_begun;
 static struct {
     char *at; /* of the guard before */
     size_t bytes;
 } block[BLOCKS_MAX];
 
-bool check_begin(const char *name) { return !check_filter || strstr(name, check_filter); }
+bool check_begin(const char *name) {
+    return (!check_filter || strstr(name, check_filter)) && n_begun++ % n_part == part - 1;
+}
 
 void check_end(const char *name, double worst, const char *what) {
     bool good = worst <= 1.0;
@@ -85,6 +89,10 @@ float check_random(void) { return (float)((int32_t)(check_random64() >> 40) - (1
 int main(int argc, char **argv) {
     check_filter = argc > 1 && *argv[1] ? argv[1] : NULL;
     check_seed = argc > 2 ? strtoull(argv[2], NULL, 10) : (uint64_t)time(NULL);
+    if (argc > 3 && (sscanf(argv[3], "%d/%d", &part, &n_part) != 2 || part < 1 || part > n_part)) {
+        fprintf(stderr, "gpu_check: wants a part such as 1/8, not '%s'\n", argv[3]);
+        return 2;
+    }
     setvbuf(stdout, NULL, _IOLBF, 0);
     struct cudaDeviceProp p;
     CHECK_CUDA(cudaGetDeviceProperties(&p, 0));
