@@ -91,6 +91,8 @@ all     combine T 37 K 6
 all     combine and norm T 2050 K 4 D 1284 f8
 no-race attention rope, store and decode of uneven
 all     attention a piece of a prompt C128 H20/4 P64 bf16
+all     attention a mixture C128 H20/4 P64 bf16
+no-race attention replies beside a piece C128 H20/4 P64 bf16
 all     linear of format 5, then rope and store: C 64
 all     attention half int8 2 kv heads
 no-race chain small int8 kv bf16

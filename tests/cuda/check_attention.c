@@ -558,23 +558,30 @@ static void piece_case(const shape *s) {
     int32_t compared = 0;
     const bool same = same_bits(both, y, alone, x, &compared);
     check_that(case_name("a piece alone and beside a prompt: bits", s), same && compared == 157, "differ");
-    /* and beside replies, which find room on multiprocessors that the piece leaves free, or do not */
-    enum { REPLIES = 16 };
-    int32_t c1[REPLIES + 1], l1[REPLIES + 1], r1[REPLIES + 1];
-    for (int32_t i = 0; i < REPLIES; i++) c1[i] = 80 + i, l1[i] = 150 + 53 * i, r1[i] = 1;
-    c1[REPLIES] = content[0], l1[REPLIES] = len[0], r1[REPLIES] = rows[0];
-    step *replies = step_new(s, REPLIES, c1, l1, r1), *beside = step_new(s, REPLIES + 1, c1, l1, r1);
-    cu_bf16 *z = attend(name, replies, true, BIG), *u = attend(name, beside, false, BIG);
-    compared = 0;
-    check_that(case_name("a piece beside replies: bits", s),
-               same_bits(beside, u, alone, x, &compared) && same_bits(beside, u, replies, z, &compared) &&
-                   compared == 157 + REPLIES,
-               "differ");
-    cu_bf16 *v = attend(name, beside, false, 0);
-    check_that(case_name("a piece beside replies, without scratch: bits", s),
-               memcmp(u, v, (size_t)beside->n_row * (size_t)CU_PAD(s->H * s->C) * 2) == 0, "differ");
-    free(x), free(y), free(z), free(u), free(v);
-    step_free(alone), step_free(both), step_free(replies), step_free(beside);
+    free(x), free(y);
+    step_free(alone), step_free(both);
+}
+
+/* A piece of a prompt and replies, which find room on multiprocessors that the piece leaves free, or do not. */
+static void beside_case(const shape *s) {
+    const char *name = case_name("replies beside a piece", s);
+    if (!check_begin(name)) return;
+    enum { REPLIES = 16, ROWS = 157 };
+    int32_t content[REPLIES + 1], len[REPLIES + 1], rows[REPLIES + 1];
+    for (int32_t i = 0; i < REPLIES; i++) content[i] = 80 + i, len[i] = 150 + 53 * i, rows[i] = 1;
+    content[REPLIES] = 70, len[REPLIES] = 3000, rows[REPLIES] = ROWS;
+    step *piece = step_new(s, 1, content + REPLIES, len + REPLIES, rows + REPLIES);
+    step *replies = step_new(s, REPLIES, content, len, rows), *all = step_new(s, REPLIES + 1, content, len, rows);
+    cu_bf16 *x = attend(name, piece, false, BIG), *y = attend(name, replies, true, BIG);
+    cu_bf16 *z = attend(name, all, false, BIG), *walked = attend(name, all, false, 0);
+    check_step(name, all, z, 4);
+    int32_t compared = 0;
+    const bool same = same_bits(all, z, piece, x, &compared) && same_bits(all, z, replies, y, &compared);
+    check_that(case_name("replies beside a piece, and alone: bits", s), same && compared == ROWS + REPLIES, "differ");
+    check_that(case_name("replies beside a piece, without scratch: bits", s),
+               memcmp(z, walked, (size_t)all->n_row * (size_t)CU_PAD(s->H * s->C) * 2) == 0, "differ");
+    free(x), free(y), free(z), free(walked);
+    step_free(piece), step_free(replies), step_free(all);
 }
 
 /* What comes out as codes: those of what comes out as bf16. long: the last prompt is long enough for blocks of 128
@@ -973,6 +980,7 @@ void check_attention(void) {
         shape s = pieces[i / 3];
         s.dtype = kinds[i % 3];
         piece_case(&s);
+        beside_case(&s);
         for (int k = CU_CODES_F8; k <= CU_CODES_I8 && s.C == CU_SEGMENT; k++) codes_case(&s, (cu_codes)k, true);
     }
     static const struct {
