@@ -44,9 +44,10 @@ typedef struct wide_item {
 } wide_item;
 typedef struct wide_shared {
     float scale[2][2][CU_KEYS]; /* codes: of keys and values of the tile whose keys are in slots 0 and 2 */
-    uint64_t full[WIDE_SLOTS], empty[WIDE_SLOTS], q_free, codes[2];
+    uint64_t full[WIDE_SLOTS], empty[WIDE_SLOTS], codes[2];
+    uint64_t begun, done;  /* item is there; q has been read for the last time, and item before that */
     uint64_t traded[2][4]; /* for warps of warpgroup 0, of 1: what the other's same warp has left for it is there */
-    wide_item item[2];     /* of the first keys in slots 0 and 2 */
+    wide_item item;
     int32_t handed;
 } wide_shared;
 
@@ -188,7 +189,7 @@ static __device__ __forceinline__ void wide_widen(const unsigned char *codes, un
 /* q in the order of inputs that codes have, by way of the place for codes. */
 template <int CODES>
 static __device__ __forceinline__ void wide_turn_q(const attn_args *a, const wide_item *it, unsigned char *smem,
-                                                   uint32_t q_free, uint32_t parity, int thread) {
+                                                   uint32_t done, uint32_t parity, int thread) {
     unsigned char *mine = smem + wide_room<CODES>::code + thread * 16;
     wide_meet(); /* all threads are done with what was there */
     const int row = thread / 8, unit = thread % 8;
@@ -201,7 +202,7 @@ static __device__ __forceinline__ void wide_turn_q(const attn_args *a, const wid
     }
     attn_copy_commit();
     attn_copy_wait<0>();
-    bar_wait(q_free, parity);
+    bar_wait(done, parity);
 #pragma unroll 1
     for (int i = 0; i < 8; i++) {
         const uint4 lo = *(const uint4 *)(mine + i * 4096), hi = *(const uint4 *)(mine + i * 4096 + 2048);
@@ -226,7 +227,7 @@ static __device__ __forceinline__ void wide_fill(const attn_args *a, const CUten
     const uint32_t codes = attn_smem(sh->codes);
     const int32_t *list = attn_wide(a->work, a->n_seq);
     const int32_t n_item = a->work[ATTN_N_WIDE] * a->n_kv_head;
-    uint32_t piece = 0, q_parity = 1;
+    uint32_t piece = 0, parity_done = 1;
     int32_t item = blockIdx.x;
     while (item < n_item) {
         int32_t taken = 0;
@@ -235,7 +236,15 @@ static __device__ __forceinline__ void wide_fill(const attn_args *a, const CUten
         const wide_item it = {of.n_tile, of.first, of.n, of.row0, of.pos0, of.head};
         const int32_t seq = of.seq, len = of.len;
 
-        if (CODES) wide_turn_q<CODES>(a, &it, smem, attn_smem(&sh->q_free), q_parity, thread);
+        if (CODES)
+            wide_turn_q<CODES>(a, &it, smem, attn_smem(&sh->done), parity_done, thread);
+        else
+            bar_wait(attn_smem(&sh->done), parity_done);
+        parity_done ^= 1;
+        if (thread == 0) {
+            sh->item = it;
+            bar_arrive(attn_smem(&sh->begun));
+        }
         const int64_t plane = it.head * a->plane_bytes;
         if (CODES) wide_copy_codes(a, plane, seq, 0, len, run, ring + wide_room<CODES>::code, codes, thread);
         /* Values follow their keys or, where warpgroups take tiles in turn, the keys of the tile after the next, which
@@ -259,7 +268,6 @@ static __device__ __forceinline__ void wide_fill(const attn_args *a, const CUten
                 if (tile < it.n_tile) {
                     const int32_t key = tile * CU_KEYS + thread, page = attn_page_of<false>(a, seq, key, len);
                     bar_wait(empty + slot * 8, parity);
-                    if (tile == 0 && thread == 0) sh->item[slot / 2] = it;
                     const int64_t at = attn_cell_of<WIDE_C, true, false>(a, page, it.head, key).scale;
                     const uint32_t scale = attn_smem(&sh->scale[slot / 2][0][thread]);
                     attn_copy4(scale, a->kv + (at < 0 ? 0 : at), at >= 0);
@@ -287,8 +295,6 @@ static __device__ __forceinline__ void wide_fill(const attn_args *a, const CUten
                 if (tile < it.n_tile) {
                     bar_wait(empty + slot * 8, parity);
                     if (tile == 0) {
-                        if (thread == 0) sh->item[slot / 2] = it;
-                        bar_wait(attn_smem(&sh->q_free), q_parity);
 #pragma unroll 1
                         for (int i = 0; i < 16; i++) {
                             const int r = i * 8 + thread / 16, part = thread % 16;
@@ -313,18 +319,17 @@ static __device__ __forceinline__ void wide_fill(const attn_args *a, const CUten
             piece += 2;
         }
         piece -= 2 * (uint32_t)lag;
-        q_parity ^= 1;
         if (thread == 0) sh->handed = taken + (int32_t)gridDim.x;
         wide_meet();
         item = sh->handed;
         wide_meet();
     }
     if (thread == 0) attn_wide_done(a->work);
-    const uint32_t slot = wide_slot(piece);
-    bar_wait(empty + slot * 8, wide_parity(piece) ^ 1);
-    if (thread == 0) sh->item[slot / 2].n_tile = 0;
-    __syncwarp();
-    if (thread % 32 == 0) bar_arrive(full + slot * 8);
+    bar_wait(attn_smem(&sh->done), parity_done);
+    if (thread == 0) {
+        sh->item.n_tile = 0;
+        bar_arrive(attn_smem(&sh->begun));
+    }
 }
 
 #endif

@@ -249,7 +249,7 @@ template <int CODES>
 static __device__ __forceinline__ uint32_t wide_each(const attn_args *a, wide_shared *sh, uint32_t ring, int group,
                                                      int thread, const wide_item it, uint32_t piece) {
     const int warp = thread / 32, lane = thread % 32, g = lane >> 2;
-    const uint32_t full = attn_smem(sh->full), empty = attn_smem(sh->empty), q_free = attn_smem(&sh->q_free);
+    const uint32_t full = attn_smem(sh->full), empty = attn_smem(sh->empty), done = attn_smem(&sh->done);
     const uint32_t q = ring + wide_room<CODES>::q + group * (64 * 256);
     const int32_t mine = it.first + group * 64;
     const int32_t low = mine + 63 < it.n ? it.pos0 + mine / a->group : -1; /* least position; -1: a row is missing */
@@ -265,6 +265,7 @@ static __device__ __forceinline__ uint32_t wide_each(const attn_args *a, wide_sh
     }
     float acc[64] = {}, s[64], o[CODES ? 64 : 68], m[2], l[4];
     uint32_t p[8][4];
+    bar_wait(full + slot * 8, wide_parity(piece));
     wide_my_turn(group);
     wide_fence();
     wide_scores(s, q, wide_uniform(ring + wide_room<CODES>::slot(slot)));
@@ -278,7 +279,7 @@ static __device__ __forceinline__ uint32_t wide_each(const attn_args *a, wide_sh
         wide_hold<64>(s);
         __syncwarp();
         if (!CODES && lane == 0) bar_arrive(empty + slot * 8);
-        if (lane == 0 && last) bar_arrive(q_free);
+        if (last) bar_arrive(done);
         wide_soften<CODES>(s, m, pos, sh->scale[slot / 2][0], tile * CU_KEYS, tile * CU_KEYS + CU_KEYS - 1 > low,
                            a->scale);
         wide_pack<CODES>(p, l, s, sh->scale[slot / 2][1]);
@@ -323,8 +324,9 @@ static __device__ __forceinline__ uint32_t wide_each(const attn_args *a, wide_sh
 /* ---- tiles in turn ------------------------------------------------------------------------------------------------
  */
 
-static __device__ __forceinline__ void wide_arrive(uint32_t bar, uint32_t times) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(times) : "memory");
+/* A slot is left by the one warpgroup that has it: for two. */
+static __device__ __forceinline__ void wide_left(uint32_t empty) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], 2;" ::"r"(empty) : "memory");
 }
 
 /* Row g + 8 of a tile, for the thread of the other warpgroup that has its totals. o: of the row, pairs in every other
@@ -373,7 +375,7 @@ static __device__ __forceinline__ uint32_t wide_turns(const attn_args *a, wide_s
                                                       unsigned char *trade, int group, int thread, const wide_item it,
                                                       uint32_t piece, uint32_t *n_got) {
     const int warp = thread / 32, lane = thread % 32, g = lane >> 2;
-    const uint32_t full = attn_smem(sh->full), empty = attn_smem(sh->empty), q_free = attn_smem(&sh->q_free);
+    const uint32_t full = attn_smem(sh->full), empty = attn_smem(sh->empty), done = attn_smem(&sh->done);
     const uint32_t q = ring + wide_room<CODES>::q + group * (64 * 256);
     const uint32_t get = attn_smem(&sh->traded[group][warp]), give = attn_smem(&sh->traded[group ^ 1][warp]);
     const uint32_t behind = piece + 2 * (uint32_t)it.n_tile;
@@ -387,9 +389,6 @@ static __device__ __forceinline__ uint32_t wide_turns(const attn_args *a, wide_s
     }
     wide_row w = {-INFINITY, 0.0f, 1.0f, -0.0f, pos[0]};
     float acc[32] = {};
-    __syncwarp();
-    if (group == 1 && lane == 0)
-        bar_arrive(empty + wide_slot(piece) * 8); /* has read the item, which is left with the first keys */
     piece += 2 * (uint32_t)group;
     if (group < it.n_tile) {
         const uint32_t slot = wide_slot(piece), keys = wide_uniform(ring + wide_room<CODES>::slot(slot)),
@@ -402,14 +401,14 @@ static __device__ __forceinline__ uint32_t wide_turns(const attn_args *a, wide_s
         wide_wait<0>();
         wide_hold<64>(s);
         __syncwarp();
-        if (!CODES && lane == 0) wide_arrive(empty + slot * 8, group > 0 ? 2 : 1);
-        if (lane == 0 && group + 2 >= it.n_tile) bar_arrive(q_free);
+        if (!CODES && lane == 0) wide_left(empty + slot * 8);
+        if (group + 2 >= it.n_tile) bar_arrive(done);
         wide_soften<CODES>(s, m, pos, sh->scale[slot / 2][0], group * CU_KEYS, group * CU_KEYS + CU_KEYS - 1 > low,
                            a->scale);
         wide_pack<CODES>(p, l, s, sh->scale[slot / 2][1]);
         if (CODES) {
             __syncwarp();
-            if (lane == 0) wide_arrive(empty + slot * 8, group > 0 ? 2 : 1);
+            if (lane == 0) wide_left(empty + slot * 8);
         }
 #pragma unroll 1
         for (int32_t tile = group;; tile += 2) {
@@ -425,7 +424,7 @@ static __device__ __forceinline__ uint32_t wide_turns(const attn_args *a, wide_s
                 wide_hold<CODES ? 64 : 68>(o);
                 wide_hold_codes<8>(p);
                 __syncwarp();
-                if (lane == 0) wide_arrive(empty + slot * 8 + 8, 2);
+                if (lane == 0) wide_left(empty + slot * 8 + 8);
                 if (tile > 0) {
                     bar_wait(get, (*n_got)++ & 1);
                     wide_take(acc, &w, trade, (tile - 1) * CU_KEYS);
@@ -442,15 +441,15 @@ static __device__ __forceinline__ uint32_t wide_turns(const attn_args *a, wide_s
             wide_wait<1>();
             wide_hold<64>(s);
             __syncwarp();
-            if (!CODES && lane == 0) wide_arrive(empty + slot * 8, 2);
-            if (lane == 0 && tile + 4 >= it.n_tile) bar_arrive(q_free);
+            if (!CODES && lane == 0) wide_left(empty + slot * 8);
+            if (tile + 4 >= it.n_tile) bar_arrive(done);
             wide_soften<CODES>(s, m2, pos, sh->scale[slot / 2][0], key2, key2 + CU_KEYS - 1 > low, a->scale);
             if (tile > 0) bar_wait(get, (*n_got)++ & 1);
             wide_wait<0>();
             wide_hold<CODES ? 64 : 68>(o);
             wide_hold_codes<8>(p);
             __syncwarp();
-            if (lane == 0) wide_arrive(empty + slot * 8 + 8, 2);
+            if (lane == 0) wide_left(empty + slot * 8 + 8);
             if (tile > 0) wide_take(acc, &w, trade, (tile - 1) * CU_KEYS);
             wide_leave(trade, give, o + 2, m[1], CODES ? l[2] : o[CODES ? 0 : 66]);
             wide_own(acc, &w, o, m[0], CODES ? l[0] : o[CODES ? 0 : 64], tile * CU_KEYS);
@@ -459,11 +458,11 @@ static __device__ __forceinline__ uint32_t wide_turns(const attn_args *a, wide_s
             wide_pack<CODES>(p, l, s, sh->scale[slot / 2][1]);
             if (CODES) {
                 __syncwarp();
-                if (lane == 0) wide_arrive(empty + slot * 8, 2);
+                if (lane == 0) wide_left(empty + slot * 8);
             }
         }
-    } else if (lane == 0) { /* one tile, which is the other's */
-        bar_arrive(q_free);
+    } else { /* one tile, which is the other's */
+        bar_arrive(done);
     }
     const bool odd = it.n_tile % 2; /* the last tile is warpgroup 0's */
     if (group == odd) {
@@ -481,13 +480,12 @@ static __device__ __forceinline__ uint32_t wide_turns(const attn_args *a, wide_s
 template <int CODES>
 static __device__ __forceinline__ void wide_walk(const attn_args *a, wide_shared *sh, unsigned char *smem, int group,
                                                  int thread) {
-    const uint32_t full = attn_smem(sh->full), ring = attn_smem(smem);
-    uint32_t piece = 0, n_got = 0;
+    const uint32_t ring = attn_smem(smem);
+    uint32_t piece = 0, n_got = 0, parity = 0;
     if (group == 1) wide_your_turn(group);
-    for (;;) {
-        const uint32_t slot = wide_slot(piece);
-        bar_wait(full + slot * 8, wide_parity(piece));
-        const wide_item it = sh->item[slot / 2];
+    for (;; parity ^= 1) {
+        bar_wait(attn_smem(&sh->begun), parity);
+        const wide_item it = sh->item;
         if (!it.n_tile) break;
         if (wide_in_turn(&it))
             piece = wide_turns<CODES>(a, sh, ring, smem + wide_room<CODES>::trade + thread * 8, group, thread, it,
@@ -507,11 +505,10 @@ static __global__ void __launch_bounds__(WIDE_THREADS, 1)
     unsigned char *smem = memory + (-attn_smem(memory) & 1023);
     if (threadIdx.x == 0) {
         for (int i = 0; i < WIDE_SLOTS; i++) {
-            bar_init(attn_smem(&sh.full[i]), 4); /* warps of warpgroup 2 */
-            bar_init(attn_smem(&sh.empty[i]),
-                     8); /* for each warp of the others that reads it one, or two of half of them */
+            bar_init(attn_smem(&sh.full[i]), 4);  /* warps of warpgroup 2 */
+            bar_init(attn_smem(&sh.empty[i]), 8); /* warps of the others, or twice those of one */
         }
-        bar_init(attn_smem(&sh.q_free), 8);
+        bar_init(attn_smem(&sh.begun), 1), bar_init(attn_smem(&sh.done), 256);
         for (int i = 0; i < 2; i++) bar_init(attn_smem(&sh.codes[i]), 1);
         for (int i = 0; i < 8; i++) bar_init(attn_smem(&sh.traded[i / 4][i % 4]), 32);
         bar_init_end();
