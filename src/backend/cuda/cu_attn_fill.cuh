@@ -7,9 +7,8 @@
  * 128-byte swizzle of the descriptors, keys and q read along a row, values across.
  *
  * The warpgroup takes (sequence, 128 packed rows or 64, head) from the list, longest walks first, and fills the slots
- * in the order in which they are left. A copy of its own costs a fence, and a fence costs as much as a third of a
- * tile's products: keys and values that the copy engine brings alone have none. In BF16 a page is asked for a tile
- * ahead. */
+ * in the order in which they are left. What threads have copied themselves costs a fence; what the copy engine brings
+ * alone has none. In BF16 the next tile's pages are looked up before a slot is waited for. */
 #ifndef ERN_BACKEND_CUDA_CU_ATTN_FILL_CUH
 #define ERN_BACKEND_CUDA_CU_ATTN_FILL_CUH
 
