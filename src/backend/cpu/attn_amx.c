@@ -15,7 +15,6 @@
  * Queries share instructions, but nothing else: what a row computes is a function of its own queries, of the positions
  * that it sees, counted from the block's first, and of zeros. */
 #include "backend/cpu/attn_amx.h"
-#define EARLY_HINT _MM_HINT_T1
 #include "backend/cpu/attn_early.h"
 
 #include <math.h>

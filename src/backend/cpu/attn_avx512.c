@@ -3,7 +3,6 @@
  * lanes are dimensions and an output is one chain over the positions. Register tiles of 8 heads by 3
  * vectors, or 6 by 4: a key or value is loaded and widened once for all heads of the group, 24 FMAs to 11 loads.
  * Nothing is shared between rows, hence neither can bits be. */
-#define EARLY_HINT _MM_HINT_T1
 #include "backend/cpu/attn_early.h"
 #include "backend/cpu/table_avx512.h"
 #include "backend/cpu/vec_avx512.h"

@@ -9,7 +9,6 @@
  * precision that the numbers they meet have already; the sum of the weights is that of the rounded ones, so an output
  * is an average still. docs/speed.md (Attention) has what it costs. Positions pair up from the block's first on,
  * however the pages cut them: the order of sums knows nothing of pages, rows or workers. */
-#define EARLY_HINT _MM_HINT_T0
 #include "backend/cpu/attn_early.h"
 #include "backend/cpu/table_avx512.h"
 #include "backend/cpu/vec_avx512.h"

@@ -10,7 +10,6 @@
  * second factor of a product of tiles wants four dims of a position, or four positions of a dim, side by side. What a
  * head computes is a function of its own query and of the positions that it sees. */
 #include "backend/cpu/attn_amx.h"
-#define EARLY_HINT _MM_HINT_T1
 #include "backend/cpu/attn_early.h"
 
 #include <math.h>
