@@ -85,6 +85,16 @@ template <bool SUM> static __device__ __forceinline__ void wide_values(float *o,
     wide_commit();
 }
 
+/* The same, there and then. */
+template <int CODES> static __device__ __forceinline__ void wide_weighed(float *o, uint32_t p[8][4], uint32_t v) {
+    wide_hold_codes<8>(p);
+    wide_fence();
+    wide_values<!CODES>(o, p, v);
+    wide_wait<0>();
+    wide_hold<CODES ? 64 : 68>(o);
+    wide_hold_codes<8>(p);
+}
+
 /* Turns at the tensor cores, warpgroup 0 first. */
 static __device__ __forceinline__ void wide_my_turn(int group) {
     asm volatile("bar.sync %0, 256;" ::"r"(2 + group) : "memory");
@@ -296,12 +306,7 @@ static __device__ __forceinline__ uint32_t wide_each(const attn_args *a, wide_sh
         piece += 2;
         if (!last) bar_wait(full + (slot ^ 2) * 8, wide_parity(piece));
         wide_my_turn(group);
-        wide_hold_codes<8>(p);
-        wide_fence();
-        wide_values<!CODES>(o, p, values);
-        wide_wait<0>();
-        wide_hold<CODES ? 64 : 68>(o);
-        wide_hold_codes<8>(p);
+        wide_weighed<CODES>(o, p, values);
         __syncwarp();
         if (lane == 0) bar_arrive(empty + slot * 8 + 8);
         if (last) {
@@ -321,8 +326,7 @@ static __device__ __forceinline__ uint32_t wide_each(const attn_args *a, wide_sh
     return piece;
 }
 
-/* ---- tiles in turn ------------------------------------------------------------------------------------------------
- */
+/* ---- tiles in turn ----------------------------------------------------------------------------------------------- */
 
 /* A slot is left by the one warpgroup that has it: for two. */
 static __device__ __forceinline__ void wide_left(uint32_t empty) {
@@ -337,29 +341,26 @@ static __device__ __forceinline__ void wide_leave(unsigned char *at, uint32_t gi
     *(float2 *)(at + 16 * 1024) = make_float2(m, l);
     bar_arrive(give); /* each for its own: racecheck follows that */
 }
-/* Join what the other warpgroup left of its tile from key0 on. */
-static __device__ __forceinline__ void wide_take(float *acc, wide_row *w, const unsigned char *at, int32_t key0) {
-    float2 o[16];
-    const float2 of = *(const float2 *)(at + 16 * 1024); /* m, l */
-#pragma unroll
-    for (int k = 0; k < 16; k++) o[k] = *(const float2 *)(at + k * 1024);
-    wide_factors(w, of.x, key0);
-    wide_join_sum(w, of.y);
-    wide_scale<32>(acc, w->f, w->f);
-#pragma unroll
-    for (int k = 0; k < 16; k++) {
-        acc[2 * k] = __fmaf_rn(o[k].x, w->b, acc[2 * k]);
-        acc[2 * k + 1] = __fmaf_rn(o[k].y, w->b, acc[2 * k + 1]);
-    }
-}
-/* Join row g of the tile from key0 on. */
-static __device__ __forceinline__ void wide_own(float *acc, wide_row *w, const float *o, float m, float l,
-                                                int32_t key0) {
+/* Join a row of the tile from key0 on: dimensions 8 j + 2 c and the next at o[STEP * j]. */
+template <int STEP>
+static __device__ __forceinline__ void wide_join_row(float *acc, wide_row *w, const float *o, float m, float l,
+                                                     int32_t key0) {
     wide_factors(w, m, key0);
     wide_join_sum(w, l);
     wide_scale<32>(acc, w->f, w->f);
 #pragma unroll
-    for (int i = 0; i < 32; i++) acc[i] = __fmaf_rn(o[i / 2 * 4 + i % 2], w->b, acc[i]);
+    for (int i = 0; i < 32; i++) acc[i] = __fmaf_rn(o[i / 2 * STEP + i % 2], w->b, acc[i]);
+}
+/* The same of what the other warpgroup left. */
+static __device__ __forceinline__ void wide_take(float *acc, wide_row *w, const unsigned char *at, int32_t key0) {
+    float o[32];
+    const float2 of = *(const float2 *)(at + 16 * 1024); /* m, l */
+#pragma unroll
+    for (int k = 0; k < 16; k++) {
+        const float2 two = *(const float2 *)(at + k * 1024);
+        o[2 * k] = two.x, o[2 * k + 1] = two.y;
+    }
+    wide_join_row<2>(acc, w, o, of.x, of.y, key0);
 }
 
 /* All rows, every other tile of keys, warpgroup 0 the first. Row g of a thread's two is its own, whose totals, w and
@@ -417,12 +418,7 @@ static __device__ __forceinline__ uint32_t wide_turns(const attn_args *a, wide_s
             bar_wait(full + slot * 8 + 8, wide_parity(piece));
             piece += 4;
             if (tile + 2 >= it.n_tile) {
-                wide_hold_codes<8>(p);
-                wide_fence();
-                wide_values<!CODES>(o, p, values);
-                wide_wait<0>();
-                wide_hold<CODES ? 64 : 68>(o);
-                wide_hold_codes<8>(p);
+                wide_weighed<CODES>(o, p, values);
                 __syncwarp();
                 if (lane == 0) wide_left(empty + slot * 8 + 8);
                 if (tile > 0) {
@@ -430,7 +426,7 @@ static __device__ __forceinline__ uint32_t wide_turns(const attn_args *a, wide_s
                     wide_take(acc, &w, trade, (tile - 1) * CU_KEYS);
                 }
                 wide_leave(trade, give, o + 2, m[1], CODES ? l[2] : o[CODES ? 0 : 66]);
-                wide_own(acc, &w, o, m[0], CODES ? l[0] : o[CODES ? 0 : 64], tile * CU_KEYS);
+                wide_join_row<4>(acc, &w, o, m[0], CODES ? l[0] : o[CODES ? 0 : 64], tile * CU_KEYS);
                 break;
             }
             bar_wait(full + slot * 8, wide_parity(piece));
@@ -452,7 +448,7 @@ static __device__ __forceinline__ uint32_t wide_turns(const attn_args *a, wide_s
             if (lane == 0) wide_left(empty + slot * 8 + 8);
             if (tile > 0) wide_take(acc, &w, trade, (tile - 1) * CU_KEYS);
             wide_leave(trade, give, o + 2, m[1], CODES ? l[2] : o[CODES ? 0 : 66]);
-            wide_own(acc, &w, o, m[0], CODES ? l[0] : o[CODES ? 0 : 64], tile * CU_KEYS);
+            wide_join_row<4>(acc, &w, o, m[0], CODES ? l[0] : o[CODES ? 0 : 64], tile * CU_KEYS);
             wide_hold<32>(acc);
             m[0] = m2[0], m[1] = m2[1];
             wide_pack<CODES>(p, l, s, sh->scale[slot / 2][1]);
