@@ -1,19 +1,21 @@
 #!/bin/sh
 # make gpu-sanitize: the kernels under NVIDIA's compute-sanitizer, from a built tree on a machine with a GPU and the CUDA
-# toolkit. Every family of kernels by some small cases of gpu_check, each under memcheck, initcheck, synccheck and
-# racecheck; and, first, what none of these sees, in the machine code (check_arrivals.py). Prints a line for each run as it
-# ends, a report where it is not clean, and a count; exit code 1 if one was not clean. Arguments: the build folder; runs
-# side by side (8); a word that "TOOL: CASES" has to hold.
+# toolkit. Every family of kernels by some small cases of gpu_check with few launches each, under memcheck, initcheck,
+# synccheck and racecheck; and, first, what none of these sees, in the machine code (check_arrivals.py). Prints a line for
+# each run as it ends, a report where it is not clean, and a count; exit code 1 if one was not clean. Arguments: the build
+# folder; runs side by side (8); a word that "TOOL: CASES" has to hold.
 #
 # Left out, and counted: what a tool cannot follow.
 #   no-sync   synccheck wants all warps of a block to meet their cluster in the same place; a8_split's asking warp meets it
 #             in another one (barrier.cluster counts threads and allows that); cases whose rows come by way of it, too.
 #   no-race   racecheck takes an arrival at an mbarrier for what its own thread has done. Where all lanes read or write,
-#             meet (__syncwarp) and lane 0 arrives, it tells of the 31 others: few's lists and parts; chain's slots, each
-#             time one is filled again (kernels that do the same are clean where none is, or where a tensor copy fills
-#             it, which is not seen). And of a named barrier at which some only arrive (bar.arrive) it loses track when
-#             they come again and have not waited with those who wait there in between: chain's sums, decode's turns.
-#             Nor does it follow a wait without order and a fence behind it: sample's clusters.
+#             meet (__syncwarp) and lane 0 arrives, it tells of the 31 others: few's lists and parts; x in the attention
+#             half, in whose place joins put tiles (31 lanes of each warp that arrives, 32 of those that meet it at a
+#             barrier before); chain's slots, each time one is filled again (kernels that do the same are clean where none
+#             is, or where a tensor copy fills it, which is not seen). And of a named barrier at which some only arrive
+#             (bar.arrive) it loses track when they come again and have not waited with those who wait there in between:
+#             chain's sums, decode's turns. Nor does it follow a wait without order and a fence behind it: sample's
+#             clusters.
 # initcheck knows nothing of memory that gpu_check has poisoned: that a kernel reads such is seen by the poison, NaN.
 set -u
 build=$1
@@ -32,17 +34,18 @@ run='
 left=$1 tool=$2 cases=$3
 name="$tool: $cases"
 log=$(mktemp "$dir/XXXXXX") || exit 255
+began=$(date +%s)
 case "$left $tool" in "no-sync synccheck" | "no-race racecheck")
     echo "left out  $name"
     : >"$log.left"
     exit
     ;;
 esac
-timeout 300 compute-sanitizer --tool "$tool" --error-exitcode 86 "$build/gpu_check" "$cases" 7 >"$log" 2>&1
+timeout 300 compute-sanitizer --tool "$tool" --error-exitcode 86 "$build/gpu_check" "$cases" 7 briefly >"$log" 2>&1
 code=$?
 if [ $code -eq 0 ] && grep -q "^gpu_check: [1-9][0-9]* cases, 0 failed" "$log" &&
     grep -q "^=========.* SUMMARY: 0 " "$log"; then
-    echo "clean     $name"
+    echo "clean     $name ($(($(date +%s) - began)) s)"
     : >"$log.clean"
 else
     echo "NOT CLEAN $name: exit code $code
@@ -94,7 +97,7 @@ all     attention a piece of a prompt C128 H20/4 P64 bf16
 all     attention a mixture C128 H20/4 P64 bf16
 no-race attention replies beside a piece C128 H20/4 P64 bf16
 all     linear of format 5, then rope and store: C 64
-all     attention half int8 2 kv heads
+no-race attention half int8 2 kv heads
 no-race chain small int8 kv bf16
 no-race sample V
 X2

@@ -129,7 +129,7 @@ static void check_route(int32_t n_expert, int32_t n_used, int32_t n_hidden, bool
     float *drouter = check_new(router, count * sizeof *router);
     float *dbias = check_new(bias, (size_t)n_expert * sizeof *bias);
     const char *fault = NULL;
-    for (size_t k = 0; k < sizeof n_rows / sizeof *n_rows && !fault; k++) {
+    for (size_t k = 0; k < sizeof n_rows / sizeof *n_rows && !fault; k += check_briefly ? 3 : 1) {
         const int32_t n_row = n_rows[k], n = n_row * n_used;
         rows r = rows_new(n_row, n_hidden, false);
         check_lists l = check_lists_new(n_row, n_expert, n_used);
@@ -145,7 +145,7 @@ static void check_route(int32_t n_expert, int32_t n_used, int32_t n_hidden, bool
         rows_apart(&r, codes == CU_CODES_NONE ? CU_CODES_I8 : codes);
         CHECK_CUDA(cu_route(0, &j, &l.r));
         unsigned char *want_rows = rows_get(&r), *want = lists_get(&l, n_row);
-        for (int again = 0; again < 3 && !fault; again++) { /* the count of rows is left as it was */
+        for (int again = 0; again < (check_briefly ? 2 : 3) && !fault; again++) { /* the count of rows is as it was */
             rows_clear(&r);
             CHECK_CUDA(cudaMemset(l.memory, 0xff, l.bytes));
             CHECK_CUDA(cu_route_few(0, &j, &l.r, codes == CU_CODES_NONE ? NULL : &r.x8, codes, r.xn));

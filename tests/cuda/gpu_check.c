@@ -1,5 +1,6 @@
 /* Every kernel of the cuda backend against scalar code, on a machine with a GPU: gpu_check [FILTER [SEED
- * [PART/PARTS]]]. PART/PARTS (1/8 .. 8/8): each case in one of so many processes, which may run side by side. */
+ * [PART/PARTS | briefly]]]. PART/PARTS (1/8 .. 8/8): each case in one of so many processes, which may run side by side.
+ * briefly: with few launches a case, for compute-sanitizer. */
 #include "check.h"
 
 #include <time.h>
@@ -9,6 +10,7 @@ enum { GUARD = 1 << 20, BLOCKS_MAX = 4096 };
 uint64_t check_seed;
 int check_n_case, check_n_failed;
 const char *check_filter;
+bool check_briefly;
 static uint64_t n_drawn;
 static int part = 1, n_part = 1, n_begun;
 static struct {
@@ -89,8 +91,9 @@ float check_random(void) { return (float)((int32_t)(check_random64() >> 40) - (1
 int main(int argc, char **argv) {
     check_filter = argc > 1 && *argv[1] ? argv[1] : NULL;
     check_seed = argc > 2 ? strtoull(argv[2], NULL, 10) : (uint64_t)time(NULL);
-    if (argc > 3 && (sscanf(argv[3], "%d/%d", &part, &n_part) != 2 || part < 1 || part > n_part)) {
-        fprintf(stderr, "gpu_check: wants a part such as 1/8, not '%s'\n", argv[3]);
+    check_briefly = argc > 3 && strcmp(argv[3], "briefly") == 0;
+    if (argc > 3 && !check_briefly && (sscanf(argv[3], "%d/%d", &part, &n_part) != 2 || part < 1 || part > n_part)) {
+        fprintf(stderr, "gpu_check: wants a part such as 1/8, or 'briefly', not '%s'\n", argv[3]);
         return 2;
     }
     setvbuf(stdout, NULL, _IOLBF, 0);
