@@ -78,24 +78,35 @@ CPU_INLINE void score_all(float (*score)[SCORES], ern_bf16 (*q)[CPU_HEAD_DIM_MAX
     }
 }
 
+/* 16 scores of one head to weights; cut: of the positions of m. */
+CPU_INLINE __m512 soften16(ern_bf16 *weight, const float *score, __m512 top, const bool cut, __mmask16 m) {
+    __m512 e = cpu_exp2_16(_mm512_sub_ps(_mm512_loadu_ps(score), top));
+    if (cut) e = _mm512_maskz_mov_ps(m, e);
+    const __m256i w = narrow(e);
+    _mm256_storeu_si256((__m256i *)(void *)weight, w);
+    return cpu_widen(w);
+}
+
 /* Scores of n positions to the weights 2^(score - max), rounded, zeros after them; max and sum per head. */
 CPU_INLINE void soften(float *part, ern_bf16 (*weight)[SCORES], float (*score)[SCORES], int32_t n, const int nh,
                        early *fetched) {
     const __m512 none = _mm512_set1_ps(-INFINITY);
+    const int32_t whole = n / 16 * 16;
+    const __mmask16 m = cpu_mask(n - whole);
     for (int h = 0; h < nh; h++) {
-        __m512 top = none, sum = _mm512_setzero_ps();
-        for (int32_t t = 0; t < n; t += 16)
-            top = _mm512_max_ps(top, _mm512_mask_loadu_ps(none, cpu_mask(n - t), score[h] + t));
-        const float max = _mm512_reduce_max_ps(top);
-        top = _mm512_set1_ps(max);
-        for (int32_t t = 0; t < n; t += 16) {
+        __m512 top = none;
+        for (int32_t t = 0; t < whole; t += 16) top = _mm512_max_ps(top, _mm512_loadu_ps(score[h] + t));
+        if (m) top = _mm512_max_ps(top, _mm512_mask_loadu_ps(none, m, score[h] + whole));
+        part[h] = _mm512_reduce_max_ps(top);
+    }
+    for (int h = 0; h < nh; h++) {
+        const __m512 top = _mm512_set1_ps(part[h]);
+        __m512 sum = _mm512_setzero_ps();
+        for (int32_t t = 0; t < whole; t += 16) {
             early_fetch(fetched, 2);
-            const __m512 e = cpu_exp2_16(_mm512_sub_ps(_mm512_loadu_ps(score[h] + t), top));
-            const __m256i w = narrow(_mm512_maskz_mov_ps(cpu_mask(n - t), e));
-            sum = _mm512_add_ps(sum, cpu_widen(w));
-            _mm256_storeu_si256((__m256i *)(void *)(weight[h] + t), w);
+            sum = _mm512_add_ps(sum, soften16(weight[h] + t, score[h] + t, top, false, 0));
         }
-        part[h] = max;
+        if (m) sum = _mm512_add_ps(sum, soften16(weight[h] + whole, score[h] + whole, top, true, m));
         part[CPU_HEAD_TILE + h] = cpu_sum1(sum);
     }
 }
