@@ -51,7 +51,7 @@ CPU_INLINE void score_tile(float (*score)[SCORES], ern_bf16 (*q)[CPU_HEAD_DIM_MA
     for (int32_t c = 0; c < dim; c += 2) {
         __m512i k[VECS];
         CPU_UNROLL for (int v = 0; v < nv; v++) k[v] = two_dims(run[v].k + c * CPU_KV_GROUP * 2, cut, m);
-        early_fetch(e, nv > 1 ? nv - 1 : 1);
+        early_fetch(e, nv > 2 ? nv - 1 : nv);
         CPU_UNROLL for (int h = 0; h < nh; h++) {
             const __m512i x = pair_at(q[h] + c);
             CPU_UNROLL for (int v = 0; v < nv; v++) acc[h][v] = dot2(acc[h][v], x, k[v]);
@@ -198,11 +198,12 @@ CPU_INLINE void block_heads(float *part, const float *q, int32_t dim, float scal
     early_end(&e);
 }
 
-/* As in attn_avx512.c: heads of 128 by wide tiles, other sizes one by one. */
+/* Heads of 128 by wide tiles, other sizes one by one. 7 and 8 heads go by two vectors: the runs of a block divide by
+ * two without rest, not by three. */
 #define HEADS(nh)                                                                                                      \
     static void heads_##nh(float *part, const float *q, int32_t dim, float scale, const cpu_kv_block *kv, int32_t n) { \
         if (dim == 128)                                                                                                \
-            block_heads(part, q, 128, scale, kv, n, nh, nh > 6 ? 3 : VECS);                                            \
+            block_heads(part, q, 128, scale, kv, n, nh, nh > 6 ? 2 : VECS);                                            \
         else                                                                                                           \
             block_heads(part, q, dim, scale, kv, n, nh, 1);                                                            \
     }
