@@ -10,12 +10,13 @@
 #             in another one (barrier.cluster counts threads and allows that); cases whose rows come by way of it, too.
 #   no-race   racecheck takes an arrival at an mbarrier for what its own thread has done. Where all lanes read or write,
 #             meet (__syncwarp) and lane 0 arrives, it tells of the 31 others: few's lists and parts; x in the attention
-#             half, in whose place joins put tiles (31 lanes of each warp that arrives, 32 of those that meet it at a
-#             barrier before); chain's slots, each time one is filled again (kernels that do the same are clean where none
-#             is, or where a tensor copy fills it, which is not seen). And of a named barrier at which some only arrive
-#             (bar.arrive) it loses track when they come again and have not waited with those who wait there in between:
-#             chain's sums, decode's turns. Nor does it follow a wait without order and a fence behind it: sample's
-#             clusters.
+#             half, in whose place joins put tiles; chain's slots, each time one is filled again (kernels that do the same
+#             are clean where none is, or where a tensor copy fills it, which is not seen). It tells of threads that meet
+#             at a named barrier when some of them were at another one and the rest were not: the attention half's tiles,
+#             behind bands that one of two warpgroups has. (The attention half is clean once all lanes arrive and all meet
+#             everywhere: docs/speed.md, eighth table.) And of a named barrier at which some only arrive (bar.arrive) it
+#             loses track when they come again and have not waited with those who wait there in between: chain's sums,
+#             decode's turns. Nor does it follow a wait without order and a fence behind it: sample's clusters.
 # initcheck knows nothing of memory that gpu_check has poisoned: that a kernel reads such is seen by the poison, NaN.
 set -u
 build=$1
