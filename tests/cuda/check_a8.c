@@ -199,7 +199,6 @@ static void compare_one(check_worst *to, const check_weights *o, const cu_x8 *x,
     check_worst_add(to, fabs(got - want), bound, "swiglu", row, out, n_row);
 }
 
-/* Rows one by one. */
 /* Each row by a launch of its own; briefly: 48 of them, which lie otherwise in the tiles than among all. */
 static void run_alone(const kernels *k, const cu_job *all) {
     const int32_t piece = check_briefly ? 48 : 1;
