@@ -19,7 +19,7 @@
 extern uint64_t check_seed;
 extern int check_n_case, check_n_failed;
 extern const char *check_filter; /* only cases whose name holds this; NULL: all */
-extern bool check_briefly;       /* under a tool that takes a second for a launch: what is done often, now a few times */
+extern bool check_briefly;       /* a tool takes up to a second for a launch: what is done often, now a few times */
 
 /* True when the case is to run; prints its name when it fails. One case = one call of check_end. */
 bool check_begin(const char *name);
