@@ -15,6 +15,8 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
 
 #include <cmocka.h>
 
@@ -514,6 +516,37 @@ static void test_copied(void **state) {
     }
 }
 
+/* How many pages of the system's of b's KV cache are in memory. */
+static size_t settled(const cpu_backend *b, size_t n, unsigned char *in) {
+    size_t there = 0;
+    assert_int_equal(mincore(b->kv, b->kv_bytes, in), 0);
+    for (size_t i = 0; i < n; i++) there += in[i] & 1;
+    return there;
+}
+
+/* Without a step having run, all of the KV cache comes to have memory. */
+static void test_settled(void **state) {
+    (void)state;
+    made_model made = made_model_open("tiny-dense", false, SEED);
+    rig *g = malloc(sizeof *g);
+    rig_open(g, &(setup){made.model, -1, false, false}, 2, 1024, made.model->has_mtp);
+    const cpu_backend *b = (const cpu_backend *)(const void *)g->b;
+    const size_t each = (size_t)sysconf(_SC_PAGESIZE), n = (b->kv_bytes + each - 1) / each;
+    unsigned char *in = malloc(n);
+    assert_non_null(in);
+    assert_true(b->kv_bytes > 8 << 20);                              /* huge pages of the system's */
+    const bool can = madvise(b->kv, each, MADV_POPULATE_WRITE) == 0; /* since Linux 5.14 */
+    for (int i = 0; can && settled(b, n, in) < n; i++) {
+        assert_true(i < 6000);
+        usleep(10000);
+    }
+    free(in);
+    g->b->ops->close(g->b);
+    free(g);
+    made_model_close(&made);
+    if (!can) skip();
+}
+
 static void test_dense_pt(void **state) { (void)state, check_model("tiny-dense", false); }
 static void test_dense_paddle(void **state) { (void)state, check_model("tiny-dense", true); }
 static void test_moe_pt(void **state) { (void)state, check_model("tiny-moe", false); }
@@ -547,7 +580,7 @@ int main(void) {
         cmocka_unit_test(test_moe_paddle), cmocka_unit_test(test_dense_wint8),  cmocka_unit_test(test_moe_mixed),
         cmocka_unit_test(test_wide),       cmocka_unit_test(test_copied),       cmocka_unit_test(test_dense_wint4),
         cmocka_unit_test(test_dense_fp8),  cmocka_unit_test(test_moe_wint8),    cmocka_unit_test(test_moe_wint4),
-        cmocka_unit_test(test_moe_fp8),
+        cmocka_unit_test(test_moe_fp8),    cmocka_unit_test(test_settled),
     };
     if (few) {
         printf("built with a sanitizer: each kind of way at few chunk sizes, with 3 threads, in two of the formats\n");

@@ -4,10 +4,14 @@
  *   driver                |-- step n --||-- step n+1 --|          |-- step n+2 ...
  *
  * The driver is worker 0 of the pool. kv_copy is queued and done by the driver before the next step, so that a copy
- * never stops the overlap; kv_read and kv_write are plain copies on their caller's thread, beside the driver. */
+ * never stops the overlap; kv_read and kv_write are plain copies on their caller's thread, beside the driver.
+ *
+ * A thread that runs when nobody else wants the processor gives the KV cache its memory after the start: else the first
+ * prompts would wait for the system to find and clear it, 2 MiB at a time, in the middle of their steps. */
 #include "backend/cpu/cpu_state.h"
 
 #include <math.h>
+#include <sched.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -54,6 +58,16 @@ static ern_status cpu_plan(ern_backend_plan *out, const ern_model *m, const ern_
     return status;
 }
 
+/* Every 2 MiB of the KV cache, as far as the system gives them; what is in them stays. */
+static void *settler_main(void *arg) {
+    cpu_backend *b = arg;
+    (void)pthread_setschedparam(pthread_self(), SCHED_IDLE, &(struct sched_param){0});
+    for (size_t at = 0; at < huge_bytes(b->kv_bytes) && !atomic_load_explicit(&b->closing, memory_order_relaxed);
+         at += HUGE)
+        if (madvise(b->kv + at, HUGE, MADV_POPULATE_WRITE) != 0) break;
+    return NULL;
+}
+
 /* ---- the driver -------------------------------------------------------------------------------------------------- */
 
 static void *driver_main(void *arg) {
@@ -92,6 +106,8 @@ static void cpu_close(ern_backend *base) {
         pthread_join(b->driver, NULL);
     }
     ern_pool_close(b->pool);
+    atomic_store_explicit(&b->closing, true, memory_order_relaxed);
+    if (b->has_settler) pthread_join(b->settler, NULL);
     if (b->kv) munmap(b->kv, huge_bytes(b->kv_bytes));
     if (b->tiles) munmap(b->tiles, huge_bytes(b->weights.bytes));
     cpu_weights_close(&b->weights);
@@ -128,6 +144,7 @@ static ern_status take_all(cpu_backend *b, ern_err *err) {
     if (pthread_create(&b->driver, NULL, driver_main, b) != 0)
         return ERN_FAIL(err, ERN_ERR_MEMORY, "cannot start the cpu backend's thread; lower --threads");
     b->has_driver = true;
+    b->has_settler = pthread_create(&b->settler, NULL, settler_main, b) == 0; /* without it steps find their memory */
     return ERN_OK;
 }
 

@@ -135,6 +135,9 @@ typedef struct cpu_backend {
 
     pthread_t driver;
     bool has_driver, stop;
+    pthread_t settler; /* finds memory for the KV cache */
+    bool has_settler;
+    atomic_bool closing;
     pthread_mutex_t lock;
     pthread_cond_t work, done;
     uint64_t n_submitted, n_computed, n_waited;
