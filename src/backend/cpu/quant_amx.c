@@ -6,7 +6,8 @@
  * by. The integer sums of 16 rows, exact as everywhere, are stored; while the tiles multiply the next 16 rows, the
  * vectors scale them and add them to the f32 sums with the instructions of quant_vnni.c: the bits are the same. A
  * quarter of that work follows each product: a processor whose core another thread shares does not look far enough
- * ahead to find the next product behind all of it.
+ * ahead to find the next product behind all of it. So does a quarter of the fetches that bring the next tiles into L1,
+ * for which it does not look far enough ahead either.
  *
  *          B:  4 5     6 7
  *      A: 2 3  [ 0 ]   [ 1 ]
@@ -44,7 +45,6 @@ typedef struct waiting {
     int64_t step;   /* between scales of rows */
     __mmask16 sums; /* whether there are sums of groups before */
     int turn;
-    int32_t r, o; /* after the last group: the row and output of y to which they go; else o is -1 */
 } waiting;
 
 /* Stores before it are seen by tile loads after it, of which the compiler does not know what they read. */
@@ -98,79 +98,86 @@ CPU_INLINE void fetch_weights(stream *s) {
 
 /* ---- sums -------------------------------------------------------------------------------------------------------- */
 
-/* Row r and band b of what waits: its f32 sum with this group. */
-CPU_INLINE __m512 with_group(const room *k, const waiting *at, int r, int b, __m512 scale) {
-    const __m512 sum = _mm512_maskz_load_ps(at->sums, at->acc + (b * ROWS + r) * ERN_TILE_OUT);
-    return _mm512_fmadd_ps(scale, _mm512_cvtepi32_ps(_mm512_load_si512(k->c[at->turn][b][r])), sum);
-}
-
-/* A quarter of the rows that wait, on to their next group. */
-CPU_INLINE void scale_on(const room *k, const waiting *at, const int quarter, const int nb) {
-    CPU_UNROLL for (int r = quarter * ROWS / 4; r < (quarter + 1) * ROWS / 4; r++) {
-        const __m512 scale = _mm512_set1_ps(at->scale[r * at->step]);
-        CPU_UNROLL for (int b = 0; b < nb; b++)
-            _mm512_store_ps(at->acc + (b * ROWS + r) * ERN_TILE_OUT, with_group(k, at, r, b, scale));
+/* A quarter of the rows that wait: their f32 sums with this group. */
+CPU_INLINE void scale_some(const room *k, const waiting *at, const int quarter, const int nb) {
+    stored();
+    const float *s = at->scale + quarter * (ROWS / 4) * at->step;
+    float *acc = at->acc + quarter * (ROWS / 4) * ERN_TILE_OUT;
+    CPU_UNROLL for (int r = 0; r < ROWS / 4; r++) {
+        const __m512 scale = _mm512_set1_ps(s[r * at->step]);
+        CPU_UNROLL for (int b = 0; b < nb; b++) {
+            float *sum = acc + (b * ROWS + r) * ERN_TILE_OUT;
+            const __m512 c = _mm512_cvtepi32_ps(_mm512_load_si512(k->c[at->turn][b][quarter * (ROWS / 4) + r]));
+            _mm512_store_ps(sum, _mm512_fmadd_ps(scale, c, _mm512_maskz_load_ps(at->sums, sum)));
+        }
     }
+    stored();
 }
 
-/* The same, to y. */
-CPU_INLINE void scale_out(const room *k, const cpu_linear_job *j, const waiting *at, const int quarter, const int nb) {
-    const int to = least((quarter + 1) * ROWS / 4, j->n_row - at->r);
+/* The f32 sums of a tile of rows from r on, scaled, to outputs o.. of y. */
+CPU_INLINE void put_rows(const cpu_linear_job *j, float (*acc)[ROWS][ERN_TILE_OUT], int32_t r, int32_t o,
+                         const int nb) {
+    const int32_t n = least(ROWS, j->n_row - r);
     __m512 last[2] = {0};
     __mmask16 m[2] = {0}, add[2];
     CPU_UNROLL for (int b = 0; b < nb; b++) {
-        m[b] = cpu_mask(j->w->n_out - at->o - b * ERN_TILE_OUT);
+        m[b] = cpu_mask(j->w->n_out - o - b * ERN_TILE_OUT);
         add[b] = j->add ? m[b] : 0;
-        last[b] = cpu_load_bf16_mask((const ern_bf16 *)j->w->scale + at->o + b * ERN_TILE_OUT, m[b]);
+        last[b] = cpu_load_bf16_mask((const ern_bf16 *)j->w->scale + o + b * ERN_TILE_OUT, m[b]);
     }
-    for (int r = quarter * ROWS / 4; r < to; r++) {
-        const __m512 scale = _mm512_set1_ps(at->scale[r * at->step]);
-        const __m512 share = _mm512_set1_ps(j->scale ? j->scale[at->r + r] : 1.0f);
-        float *y = cpu_job_y(j, at->r + r) + at->o;
+    for (int32_t i = 0; i < n; i++) {
+        const __m512 share = _mm512_set1_ps(j->scale ? j->scale[r + i] : 1.0f);
+        float *y = cpu_job_y(j, r + i) + o;
         CPU_UNROLL for (int b = 0; b < nb; b++, y += ERN_TILE_OUT) {
-            const __m512 s = _mm512_mul_ps(with_group(k, at, r, b, scale), last[b]);
+            const __m512 s = _mm512_mul_ps(_mm512_load_ps(acc[b][i]), last[b]);
             _mm512_mask_storeu_ps(y, m[b], _mm512_mask_fmadd_ps(s, add[b], share, _mm512_maskz_loadu_ps(add[b], y)));
         }
     }
 }
 
-enum { NOTHING, ON, OUT }; /* what is done with what waits */
-
-CPU_INLINE void scale_rows(const room *k, const cpu_linear_job *j, const waiting *at, const int how, const int quarter,
-                           const int nb) {
-    stored();
-    if (how == ON) scale_on(k, at, quarter, nb);
-    if (how == OUT) scale_out(k, j, at, quarter, nb);
-    stored();
-}
-
-/* What waits, all of it, to y. */
-CPU_INLINE void finish(const room *k, const cpu_linear_job *j, waiting *last, const int nb) {
-    CPU_UNROLL for (int quarter = 0; quarter < 4; quarter++) scale_rows(k, j, last, OUT, quarter, nb);
-    last->acc = NULL;
-}
-
 /* ---- products ---------------------------------------------------------------------------------------------------- */
 
-/* A tile of rows times the group's weights, and beside it what waits. both: the group has two tiles of inputs. */
-CPU_INLINE void multiply(room *k, const cpu_linear_job *j, const int8_t *a, int64_t step, bool both, const waiting *at,
-                         const int how, const int nb) {
+/* What comes next, to be fetched into L1. */
+typedef struct ahead {
+    const int8_t *a; /* a tile of rows and the one beside it */
+    int64_t step;
+    const int8_t *b; /* a tile of weights */
+} ahead;
+
+/* A quarter of it. */
+CPU_INLINE void fetch_some(const ahead *next, const int quarter) {
+    const int8_t *a = next->a + quarter % 2 * (ROWS / 2) * next->step + quarter / 2 * ERN_TILE_IN;
+    CPU_UNROLL for (int i = 0; i < ROWS / 2; i++) _mm_prefetch((const char *)(a + i * next->step), _MM_HINT_T0);
+    const int8_t *b = next->b + quarter * (int)sizeof(tile_s8) / 4;
+    CPU_UNROLL for (int i = 0; i < (int)sizeof(tile_s8) / 4; i += 64) _mm_prefetch((const char *)(b + i), _MM_HINT_T0);
+}
+
+CPU_INLINE void beside(const room *k, const waiting *at, const ahead *next, const int quarter, const bool waits,
+                       const int nb) {
+    if (waits) scale_some(k, at, quarter, nb);
+    fetch_some(next, quarter);
+}
+
+/* A tile of rows times the group's weights to c[turn], and beside it what waits, if it does. both: the group has two
+ * tiles of inputs. */
+CPU_INLINE void multiply(room *k, int turn, const int8_t *a, int64_t step, bool both, const waiting *at,
+                         const ahead *next, const bool waits, const int nb) {
     _tile_zero(0);
     if (nb > 1) _tile_zero(1);
     _tile_loadd(2, a, step);
     if (both) _tile_loadd(3, a + ERN_TILE_IN, step);
     _tile_dpbssd(0, 2, 4);
-    scale_rows(k, j, at, how, 0, nb);
+    beside(k, at, next, 0, waits, nb);
     if (nb > 1) _tile_dpbssd(1, 2, 6);
-    scale_rows(k, j, at, how, 1, nb);
+    beside(k, at, next, 1, waits, nb);
     if (both) _tile_dpbssd(0, 3, 5);
-    scale_rows(k, j, at, how, 2, nb);
+    beside(k, at, next, 2, waits, nb);
     if (nb > 1 && both) _tile_dpbssd(1, 3, 7);
-    scale_rows(k, j, at, how, 3, nb);
+    beside(k, at, next, 3, waits, nb);
     _tile_zero(2); /* an empty tile leaves a register free to load the next one ahead */
     _tile_zero(3);
-    _tile_stored(0, k->c[!at->turn][0], 64);
-    if (nb > 1) _tile_stored(1, k->c[!at->turn][1], 64);
+    _tile_stored(0, k->c[turn][0], 64);
+    if (nb > 1) _tile_stored(1, k->c[turn][1], 64);
 }
 
 /* 16 rows from r on, as far as there are that many, side by side: inputs of group g and their scales. */
@@ -195,58 +202,64 @@ CPU_INLINE void fetch_outputs(const cpu_linear_job *j, int32_t r, int32_t n, int
     }
 }
 
+/* Whether a tile of rows from r on is to be copied side by side. */
+CPU_INLINE bool is_apart(const cpu_linear_job *j, int32_t r) { return j->x_row || r + ROWS > j->n_row; }
+
 /* n tiles of rows from r0 on, nb bands from `band` on. fill: the weights are to be taken. */
-CPU_INLINE void block(room *k, waiting *last, stream *next, const cpu_linear_job *j, int32_t r0, int32_t n,
-                      int32_t band, bool fill, bool once, const int nb, const bool four) {
+CPU_INLINE void block(room *k, stream *next, const cpu_linear_job *j, int32_t r0, int32_t n, int32_t band, bool fill,
+                      bool once, const int nb, const bool four) {
     const ern_linear *w = j->w;
-    const int32_t n_group = cpu_groups(w->n_in), n_tile = cpu_tiles(w->n_in);
+    const int32_t n_group = cpu_groups(w->n_in), n_tile = cpu_tiles(w->n_in), o = band * ERN_TILE_OUT;
     const int64_t stride = cpu_act_stride(w->n_in);
+    waiting last = {.acc = NULL};
     if (fill) take_weights(k, w, band, 0, once, nb, four);
     for (int32_t g = 0; g < n_group; g++) {
         const bool both = 2 * g + 1 < n_tile;
         const int32_t first = g * ROWS / n_group,
                       rows = (g + 1) * ROWS / n_group - first; /* of a tile, to be fetched */
-        tile_s8(*b)[2] = place(k, g, once);
+        tile_s8(*b)[2] = place(k, g, once), (*b_next)[2] = place(k, g + 1, once);
         _tile_loadd(4, b[0][0], 64);
         if (both) _tile_loadd(5, b[0][1], 64);
         if (nb > 1) _tile_loadd(6, b[1][0], 64);
         if (nb > 1 && both) _tile_loadd(7, b[1][1], 64);
         for (int32_t t = 0; t < n; t++) {
-            const int32_t r = r0 + t * ROWS;
-            const int turn = !last->turn;
-            const bool apart = j->x_row || r + ROWS > j->n_row;
+            const int32_t r = r0 + t * ROWS, r_next = t + 1 < n ? r + ROWS : r0, g_next = g + (t + 1 == n);
+            const int turn = !last.turn;
+            const bool apart = is_apart(j, r);
             if (apart) gather(k, j, r, g, turn);
-            const int8_t *a = apart ? k->a[0] : (const int8_t *)j->act.q + r * stride + g * ERN_ACT_GROUP;
+            const int8_t *act = (const int8_t *)j->act.q, *a = apart ? k->a[0] : act + r * stride + g * ERN_ACT_GROUP;
             const int64_t step = apart ? ERN_ACT_GROUP : stride;
-            if (!last->acc)
-                multiply(k, j, a, step, both, last, NOTHING, nb);
-            else if (last->o < 0)
-                multiply(k, j, a, step, both, last, ON, nb);
+            const bool rests = is_apart(j, r_next) || g_next == n_group;
+            const ahead soon = {.a = rests ? a : act + r_next * stride + g_next * ERN_ACT_GROUP,
+                                .step = rests ? step : stride,
+                                .b = b_next[t / 2 % 2][t % 2]};
+            if (last.acc)
+                multiply(k, turn, a, step, both, &last, &soon, true, nb);
             else
-                multiply(k, j, a, step, both, last, OUT, nb);
+                multiply(k, turn, a, step, both, &last, &soon, false, nb);
             fetch_weights(next);
-            *last = (waiting){.acc = k->acc[t][0][0],
-                              .scale = apart ? k->scale[turn] : j->act.scale + r * (int64_t)n_group + g,
-                              .step = apart ? 1 : n_group,
-                              .sums = g ? 0xffff : 0,
-                              .turn = turn,
-                              .r = r,
-                              .o = g == n_group - 1 ? band * ERN_TILE_OUT : -1};
-            fetch_outputs(j, r + first, rows, band * ERN_TILE_OUT, nb);
+            last = (waiting){.acc = k->acc[t][0][0],
+                             .scale = apart ? k->scale[turn] : j->act.scale + r * (int64_t)n_group + g,
+                             .step = apart ? 1 : n_group,
+                             .sums = g ? 0xffff : 0,
+                             .turn = turn};
+            fetch_outputs(j, r + first, rows, o, nb);
             if (t == 0 && fill && g + 1 < n_group) take_weights(k, w, band, g + 1, once, nb, four);
         }
     }
+    CPU_UNROLL for (int quarter = 0; quarter < 4; quarter++) scale_some(k, &last, quarter, nb);
+    for (int32_t t = 0; t < n; t++) put_rows(j, k->acc[t], r0 + t * ROWS, o, nb);
 }
 
-/* n tiles of rows from r0 on, nb bands from `band` on; what waits at the end is left to wait. */
-CPU_INLINE void bands(room *k, waiting *last, const cpu_linear_job *j, int32_t r0, int32_t n, int32_t band,
-                      const int nb, const bool four) {
+/* n tiles of rows from r0 on, nb bands from `band` on. */
+CPU_INLINE void bands(room *k, const cpu_linear_job *j, int32_t r0, int32_t n, int32_t band, const int nb,
+                      const bool four) {
     const int32_t n_group = cpu_groups(j->w->n_in);
     const bool once = n <= PASS, keep = n_group <= KEPT;
     const size_t bytes = (size_t)nb * cpu_band_bytes(j->w), steps = (size_t)n * (size_t)n_group;
     stream next = {(uintptr_t)cpu_band(j->w, band + nb), (int32_t)((bytes / 64 + steps - 1) / steps)};
     for (int32_t t = 0; t < n; t += PASS)
-        block(k, last, &next, j, r0 + t * ROWS, least(PASS, n - t), band, t == 0 || !keep, once, nb, four);
+        block(k, &next, j, r0 + t * ROWS, least(PASS, n - t), band, t == 0 || !keep, once, nb, four);
 }
 
 CPU_INLINE void linear_amx(const cpu_linear_job *j, const bool four) {
@@ -255,15 +268,11 @@ CPU_INLINE void linear_amx(const cpu_linear_job *j, const bool four) {
     const int32_t each = (n + parts * PASS - 1) / (parts * PASS) * PASS;
     const int32_t end = (j->to + ERN_TILE_OUT - 1) / ERN_TILE_OUT;
     room k;
-    waiting last = {.acc = NULL};
     cpu_tiles_begin(ROWS, ROWS);
     for (int32_t t = 0; t < n; t += each) {
         int32_t band = j->from / ERN_TILE_OUT;
-        for (; band + 2 <= end; band += 2) bands(&k, &last, j, t * ROWS, least(each, n - t), band, 2, four);
-        if (last.acc) finish(&k, j, &last, 2);
-        if (band == end) continue;
-        bands(&k, &last, j, t * ROWS, least(each, n - t), band, 1, four);
-        finish(&k, j, &last, 1);
+        for (; band + 2 <= end; band += 2) bands(&k, j, t * ROWS, least(each, n - t), band, 2, four);
+        if (band < end) bands(&k, j, t * ROWS, least(each, n - t), band, 1, four);
     }
     _tile_release();
 }
