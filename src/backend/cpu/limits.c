@@ -69,13 +69,15 @@ static limits_loop *loop_of(ern_rate rate) {
 
 /* ---- memory ------------------------------------------------------------------------------------------------------ */
 
-/* Each thread writes its own part: the pages lie where that thread's later reads are nearest. Every number is 1 as f32,
- * so no product meets a NaN or a denormal. */
+/* Each thread writes its own part: the pages lie where that thread's later reads are nearest. */
 static void fill_part(void *ud, int worker, int n_worker) {
     ern_limits *l = ud;
     int64_t from, to;
     ern_pool_share((int64_t)l->bytes, 4096, worker, n_worker, &from, &to);
-    for (int64_t i = from; i < to; i += 4) memcpy(l->data + i, &(float){1.0f}, 4);
+    for (int64_t i = from; i < to; i += 8) {
+        const uint64_t v = limits_numbers((uint64_t)i);
+        memcpy(l->data + i, &v, sizeof v);
+    }
 }
 
 ern_status ern_limits_open(ern_limits **out, int n_thread, uint64_t bytes, bool huge, ern_err *err) {

@@ -22,7 +22,9 @@ typedef struct tile_config {
 _Static_assert(sizeof(tile_config) == 64, "as the processor reads it");
 
 static void tiles_begin(void) {
+    _Alignas(64) uint64_t numbers[TILE / sizeof(uint64_t)];
     _Alignas(64) tile_config c;
+    for (uint64_t i = 0; i < TILE / sizeof *numbers; i++) numbers[i] = limits_numbers(i);
     memset(&c, 0, sizeof c);
     c.palette = 1;
     for (int i = 0; i < 8; i++) c.row_bytes[i] = 64, c.rows[i] = 16;
@@ -32,10 +34,11 @@ static void tiles_begin(void) {
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
-    _tile_zero(4);
-    _tile_zero(5);
-    _tile_zero(6);
-    _tile_zero(7);
+    __asm__ volatile("" : : "r"(numbers) : "memory"); /* nor of what a tile load reads */
+    _tile_loadd(4, numbers, 64);
+    _tile_loadd(5, numbers, 64);
+    _tile_loadd(6, numbers, 64);
+    _tile_loadd(7, numbers, 64);
 }
 
 #define LOAD_STEP(at)                        \
