@@ -795,6 +795,12 @@ static void check_attn(const cpu_kernels *k, int32_t n, int32_t n_head, int32_t 
         }
     }
     free(score);
+    float *out = guard((size_t)(n_head * C) * sizeof *out);
+    k->attn_out(out, acc, n_head, C);
+    for (int32_t i = 0; i < n_head * C; i++) {
+        const float by = 1.0f / acc[CPU_HEAD_TILE + i / C], want = acc[2 * CPU_HEAD_TILE + i] * by;
+        assert_memory_equal(&out[i], &want, sizeof want);
+    }
     for (int P = 1; P <= 300; P = P * 3 + 2) { /* other pages, other places: the same bits */
         const cpu_kv_view v = draw_cache(&d, P);
         attend(k, other, q, n_head, C, scale, &v, n, n);

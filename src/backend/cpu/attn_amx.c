@@ -150,40 +150,60 @@ CPU_INLINE void begin_tiles(void) {
     _tile_zero(3);
 }
 
+/* Sum `tile` of 2 x 2 to where rows of `row` floats lie. */
+#define put_many(tile, to, row) _tile_stored(tile, (to) + (tile) / 2 * TILE_ROWS * (row) + (tile) % 2 * 16, (row)*4)
+
+/* Before the first product of a sum: the sum before it, if there is one, leaves. */
+#define turn_many(tile, is_first, to, row)   \
+    do {                                     \
+        if (is_first) {                      \
+            if (to) put_many(tile, to, row); \
+            _tile_zero(tile);                \
+        }                                    \
+    } while (0)
+
+/* Where sums go: a step is the first, or the last, of four; those before, NULL: none, leave beside it. */
+typedef struct sums {
+    bool first, last;
+    float *before, *now; /* rows of `row` floats */
+    int32_t row;
+} sums;
+
 /* One step of the products: tiles of queries at a and 16 rows on, of `row` numbers; tiles at b and b + next. */
-CPU_INLINE void step(const ern_bf16 *a, int32_t row, const ern_bf16 *b, int32_t next) {
+CPU_INLINE void step(const ern_bf16 *a, int32_t row, const ern_bf16 *b, int32_t next, sums to) {
     cpu_tile_load(4, a, row * 2);
     cpu_tile_load(5, a + TILE_ROWS * row, row * 2);
     cpu_tile_load(6, b, 64);
     cpu_tile_load(7, b + next, 64);
+    turn_many(0, to.first, to.before, to.row);
     _tile_dpbf16ps(0, 4, 6);
+    turn_many(1, to.first, to.before, to.row);
     _tile_dpbf16ps(1, 4, 7);
+    turn_many(2, to.first, to.before, to.row);
     _tile_dpbf16ps(2, 5, 6);
+    turn_many(3, to.first, to.before, to.row);
     _tile_dpbf16ps(3, 5, 7);
+    if (!to.last) return;
+    put_many(0, to.now, to.row);
+    put_many(1, to.now, to.row);
+    put_many(2, to.now, to.row);
+    put_many(3, to.now, to.row);
 }
 
-/* The sums to where rows of `row` floats lie. */
-CPU_INLINE void end_tiles(float *to, int32_t row) {
-    _tile_stored(0, to, row * 4);
-    _tile_stored(1, to + 16, row * 4);
-    _tile_stored(2, to + TILE_ROWS * row, row * 4);
-    _tile_stored(3, to + TILE_ROWS * row + 16, row * 4);
-}
-
-/* Step s of S: 32 positions by 32 dims. */
-CPU_INLINE void score_step(room *w, const group *g, int32_t nk, int32_t s) {
+/* Step s of S, of n in all: 32 positions by 32 dims. */
+CPU_INLINE void score_step(room *w, const group *g, int32_t nk, int32_t s, int32_t n) {
     const int32_t p = s / nk, t = s % nk;
-    if (t == 0) begin_tiles();
-    step(w->q + (g->m * nk + t) * TILE_K, nk * TILE_K, w->k + (int64_t)(2 * p * nk + t) * TILE, nk * TILE);
-    if (t == nk - 1) end_tiles(&w->score[g->buffer][0][p * 32], SCORES);
+    float *to = &w->score[g->buffer][0][p * 32];
+    step(w->q + (g->m * nk + t) * TILE_K, nk * TILE_K, w->k + (int64_t)(2 * p * nk + t) * TILE, nk * TILE,
+         (sums){t == 0, s == n - 1, p > 0 ? to - 32 : NULL, to, SCORES});
 }
 
-/* Step s of O: 32 dims by 32 positions, of which there are 32 * nt. */
-CPU_INLINE void weigh_step(room *w, const group *g, int32_t nv, int32_t nt, int32_t s) {
+/* Step s of O, of n in all: 32 dims by 32 positions, of which there are 32 * nt. */
+CPU_INLINE void weigh_step(room *w, const group *g, int32_t nv, int32_t nt, int32_t s, int32_t n) {
     const int32_t d = s / nt, t = s % nt;
-    if (t == 0) begin_tiles();
-    step(weights_of(w, g, 0) + t * TILE_K, WEIGHTS, w->v + (int64_t)(t * nv + 2 * d) * TILE, TILE);
-    if (t == nt - 1) end_tiles(&w->out[0][d * 32], DIMS);
+    float *to = &w->out[0][d * 32];
+    step(weights_of(w, g, 0) + t * TILE_K, WEIGHTS, w->v + (int64_t)(t * nv + 2 * d) * TILE, TILE,
+         (sums){t == 0, s == n - 1, d > 0 ? to - 32 : NULL, to, DIMS});
 }
 
 /* ---- softmax ----------------------------------------------------------------------------------------------------- */
@@ -395,9 +415,9 @@ CPU_INLINE void turn(room *w, const cpu_attn_job *j, early *e, int32_t i, int32_
     const int32_t n_piece = tiles_of(d.n_soft, ABREAST) * d.soft.n_part + tiles_of(d.n_out, ABREAST);
     for (int32_t s = 0, done = 0; s <= n_step; s++) {
         if (s < n_weigh)
-            weigh_step(w, &d.before, 2 * nk, nt, s);
+            weigh_step(w, &d.before, 2 * nk, nt, s, n_weigh);
         else if (s < n_step)
-            score_step(w, &after, nk, s - n_weigh);
+            score_step(w, &after, nk, s - n_weigh, n_step - n_weigh);
         if (s < n_step && s % 4 == 0) early_fetch(e, 16);
         while (s == n_step || done * n_step < n_piece * (s + 1)) {
             if (!beside(w, j, &d, s + 1 >= n_weigh, C)) break;

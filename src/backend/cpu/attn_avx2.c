@@ -161,6 +161,15 @@ void cpu_attn_int8_avx2(float *part, const float *q, int32_t n_head, int32_t hea
     attn(part, q, n_head, head_dim, scale, kv, n, 1);
 }
 
+void cpu_attn_out_avx2(float *out, const float *acc, int32_t n_head, int32_t head_dim) {
+    const float *from = acc + 2 * CPU_HEAD_TILE;
+    for (int32_t h = 0; h < n_head; h++, from += head_dim, out += head_dim) {
+        const __m256 by = _mm256_set1_ps(1.0f / acc[CPU_HEAD_TILE + h]);
+        for (int32_t c = 0; c < head_dim; c += 8)
+            cpu_store8_cut(out + c, head_dim - c, _mm256_mul_ps(cpu_load8_cut(from + c, head_dim - c), by));
+    }
+}
+
 void cpu_attn_join_avx2(float *acc, const float *part, int32_t n_head, int32_t head_dim) {
     const __m256 am = _mm256_loadu_ps(acc), pm = _mm256_loadu_ps(part), top = _mm256_max_ps(am, pm);
     float e[2][CPU_HEAD_TILE];

@@ -159,6 +159,17 @@ void cpu_attn_int8_avx512(float *part, const float *q, int32_t n_head, int32_t h
     heads[1][n_head - 1](part, q, head_dim, scale, kv, n);
 }
 
+void cpu_attn_out_avx512(float *out, const float *acc, int32_t n_head, int32_t head_dim) {
+    const float *from = acc + 2 * CPU_HEAD_TILE;
+    for (int32_t h = 0; h < n_head; h++, from += head_dim, out += head_dim) {
+        const __m512 by = _mm512_set1_ps(1.0f / acc[CPU_HEAD_TILE + h]);
+        for (int32_t c = 0; c < head_dim; c += 16) {
+            const __mmask16 m = cpu_mask(head_dim - c);
+            _mm512_mask_storeu_ps(out + c, m, _mm512_mul_ps(_mm512_maskz_loadu_ps(m, from + c), by));
+        }
+    }
+}
+
 void cpu_attn_join_avx512(float *acc, const float *part, int32_t n_head, int32_t head_dim) {
     const __m256 am = _mm256_loadu_ps(acc), pm = _mm256_loadu_ps(part), top = _mm256_max_ps(am, pm);
     const __m512 diff = _mm512_insertf32x8(_mm512_castps256_ps512(_mm256_sub_ps(am, top)), _mm256_sub_ps(pm, top), 1);

@@ -5,6 +5,8 @@
 #include <math.h>
 #include <string.h>
 
+enum { QUERY_ROWS_AHEAD = 3 }; /* of the row that is rotated: 4 KB each, within what a core may have on the way */
+
 /* Cosines and sines of one row. The angle is an f32 product of the position and inv_freq, as docs/model.md 3.3 has it.
  */
 void cpu_rope_table(float *table, const float *inv_freq, int32_t pos, int32_t C) {
@@ -175,14 +177,18 @@ static float *row_heads(const cpu_backend *b, int32_t row, const heads *h) {
     return b->q + ((int64_t)row * b->model->config.n_head + h->h0) * b->model->config.n_head_dim;
 }
 
+/* The queries of one row, which mostly another worker wrote: rows are too far apart for the processor to see what comes
+ * next. */
+static void fetch_heads(const cpu_backend *b, int32_t row, const heads *h) {
+    const float *q = row_heads(b, row, h);
+    for (int32_t i = 0; i < h->n * b->model->config.n_head_dim; i += CPU_LINE / 2) __builtin_prefetch(q + i, 1, 2);
+}
+
 /* The outputs of one row: as o takes them, or, o being NULL, over its queries. */
 static void finish_row(const cpu_backend *b, const ern_linear *o, int32_t row, const heads *h, const float *acc) {
     const int32_t C = b->model->config.n_head_dim;
     float own[CPU_HEAD_TILE * CPU_HEAD_DIM_MAX], *out = o ? own : row_heads(b, row, h);
-    for (int32_t i = 0; i < h->n; i++) {
-        const float *from = acc + 2 * CPU_HEAD_TILE + i * C, r = 1.0f / acc[CPU_HEAD_TILE + i];
-        for (int32_t c = 0; c < C; c++) out[i * C + c] = from[c] * r;
-    }
+    b->kernels->attn_out(out, acc, h->n, C);
     if (o) cpu_act_put(b, b->act, o, row, h->h0 * C, own, h->n * C);
 }
 
@@ -259,8 +265,10 @@ static void attend_tile(const cpu_run *c, walk *w, const task *t, const task *af
     float *extra = acc + CPU_ATTN_ROWS * b->part_floats;
     cpu_attn_job job = {.n_head = h->n, .head_dim = C, .scale = scale};
     if (by_rows(b)) job.room = b->room + (size_t)c->worker * cpu_attn_room();
-    for (int32_t r = 0; rotates_late(b) && r < tile->n; r++)
+    for (int32_t r = 0; rotates_late(b) && r < tile->n; r++) {
+        if (r + QUERY_ROWS_AHEAD < tile->n) fetch_heads(b, tile->row + r + QUERY_ROWS_AHEAD, h);
         b->kernels->rope(row_heads(b, tile->row + r, h), b->rope + (int64_t)(tile->row + r) * C, h->n, C);
+    }
     for (int32_t i = tile->block, end = i + tile->n_block; i < end; i++, w->now ^= 1) {
         cpu_kv_block *now = &w->found[w->now], *next = &w->found[w->now ^ 1];
         if (i + 1 < end)

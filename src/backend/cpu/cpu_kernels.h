@@ -156,6 +156,9 @@ typedef struct cpu_kernels {
     void (*attn_rows)(const cpu_attn_job *j);
     /* acc = acc joined with part (the block after it). */
     void (*attn_join)(float *acc, const float *part, int32_t n_head, int32_t head_dim);
+    /* out [n_head, C] = what acc holds of values, each times 1 / its head's sum, which is rounded: all levels have the
+     * same bits. */
+    void (*attn_out)(float *out, const float *acc, int32_t n_head, int32_t head_dim);
 } cpu_kernels;
 
 extern const cpu_kernels cpu_kernels_portable, cpu_kernels_avx2;
