@@ -111,9 +111,8 @@ static void print_heading(const stepping *s) {
                      "GB/s", "best round");
         return;
     }
-    (void)printf("%s, %d thread%s, level %s; median of %lld rounds; limits: the best of three looks before and three "
-                 "after each round, "
-                 "reading in huge pages, arithmetic from L2\n",
+    (void)printf("%s, %d thread%s, level %s; median of %lld rounds; limits: the mean of looks before, after "
+                 "and, each 0.5 s, within a round, reading in huge pages, arithmetic from L2\n",
                  ern_cpu_name(), s->threads, s->threads == 1 ? "" : "s", ern_cpu_level_name(ern_cpu_level_here()),
                  (long long)options_int(s->o, "rounds"));
     (void)printf("%-28s %10s %10s %9s %9s %9s  %s\n", "", "tokens/s", "ms", "MB", "GOP", "GB/s",

@@ -23,7 +23,8 @@ enum {
     ROUND_US = 400000,
     LIMIT_US = 15000,
     LOOKS = 3,
-    QUICK_US = 500
+    QUICK_US = 500,
+    LOOK_EVERY_US = 500000 /* of a long round */
 };
 #define READ_LEAST ((uint64_t)64 << 20)
 #define READ_MOST ((uint64_t)4 << 30)
@@ -120,21 +121,6 @@ static ern_status decode_steps(bench_steps *b, int32_t batch, int32_t context, i
     return ERN_OK;
 }
 
-static ern_status prefill_steps(bench_steps *b, int32_t n, double *seconds, ern_err *err) {
-    const int64_t begin_us = ern_now_us();
-    int32_t in_flight = 0;
-    for (int32_t at = 0; at < n; at += b->o.n_row_max) {
-        const int32_t rows = n - at < b->o.n_row_max ? n - at : b->o.n_row_max;
-        submit(b, 1, at, rows, at + rows == n, false);
-        if (++in_flight < 2) continue;
-        ERN_TRY(wait_one(b, err));
-        in_flight--;
-    }
-    while (in_flight-- > 0) ERN_TRY(wait_one(b, err));
-    *seconds = (double)(ern_now_us() - begin_us) * 1e-6;
-    return ERN_OK;
-}
-
 /* ---- counting -------------------------------------------------------------------------------------------------- */
 
 static void on_stage(void *ud, const char *stage, int32_t layer, int32_t row, const float *data, int32_t n_row,
@@ -159,6 +145,7 @@ static void probe(bench_steps *b, bool on, bool leaves) {
 
 typedef struct round {
     double seconds, read, compute, fraction;
+    int n_look;
 } round;
 
 /* Worst first. Without limits all fractions are 0, and the time decides. */
@@ -170,16 +157,42 @@ static int by_fraction(const void *a, const void *b) {
 
 static double larger(double a, double b) { return a > b ? a : b; }
 
-/* Look at both limits; `at` keeps the best of these looks and of what it holds. Several short looks rather than a long
- * one: a neighbour that takes a core for a moment lowers what one look sees, and a limit is what can be had. */
-static void look(bench_steps *b, const bench_result *out, bool has_rate, round *at) {
+/* Look at both limits, into the mean of a round's looks: what it is held against is what the machine gave while it ran,
+ * and some change by a factor within a second (docs/speed.md). Each look is the best of several short ones: a neighbour
+ * that takes a core for a moment lowers what one of them sees. */
+static void look(bench_steps *b, const bench_result *of, round *at) {
     if (!b->limits) return;
     const int64_t min_us = b->o.quick ? QUICK_US : LIMIT_US;
-    const double bytes = larger(out->bytes, (double)READ_LEAST); /* cut at the buffer's end: half more than a token's */
+    const double bytes = larger(of->bytes, (double)READ_LEAST); /* cut at the buffer's end: half more than a token's */
+    double read = 0, compute = 0;
     for (int i = 0; i < LOOKS; i++) {
-        at->read = larger(at->read, ern_limits_read(b->limits, (uint64_t)bytes, min_us));
-        if (has_rate) at->compute = larger(at->compute, ern_limits_compute(b->limits, out->rate, ERN_REACH_L2, min_us));
+        read = larger(read, ern_limits_read(b->limits, (uint64_t)bytes, min_us));
+        if (of->has_rate) compute = larger(compute, ern_limits_compute(b->limits, of->rate, ERN_REACH_L2, min_us));
     }
+    at->n_look++;
+    at->read += (read - at->read) / at->n_look;
+    at->compute += (compute - at->compute) / at->n_look;
+}
+
+/* Between the steps of a long round the clock rests while the limits are looked at. */
+static ern_status prefill_steps(bench_steps *b, int32_t n, const bench_result *limits_of, round *at, ern_err *err) {
+    int64_t begin_us = ern_now_us(), took_us = 0;
+    int32_t in_flight = 0;
+    for (int32_t from = 0; from < n; from += b->o.n_row_max) {
+        const int32_t rows = n - from < b->o.n_row_max ? n - from : b->o.n_row_max;
+        const bool rests = limits_of && b->limits && ern_now_us() - begin_us > LOOK_EVERY_US;
+        for (; in_flight > (rests ? 0 : 1); in_flight--) ERN_TRY(wait_one(b, err));
+        if (rests) {
+            took_us += ern_now_us() - begin_us;
+            look(b, limits_of, at);
+            begin_us = ern_now_us();
+        }
+        submit(b, 1, from, rows, from + rows == n, false);
+        in_flight++;
+    }
+    while (in_flight-- > 0) ERN_TRY(wait_one(b, err));
+    at->seconds = (double)(took_us + ern_now_us() - begin_us) * 1e-6;
+    return ERN_OK;
 }
 
 /* Fill in what follows from the counts and the rounds. */
@@ -221,9 +234,9 @@ static int32_t steps_of(const bench_steps *b, double seconds) {
 
 /* Warm, and what a step counts; n: steps of a round. */
 static ern_status decode_begin(bench_steps *b, int32_t batch, int32_t context, bench_result *out, int32_t *n,
-                               bool *has_rate, ern_err *err) {
+                               ern_err *err) {
     *out = (bench_result){.batch = batch, .context = context};
-    *has_rate = ern_rate_for(bench_dtype(b->o.model), b->o.level, &out->rate);
+    out->has_rate = ern_rate_for(bench_dtype(b->o.model), b->o.level, &out->rate);
     double seconds;
     ERN_TRY(decode_steps(b, batch, context, STEPS_LEAST, &seconds, err));
     *n = steps_of(b, seconds);
@@ -246,15 +259,14 @@ static ern_status decode_begin(bench_steps *b, int32_t batch, int32_t context, b
 
 ern_status bench_decode(bench_steps *b, int32_t batch, int32_t context, bench_result *out, ern_err *err) {
     int32_t n;
-    bool has_rate;
-    ERN_TRY(decode_begin(b, batch, context, out, &n, &has_rate, err));
+    ERN_TRY(decode_begin(b, batch, context, out, &n, err));
     round r[ROUNDS_MAX] = {{0}};
     const int64_t begin_us = ern_now_us();
     int rounds = 0;
     do {
-        look(b, out, has_rate, &r[rounds]);
+        look(b, out, &r[rounds]);
         ERN_TRY(decode_steps(b, batch, context, n, &r[rounds].seconds, err));
-        look(b, out, has_rate, &r[rounds]);
+        look(b, out, &r[rounds]);
     } while (++rounds < b->o.n_round && ern_now_us() - begin_us < ENOUGH_US);
     conclude(out, r, rounds, batch);
     return ERN_OK;
@@ -273,10 +285,9 @@ static int by_share(const void *a, const void *b) {
 ern_status bench_decode_against(bench_steps *b, int32_t context, int32_t base_context, int n_busy, bench_result *out,
                                 double *share, ern_err *err) {
     int32_t n, n_base;
-    bool has_rate;
     bench_result base;
-    ERN_TRY(decode_begin(b, 1, base_context, &base, &n_base, &has_rate, err));
-    ERN_TRY(decode_begin(b, 1, context, out, &n, &has_rate, err));
+    ERN_TRY(decode_begin(b, 1, base_context, &base, &n_base, err));
+    ERN_TRY(decode_begin(b, 1, context, out, &n, err));
     pair r[ROUNDS_MAX];
     memset(r, 0, sizeof r);
     const int64_t begin_us = ern_now_us();
@@ -284,13 +295,13 @@ ern_status bench_decode_against(bench_steps *b, int32_t context, int32_t base_co
     do {
         pair *p = &r[rounds];
         bench_spinners busy;
-        look(b, out, has_rate, &p->row);
+        look(b, out, &p->row);
         ERN_TRY(decode_steps(b, 1, base_context, n_base, &p->base.seconds, err));
         ERN_TRY(bench_spin(&busy, n_busy, err));
         const ern_status status = decode_steps(b, 1, context, n, &p->row.seconds, err);
         bench_spin_end(&busy);
         if (status != ERN_OK) return status;
-        look(b, out, has_rate, &p->row);
+        look(b, out, &p->row);
         const double more_s = p->row.seconds - p->base.seconds, more_bytes = out->kv_bytes - base.kv_bytes;
         p->share = n_busy ? p->base.seconds / p->row.seconds : bench_share_added(more_bytes, more_s, p->row.read);
     } while (++rounds < b->o.n_round && ern_now_us() - begin_us < ENOUGH_US);
@@ -306,11 +317,11 @@ ern_status bench_prefill(bench_steps *b, int32_t n, bench_result *out, ern_err *
     const ern_model *m = b->o.model;
     *out = (bench_result){.prefill = true, .batch = 1, .context = n};
     const bool leaves = strcmp(b->backend->ops->name, "ref") != 0; /* the plain one computes all rows */
-    const bool has_rate = ern_rate_for(bench_dtype(b->o.model), b->o.level, &out->rate);
-    double seconds;
+    out->has_rate = ern_rate_for(bench_dtype(b->o.model), b->o.level, &out->rate);
+    round warm = {0};
     const bool all = m->config.n_expert > 0; /* else a step is enough to be warm */
     probe(b, true, leaves);
-    ERN_TRY(prefill_steps(b, all || n < b->o.n_row_max ? n : b->o.n_row_max, &seconds, err));
+    ERN_TRY(prefill_steps(b, all || n < b->o.n_row_max ? n : b->o.n_row_max, NULL, &warm, err));
     /* the wanted row chooses as many as a row does */
     const bool spared = leaves && m->layer[m->config.n_layer - 1].is_moe;
     const double experts = b->experts + (spared ? m->config.n_expert_used : 0);
@@ -339,9 +350,9 @@ ern_status bench_prefill(bench_steps *b, int32_t n, bench_result *out, ern_err *
     const int64_t begin_us = ern_now_us();
     int rounds = 0;
     do {
-        look(b, out, has_rate, &r[rounds]);
-        ERN_TRY(prefill_steps(b, n, &r[rounds].seconds, err));
-        look(b, out, has_rate, &r[rounds]);
+        look(b, out, &r[rounds]);
+        ERN_TRY(prefill_steps(b, n, out, &r[rounds], err));
+        look(b, out, &r[rounds]);
     } while (++rounds < b->o.n_round && ern_now_us() - begin_us < ENOUGH_US);
     conclude(out, r, rounds, n);
     return ERN_OK;

@@ -37,6 +37,7 @@ typedef struct bench_result {
     double kv_bytes;          /* part of bytes */
     double read, compute;     /* the limits of the median round; 0: not known here */
     ern_rate rate;
+    bool has_rate;                                  /* this machine has it, and can measure it */
     bool by_read;                                   /* which binds */
     double fraction, least_fraction, best_fraction; /* median, worst and best round; 0 without limits */
 } bench_result;
