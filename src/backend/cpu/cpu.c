@@ -16,7 +16,11 @@
 #include <string.h>
 #include <sys/mman.h>
 
-enum { HUGE = 2 << 20 };
+enum {
+    HUGE = 2 << 20,
+    SETTLE_LOOK = 64 << 20,   /* bytes of the KV cache between looks at what is free */
+    SETTLE_SPARE = 256 << 20, /* bytes left alone: who has no more finds memory as it is used, as far as it reaches */
+};
 
 static cpu_backend *of(ern_backend *base) { return (cpu_backend *)(void *)base; }
 
@@ -58,13 +62,15 @@ static ern_status cpu_plan(ern_backend_plan *out, const ern_model *m, const ern_
     return status;
 }
 
-/* Every 2 MiB of the KV cache, as far as the system gives them; what is in them stays. */
+/* Every 2 MiB of the KV cache, as far as the system gives them easily; what is in them stays. */
 static void *settler_main(void *arg) {
     cpu_backend *b = arg;
     (void)pthread_setschedparam(pthread_self(), SCHED_IDLE, &(struct sched_param){0});
-    for (size_t at = 0; at < huge_bytes(b->kv_bytes) && !atomic_load_explicit(&b->closing, memory_order_relaxed);
-         at += HUGE)
+    for (size_t at = 0; at < huge_bytes(b->kv_bytes); at += HUGE) {
+        if (atomic_load_explicit(&b->closing, memory_order_relaxed)) break;
+        if (at % SETTLE_LOOK == 0 && ern_memory_available_bytes() < SETTLE_LOOK + SETTLE_SPARE) break;
         if (madvise(b->kv + at, HUGE, MADV_POPULATE_WRITE) != 0) break;
+    }
     return NULL;
 }
 
