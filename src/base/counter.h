@@ -1,6 +1,6 @@
 /* Counter-based random numbers: a pure function of (key, index), so nothing has a state that batching, preemption or
- * a restart could shift. Two users: the made weights (model/synth.h) and token sampling (model/sample.h).
- * Source: the SplitMix64 finalizer (Steele, Lea, Flood 2014). */
+ * a restart could shift. Users: the made weights (model/synth.h), token sampling (model/sample.h), and what benchmarks
+ * multiply. Source: the SplitMix64 finalizer (Steele, Lea, Flood 2014). */
 #ifndef ERN_BASE_COUNTER_H
 #define ERN_BASE_COUNTER_H
 

@@ -22,7 +22,7 @@ enum {
     ROUNDS_MAX = 100,
     ROUND_US = 400000,
     LIMIT_US = 15000,
-    LOOKS = 3,
+    TRIES = 3, /* of a look */
     QUICK_US = 500,
     LOOK_EVERY_US = 500000 /* of a long round */
 };
@@ -165,7 +165,7 @@ static void look(bench_steps *b, const bench_result *of, round *at) {
     const int64_t min_us = b->o.quick ? QUICK_US : LIMIT_US;
     const double bytes = larger(of->bytes, (double)READ_LEAST); /* cut at the buffer's end: half more than a token's */
     double read = 0, compute = 0;
-    for (int i = 0; i < LOOKS; i++) {
+    for (int i = 0; i < TRIES; i++) {
         read = larger(read, ern_limits_read(b->limits, (uint64_t)bytes, min_us));
         if (of->has_rate) compute = larger(compute, ern_limits_compute(b->limits, of->rate, ERN_REACH_L2, min_us));
     }
@@ -174,21 +174,22 @@ static void look(bench_steps *b, const bench_result *of, round *at) {
     at->compute += (compute - at->compute) / at->n_look;
 }
 
-/* Between the steps of a long round the clock rests while the limits are looked at. */
+/* Two steps in flight, as the engine keeps them; where limits are looked at one, and between steps, once half a second
+ * has passed, the clock rests for another look: what that takes of a step's time is microseconds. */
 static ern_status prefill_steps(bench_steps *b, int32_t n, const bench_result *limits_of, round *at, ern_err *err) {
+    const bool looks = limits_of && b->limits;
     int64_t begin_us = ern_now_us(), took_us = 0;
     int32_t in_flight = 0;
     for (int32_t from = 0; from < n; from += b->o.n_row_max) {
         const int32_t rows = n - from < b->o.n_row_max ? n - from : b->o.n_row_max;
-        const bool rests = limits_of && b->limits && ern_now_us() - begin_us > LOOK_EVERY_US;
-        for (; in_flight > (rests ? 0 : 1); in_flight--) ERN_TRY(wait_one(b, err));
-        if (rests) {
-            took_us += ern_now_us() - begin_us;
-            look(b, limits_of, at);
-            begin_us = ern_now_us();
-        }
         submit(b, 1, from, rows, from + rows == n, false);
-        in_flight++;
+        if (++in_flight < (looks ? 1 : 2)) continue;
+        ERN_TRY(wait_one(b, err));
+        in_flight--;
+        if (!looks || from + rows == n || ern_now_us() - begin_us < LOOK_EVERY_US) continue;
+        took_us += ern_now_us() - begin_us;
+        look(b, limits_of, at);
+        begin_us = ern_now_us();
     }
     while (in_flight-- > 0) ERN_TRY(wait_one(b, err));
     at->seconds = (double)(took_us + ern_now_us() - begin_us) * 1e-6;

@@ -14,8 +14,8 @@ const command bench_table[] = {
      "Run prefill and decode steps of a model without a server: tokens/s, the bytes and operations counted,\n"
      "and the fraction of the limit that binds. That is the time which the slower of reading the bytes and\n"
      "doing the operations would take at its limit, over the time it took. The limits of a round are the\n"
-     "mean of what was measured before it, after it and, where it is long, every half second within it,\n"
-     "each the best of three; the median of the rounds is told",
+     "mean of what was measured before it, after it and between the steps of a prefill, once half a second\n"
+     "has passed, each the best of three; the median of the rounds is told",
      CMD_BENCH_STEP, cmd_bench_step},
     {"bench serve", NULL, "[FLAGS]",
      "Load a running server over HTTP and tell latency and throughput in the columns of benchmark_serving:\n"

@@ -795,8 +795,8 @@ static void check_attn(const cpu_kernels *k, int32_t n, int32_t n_head, int32_t 
         }
     }
     free(score);
-    float *out = guard((size_t)(n_head * C) * sizeof *out);
-    k->attn_out(out, acc, n_head, C);
+    float *out = poison((int64_t)n_head * C);
+    k->attn_divide(out, acc, n_head, C);
     for (int32_t i = 0; i < n_head * C; i++) {
         const float by = 1.0f / acc[CPU_HEAD_TILE + i / C], want = acc[2 * CPU_HEAD_TILE + i] * by;
         assert_memory_equal(&out[i], &want, sizeof want);

@@ -150,19 +150,21 @@ CPU_INLINE void begin_tiles(void) {
     _tile_zero(3);
 }
 
-/* Sum `tile` of 2 x 2 to where rows of `row` floats lie. */
+/* Sum `tile` to where rows of `row` floats lie: in 2 x 2, or four side by side. */
 #define put_many(tile, to, row) _tile_stored(tile, (to) + (tile) / 2 * TILE_ROWS * (row) + (tile) % 2 * 16, (row)*4)
+#define put_few(tile, to, row) _tile_stored(tile, (to) + 16 * (tile), (row)*4)
 
 /* Before the first product of a sum: the sum before it, if there is one, leaves. */
-#define turn_many(tile, is_first, to, row)   \
-    do {                                     \
-        if (is_first) {                      \
-            if (to) put_many(tile, to, row); \
-            _tile_zero(tile);                \
-        }                                    \
+#define turn_sum(put, tile, is_first, to, row) \
+    do {                                       \
+        if (is_first) {                        \
+            if (to) put(tile, to, row);        \
+            _tile_zero(tile);                  \
+        }                                      \
     } while (0)
 
-/* Where sums go: a step is the first, or the last, of four; those before, NULL: none, leave beside it. */
+/* Where the four sums of a step go. first: of their steps; last: of all steps, and nobody comes who lets them leave
+ * beside his products. before: where the four before go, NULL: there are none. */
 typedef struct sums {
     bool first, last;
     float *before, *now; /* rows of `row` floats */
@@ -175,13 +177,13 @@ CPU_INLINE void step(const ern_bf16 *a, int32_t row, const ern_bf16 *b, int32_t 
     cpu_tile_load(5, a + TILE_ROWS * row, row * 2);
     cpu_tile_load(6, b, 64);
     cpu_tile_load(7, b + next, 64);
-    turn_many(0, to.first, to.before, to.row);
+    turn_sum(put_many, 0, to.first, to.before, to.row);
     _tile_dpbf16ps(0, 4, 6);
-    turn_many(1, to.first, to.before, to.row);
+    turn_sum(put_many, 1, to.first, to.before, to.row);
     _tile_dpbf16ps(1, 4, 7);
-    turn_many(2, to.first, to.before, to.row);
+    turn_sum(put_many, 2, to.first, to.before, to.row);
     _tile_dpbf16ps(2, 5, 6);
-    turn_many(3, to.first, to.before, to.row);
+    turn_sum(put_many, 3, to.first, to.before, to.row);
     _tile_dpbf16ps(3, 5, 7);
     if (!to.last) return;
     put_many(0, to.now, to.row);
@@ -457,18 +459,6 @@ CPU_INLINE void beside_scores(room *w, const cpu_kv_block *kv, bool ragged, int3
     pack_tile(w->k + (s % 2 * GROUPS + g) * TILE, kv->run[i].k + t * TILE_BYTES, C - t * TILE_K, e);
 }
 
-/* Sum `tile` to its place of four side by side. */
-#define put_few(tile, to, row) _tile_stored(tile, (to) + 16 * (tile), (row)*4)
-
-/* Before the first product of a sum: the sum before it, if there is one, leaves. */
-#define turn_few(tile, is_first, to, row)   \
-    do {                                    \
-        if (is_first) {                     \
-            if (to) put_few(tile, to, row); \
-            _tile_zero(tile);               \
-        }                                   \
-    } while (0)
-
 /* S. The scores of four groups leave while those of the next four begin. */
 CPU_INLINE void score_few(room *w, const cpu_kv_block *kv, bool ragged, int32_t n_group, const int32_t C, early *e) {
     const int32_t nk = tiles_of(C, TILE_K), n_step = tiles_of(n_group, GROUPS) * nk;
@@ -482,18 +472,18 @@ CPU_INLINE void score_few(room *w, const cpu_kv_block *kv, bool ragged, int32_t 
         cpu_tile_load(6, k, 64);
         cpu_tile_load(7, k + next, 64);
         beside_scores(w, kv, ragged, s + 1, 0, n_group, C, e);
-        turn_few(0, t == 0, score, SCORES);
+        turn_sum(put_few, 0, t == 0, score, SCORES);
         _tile_dpbf16ps(0, 4, 6);
         cpu_tile_load(6, k + 2 * next, 64);
         beside_scores(w, kv, ragged, s + 1, 1, n_group, C, e);
-        turn_few(1, t == 0, score, SCORES);
+        turn_sum(put_few, 1, t == 0, score, SCORES);
         _tile_dpbf16ps(1, 4, 7);
         cpu_tile_load(7, k + 3 * next, 64);
         beside_scores(w, kv, ragged, s + 1, 2, n_group, C, e);
-        turn_few(2, t == 0, score, SCORES);
+        turn_sum(put_few, 2, t == 0, score, SCORES);
         _tile_dpbf16ps(2, 4, 6);
         beside_scores(w, kv, ragged, s + 1, 3, n_group, C, e);
-        turn_few(3, t == 0, score, SCORES);
+        turn_sum(put_few, 3, t == 0, score, SCORES);
         _tile_dpbf16ps(3, 4, 7);
         if (t == 0) score = &w->score[0][0][s / nk * GROUPS * 16];
     }

@@ -161,7 +161,7 @@ void cpu_attn_int8_avx2(float *part, const float *q, int32_t n_head, int32_t hea
     attn(part, q, n_head, head_dim, scale, kv, n, 1);
 }
 
-void cpu_attn_out_avx2(float *out, const float *acc, int32_t n_head, int32_t head_dim) {
+void cpu_attn_divide_avx2(float *out, const float *acc, int32_t n_head, int32_t head_dim) {
     const float *from = acc + 2 * CPU_HEAD_TILE;
     for (int32_t h = 0; h < n_head; h++, from += head_dim, out += head_dim) {
         const __m256 by = _mm256_set1_ps(1.0f / acc[CPU_HEAD_TILE + h]);

@@ -159,7 +159,7 @@ void cpu_attn_int8_avx512(float *part, const float *q, int32_t n_head, int32_t h
     heads[1][n_head - 1](part, q, head_dim, scale, kv, n);
 }
 
-void cpu_attn_out_avx512(float *out, const float *acc, int32_t n_head, int32_t head_dim) {
+void cpu_attn_divide_avx512(float *out, const float *acc, int32_t n_head, int32_t head_dim) {
     const float *from = acc + 2 * CPU_HEAD_TILE;
     for (int32_t h = 0; h < n_head; h++, from += head_dim, out += head_dim) {
         const __m512 by = _mm512_set1_ps(1.0f / acc[CPU_HEAD_TILE + h]);

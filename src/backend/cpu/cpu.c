@@ -6,20 +6,19 @@
  * The driver is worker 0 of the pool. kv_copy is queued and done by the driver before the next step, so that a copy
  * never stops the overlap; kv_read and kv_write are plain copies on their caller's thread, beside the driver.
  *
- * A thread that runs when nobody else wants the processor gives the KV cache its memory after the start: else the first
- * prompts would wait for the system to find and clear it, 2 MiB at a time, in the middle of their steps. */
+ * One more thread gives the KV cache its memory between steps, somewhat ahead of the pages in use: else prompts would
+ * wait for the system to find and clear it, 2 MiB at a time, in the middle of their steps. */
 #include "backend/cpu/cpu_state.h"
 
 #include <math.h>
-#include <sched.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <unistd.h>
 
 enum {
     HUGE = 2 << 20,
-    SETTLE_LOOK = 64 << 20,   /* bytes of the KV cache between looks at what is free */
-    SETTLE_SPARE = 256 << 20, /* bytes left alone: who has no more finds memory as it is used, as far as it reaches */
+    BUSY_US = 20000, /* between looks whether a step is running */
 };
 
 static cpu_backend *of(ern_backend *base) { return (cpu_backend *)(void *)base; }
@@ -62,15 +61,31 @@ static ern_status cpu_plan(ern_backend_plan *out, const ern_model *m, const ern_
     return status;
 }
 
-/* Every 2 MiB of the KV cache, as far as the system gives them easily; what is in them stays. */
-static void *settler_main(void *arg) {
+static size_t lesser(size_t a, size_t b) { return a < b ? a : b; }
+
+/* Memory for the KV cache, CPU_KV_AHEAD beyond what steps have used; what is in it stays. A cache of which a part is
+ * used has memory for that part and no more than so much else. */
+static void *populate_main(void *arg) {
     cpu_backend *b = arg;
-    (void)pthread_setschedparam(pthread_self(), SCHED_IDLE, &(struct sched_param){0});
-    for (size_t at = 0; at < huge_bytes(b->kv_bytes); at += HUGE) {
-        if (atomic_load_explicit(&b->closing, memory_order_relaxed)) break;
-        if (at % SETTLE_LOOK == 0 && ern_memory_available_bytes() < SETTLE_LOOK + SETTLE_SPARE) break;
-        if (madvise(b->kv + at, HUGE, MADV_POPULATE_WRITE) != 0) break;
+    const size_t all = huge_bytes(b->kv_bytes);
+    size_t at = 0;
+    pthread_mutex_lock(&b->lock);
+    while (!b->closing && at < all) {
+        if (at >= lesser(all, b->kv_used + CPU_KV_AHEAD)) {
+            pthread_cond_wait(&b->used_more, &b->lock);
+            continue;
+        }
+        const bool busy = b->n_computed < b->n_submitted;
+        pthread_mutex_unlock(&b->lock);
+        if (busy)
+            usleep(BUSY_US);
+        else if (madvise(b->kv + at, HUGE, MADV_POPULATE_WRITE) != 0) /* before Linux 5.14 steps find it */
+            return NULL;
+        else
+            at += HUGE;
+        pthread_mutex_lock(&b->lock);
     }
+    pthread_mutex_unlock(&b->lock);
     return NULL;
 }
 
@@ -81,7 +96,7 @@ static void *driver_main(void *arg) {
     ern_pool_enter(b->pool);
     pthread_mutex_lock(&b->lock);
     for (;;) {
-        while (!b->stop && b->n_computed == b->n_submitted) pthread_cond_wait(&b->work, &b->lock);
+        while (!b->closing && b->n_computed == b->n_submitted) pthread_cond_wait(&b->work, &b->lock);
         if (b->n_computed == b->n_submitted) break;
         const uint64_t n = b->n_computed;
         pthread_mutex_unlock(&b->lock);
@@ -104,16 +119,14 @@ static void reach(cpu_backend *b, uint64_t n) {
 static void cpu_close(ern_backend *base) {
     if (!base) return;
     cpu_backend *b = of(base);
-    if (b->has_driver) {
-        pthread_mutex_lock(&b->lock);
-        b->stop = true;
-        pthread_cond_broadcast(&b->work);
-        pthread_mutex_unlock(&b->lock);
-        pthread_join(b->driver, NULL);
-    }
+    pthread_mutex_lock(&b->lock);
+    b->closing = true;
+    pthread_cond_broadcast(&b->work);
+    pthread_cond_broadcast(&b->used_more);
+    pthread_mutex_unlock(&b->lock);
+    if (b->has_driver) pthread_join(b->driver, NULL);
+    if (b->has_populator) pthread_join(b->populator, NULL);
     ern_pool_close(b->pool);
-    atomic_store_explicit(&b->closing, true, memory_order_relaxed);
-    if (b->has_settler) pthread_join(b->settler, NULL);
     if (b->kv) munmap(b->kv, huge_bytes(b->kv_bytes));
     if (b->tiles) munmap(b->tiles, huge_bytes(b->weights.bytes));
     cpu_weights_close(&b->weights);
@@ -121,6 +134,7 @@ static void cpu_close(ern_backend *base) {
     pthread_mutex_destroy(&b->lock);
     pthread_cond_destroy(&b->work);
     pthread_cond_destroy(&b->done);
+    pthread_cond_destroy(&b->used_more);
     free(b);
 }
 
@@ -150,7 +164,7 @@ static ern_status take_all(cpu_backend *b, ern_err *err) {
     if (pthread_create(&b->driver, NULL, driver_main, b) != 0)
         return ERN_FAIL(err, ERN_ERR_MEMORY, "cannot start the cpu backend's thread; lower --threads");
     b->has_driver = true;
-    b->has_settler = pthread_create(&b->settler, NULL, settler_main, b) == 0; /* without it steps find their memory */
+    b->has_populator = pthread_create(&b->populator, NULL, populate_main, b) == 0; /* without it steps find memory */
     return ERN_OK;
 }
 
@@ -162,6 +176,7 @@ static ern_status cpu_open(ern_backend **out, const ern_model *m, const ern_back
     pthread_mutex_init(&b->lock, NULL);
     pthread_cond_init(&b->work, NULL);
     pthread_cond_init(&b->done, NULL);
+    pthread_cond_init(&b->used_more, NULL);
     ern_status status = cpu_state_init(b, m, o, err);
     if (status == ERN_OK) status = take_all(b, err);
     if (status != ERN_OK) {
@@ -203,14 +218,27 @@ static void slot_fill(cpu_backend *b, cpu_slot *s, const ern_batch *in) {
     b->n_pair = 0;
 }
 
+/* Bytes of the KV cache up to the last page that the step writes to: pages are handed out lowest first. */
+static size_t used_to(const cpu_backend *b, const ern_batch *in) {
+    int32_t last = 0;
+    for (int32_t t = 0; t < in->n_row; t++) last = in->cell[t] > last ? in->cell[t] : last;
+    const int32_t shelf = last / b->o.n_page_cell / CPU_KV_SHELF;
+    return (size_t)(shelf + 1) * CPU_KV_SHELF * (size_t)b->page_bytes;
+}
+
 static void cpu_submit(ern_backend *base, const ern_batch *in) {
     cpu_backend *b = of(base);
     ERN_ASSERT(b->n_submitted - b->n_waited < CPU_SLOTS - 1);
     ERN_ASSERT(in->n_row <= b->o.n_row_max && in->n_seq <= b->o.n_seq_max && in->n_want <= b->o.n_want_max);
     slot_fill(b, &b->slot[b->n_submitted % CPU_SLOTS], in);
+    const size_t used = used_to(b, in);
     pthread_mutex_lock(&b->lock);
     b->n_submitted++;
     pthread_cond_signal(&b->work);
+    if (used > b->kv_used) {
+        b->kv_used = used;
+        pthread_cond_signal(&b->used_more);
+    }
     pthread_mutex_unlock(&b->lock);
 }
 

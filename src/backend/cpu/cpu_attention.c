@@ -188,7 +188,7 @@ static void fetch_heads(const cpu_backend *b, int32_t row, const heads *h) {
 static void finish_row(const cpu_backend *b, const ern_linear *o, int32_t row, const heads *h, const float *acc) {
     const int32_t C = b->model->config.n_head_dim;
     float own[CPU_HEAD_TILE * CPU_HEAD_DIM_MAX], *out = o ? own : row_heads(b, row, h);
-    b->kernels->attn_out(out, acc, h->n, C);
+    b->kernels->attn_divide(out, acc, h->n, C);
     if (o) cpu_act_put(b, b->act, o, row, h->h0 * C, own, h->n * C);
 }
 

@@ -158,7 +158,7 @@ typedef struct cpu_kernels {
     void (*attn_join)(float *acc, const float *part, int32_t n_head, int32_t head_dim);
     /* out [n_head, C] = what acc holds of values, each times 1 / its head's sum, which is rounded: all levels have the
      * same bits. */
-    void (*attn_out)(float *out, const float *acc, int32_t n_head, int32_t head_dim);
+    void (*attn_divide)(float *out, const float *acc, int32_t n_head, int32_t head_dim);
 } cpu_kernels;
 
 extern const cpu_kernels cpu_kernels_portable, cpu_kernels_avx2;

@@ -214,7 +214,7 @@ static void attn_join(float *acc, const float *part, int32_t n_head, int32_t hea
     }
 }
 
-static void attn_out(float *out, const float *acc, int32_t n_head, int32_t head_dim) {
+static void attn_divide(float *out, const float *acc, int32_t n_head, int32_t head_dim) {
     const float *from = acc + 2 * CPU_HEAD_TILE;
     for (int32_t h = 0; h < n_head; h++, from += head_dim, out += head_dim) {
         const float by = 1.0f / acc[CPU_HEAD_TILE + h];
@@ -242,5 +242,5 @@ const cpu_kernels cpu_kernels_portable = {
     .softmax = softmax,
     .attn_block = {attn_bf16, attn_int8},
     .attn_join = attn_join,
-    .attn_out = attn_out,
+    .attn_divide = attn_divide,
 };

@@ -134,14 +134,16 @@ typedef struct cpu_backend {
     void *probe_ud;
 
     pthread_t driver;
-    bool has_driver, stop;
-    pthread_t settler; /* finds memory for the KV cache */
-    bool has_settler;
-    atomic_bool closing;
+    pthread_t populator; /* finds memory for the KV cache */
+    bool has_driver, has_populator;
     pthread_mutex_t lock;
-    pthread_cond_t work, done;
+    bool closing; /* from here on under the lock */
+    pthread_cond_t work, done, used_more;
+    size_t kv_used; /* bytes up to the last page that a step had */
     uint64_t n_submitted, n_computed, n_waited;
 } cpu_backend;
+
+enum { CPU_KV_AHEAD = 256 << 20 }; /* bytes of the KV cache beyond those in use that get their memory between steps */
 
 /* Fill the derived numbers and check that this backend can run the model so. Errors: the first thing that does not fit.
  */

@@ -17,6 +17,7 @@ struct ern_limits {
     ern_pool *pool;
     unsigned char *data, *raw;
     uint64_t bytes, raw_bytes;
+    bool codes; /* what is there to be multiplied: codes, else floats */
     /* the region in progress */
     limits_loop *loop;
     uint64_t region_bytes;
@@ -69,15 +70,25 @@ static limits_loop *loop_of(ern_rate rate) {
 
 /* ---- memory ------------------------------------------------------------------------------------------------------ */
 
+static void fill(ern_limits *l, int64_t from, int64_t to) {
+    for (int64_t i = from; i < to; i += 8) {
+        const uint64_t v = limits_numbers((uint64_t)i, l->codes);
+        memcpy(l->data + i, &v, sizeof v);
+    }
+}
+
 /* Each thread writes its own part: the pages lie where that thread's later reads are nearest. */
 static void fill_part(void *ud, int worker, int n_worker) {
     ern_limits *l = ud;
     int64_t from, to;
     ern_pool_share((int64_t)l->bytes, 4096, worker, n_worker, &from, &to);
-    for (int64_t i = from; i < to; i += 8) {
-        const uint64_t v = limits_numbers((uint64_t)i);
-        memcpy(l->data + i, &v, sizeof v);
-    }
+    fill(l, from, to);
+}
+
+/* What a thread multiplies, anew. */
+static void refill_part(void *ud, int worker, int n_worker) {
+    (void)n_worker;
+    fill(ud, (int64_t)worker * L2_BYTES, ((int64_t)worker + 1) * L2_BYTES);
 }
 
 ern_status ern_limits_open(ern_limits **out, int n_thread, uint64_t bytes, bool huge, ern_err *err) {
@@ -169,6 +180,11 @@ double ern_limits_read(ern_limits *l, uint64_t bytes, int64_t min_us) {
 
 double ern_limits_compute(ern_limits *l, ern_rate rate, ern_reach reach, int64_t min_us) {
     ERN_ASSERT(ern_rate_missing(rate) == NULL);
+    const bool codes = rate == ERN_RATE_VNNI_INT8 || rate == ERN_RATE_AMX_INT8;
+    if (codes != l->codes) {
+        l->codes = codes;
+        ern_pool_run(l->pool, refill_part, l);
+    }
     l->loop = loop_of(rate);
     l->reach = reach;
     const double seconds = run_for(l, compute_part, min_us);

@@ -2,8 +2,8 @@
  * Private to the cpu backend.
  *
  * A loop goes `passes` times over data (whole KiB, aligned to 64), or keeps to registers when data is NULL, and returns
- * the operations it did. What it computes is thrown away, in a way that the compiler cannot see. Inputs may be any
- * bytes that are no NaN and no denormals as f32. */
+ * the operations it did. What it computes is thrown away, in a way that the compiler cannot see. Inputs:
+ * limits_numbers, of codes where they are multiplied. */
 #ifndef ERN_BACKEND_CPU_LIMITS_H
 #define ERN_BACKEND_CPU_LIMITS_H
 
@@ -13,11 +13,12 @@
 
 #include "base/counter.h"
 
-/* Eight bytes of numbers such as a model has: a processor multiplies zeros and ones with less power, and so AMX on a
- * Xeon up to a sixth faster (docs/speed.md). Every half is a bf16 between 1/2 and 2 of either sign, which makes every
- * four bytes such an f32. */
-static inline uint64_t limits_numbers(uint64_t i) {
-    return (ern_counter64(1, i) & 0x80ff80ff80ff80ff) | 0x3f003f003f003f00;
+/* Eight bytes of what loops multiply. A processor multiplies zeros and ones with less power, and so AMX on a Xeon up to
+ * a sixth faster than what a model has (docs/speed.md). Codes: any. Floats: every half is a bf16 between 1/2 and 2 of
+ * either sign, which makes every four bytes such an f32. */
+static inline uint64_t limits_numbers(uint64_t i, bool codes) {
+    const uint64_t any = ern_counter64(1, i);
+    return codes ? any : (any & 0x80ff80ff80ff80ff) | 0x3f003f003f003f00;
 }
 
 typedef uint64_t limits_loop(const void *data, size_t bytes, int64_t passes);

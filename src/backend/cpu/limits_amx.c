@@ -21,10 +21,10 @@ typedef struct tile_config {
 } tile_config;
 _Static_assert(sizeof(tile_config) == 64, "as the processor reads it");
 
-static void tiles_begin(void) {
+static void tiles_begin(bool codes) {
     _Alignas(64) uint64_t numbers[TILE / sizeof(uint64_t)];
     _Alignas(64) tile_config c;
-    for (uint64_t i = 0; i < TILE / sizeof *numbers; i++) numbers[i] = limits_numbers(i);
+    for (uint64_t i = 0; i < TILE / sizeof *numbers; i++) numbers[i] = limits_numbers(i, codes);
     memset(&c, 0, sizeof c);
     c.palette = 1;
     for (int i = 0; i < 8; i++) c.row_bytes[i] = 64, c.rows[i] = 16;
@@ -34,7 +34,7 @@ static void tiles_begin(void) {
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
-    __asm__ volatile("" : : "r"(numbers) : "memory"); /* nor of what a tile load reads */
+    __asm__ volatile("" : : "r"(numbers) : "memory"); /* the intrinsic does not say that it reads them */
     _tile_loadd(4, numbers, 64);
     _tile_loadd(5, numbers, 64);
     _tile_loadd(6, numbers, 64);
@@ -50,11 +50,11 @@ static void tiles_begin(void) {
     } while (0)
 
 /* The body of both loops; only the product differs, and its operands must be constants. */
-#define RATE_LOOP(product, operations_of_product)                             \
+#define RATE_LOOP(product, operations_of_product, codes)                      \
     do {                                                                      \
         const unsigned char *from = data;                                     \
         const int64_t n = data ? (int64_t)(bytes / STEP) : LIMITS_IDLE_LOOPS; \
-        tiles_begin();                                                        \
+        tiles_begin(codes);                                                   \
         for (int64_t p = 0; p < passes; p++) {                                \
             for (int64_t i = 0; i < n; i++) {                                 \
                 if (data) LOAD_STEP(from + i * STEP);                         \
@@ -69,9 +69,9 @@ static void tiles_begin(void) {
     } while (0)
 
 uint64_t limits_amx_int8(const void *data, size_t bytes, int64_t passes) {
-    RATE_LOOP(_tile_dpbssd, (uint64_t)16 * 16 * 64 * 2);
+    RATE_LOOP(_tile_dpbssd, (uint64_t)16 * 16 * 64 * 2, true);
 }
 
 uint64_t limits_amx_bf16(const void *data, size_t bytes, int64_t passes) {
-    RATE_LOOP(_tile_dpbf16ps, (uint64_t)16 * 16 * 32 * 2);
+    RATE_LOOP(_tile_dpbf16ps, (uint64_t)16 * 16 * 32 * 2, false);
 }

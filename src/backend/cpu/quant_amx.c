@@ -29,6 +29,8 @@ static int32_t least(int32_t a, int32_t b) { return a < b ? a : b; }
 
 typedef int8_t tile_s8[ERN_TILE_OUT * ERN_TILE_IN];
 
+_Static_assert(PASS == 4, "a group's four tiles of weights are fetched beside as many tiles of rows");
+
 /* What a call works with. */
 typedef struct room {
     _Alignas(64) float acc[PASS][2][ROWS][ERN_TILE_OUT]; /* sums of the groups before; band */

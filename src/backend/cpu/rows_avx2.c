@@ -79,5 +79,5 @@ const cpu_kernels cpu_kernels_avx2 = {
     .softmax = softmax,
     .attn_block = {cpu_attn_bf16_avx2, cpu_attn_int8_avx2},
     .attn_join = cpu_attn_join_avx2,
-    .attn_out = cpu_attn_out_avx2,
+    .attn_divide = cpu_attn_divide_avx2,
 };

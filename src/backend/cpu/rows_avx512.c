@@ -61,13 +61,13 @@ static void softmax(float *x, int32_t n) {
     }
 }
 
-/* What the five tables have in common. */
+/* What the four tables have in common. */
 #define ROWS_AND_FLOATS                                                                                           \
     .exact_bf16 = {[ERN_ORDER_OUT_IN] = cpu_linear_out_in_avx512, [ERN_ORDER_IN_OUT] = cpu_linear_in_out_avx512}, \
     .linear_f8 = cpu_linear_f8_avx512, .exact_i8 = cpu_exact_i8_avx512, .exact_i4 = cpu_exact_i4_avx512,          \
     .exact_f8 = cpu_exact_f8_avx512, .quant_int8 = cpu_quant_int8_avx512, .quant_fp8 = cpu_quant_fp8_avx512,      \
     .linear_f32 = cpu_linear_f32_avx512, .norm = norm, .silu_mul = silu_mul, .silu_int8 = cpu_silu_int8_avx512,   \
-    .rope = rope, .softmax = softmax, .attn_join = cpu_attn_join_avx512, .attn_out = cpu_attn_out_avx512
+    .rope = rope, .softmax = softmax, .attn_join = cpu_attn_join_avx512, .attn_divide = cpu_attn_divide_avx512
 #define LINEAR_F32                                                                                                 \
     .linear_bf16 = {[ERN_ORDER_OUT_IN] = cpu_linear_out_in_avx512, [ERN_ORDER_IN_OUT] = cpu_linear_in_out_avx512}, \
     .panel_out = CPU_PANEL_LINES

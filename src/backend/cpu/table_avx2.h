@@ -21,6 +21,6 @@ void cpu_attn_bf16_avx2(float *part, const float *q, int32_t n_head, int32_t hea
 void cpu_attn_int8_avx2(float *part, const float *q, int32_t n_head, int32_t head_dim, float scale,
                         const cpu_kv_block *kv, int32_t n);
 void cpu_attn_join_avx2(float *acc, const float *part, int32_t n_head, int32_t head_dim);
-void cpu_attn_out_avx2(float *out, const float *acc, int32_t n_head, int32_t head_dim);
+void cpu_attn_divide_avx2(float *out, const float *acc, int32_t n_head, int32_t head_dim);
 
 #endif

@@ -34,6 +34,6 @@ void cpu_attn_bf16_bf16(float *part, const float *q, int32_t n_head, int32_t hea
 void cpu_attn_int8_avx512(float *part, const float *q, int32_t n_head, int32_t head_dim, float scale,
                           const cpu_kv_block *kv, int32_t n);
 void cpu_attn_join_avx512(float *acc, const float *part, int32_t n_head, int32_t head_dim);
-void cpu_attn_out_avx512(float *out, const float *acc, int32_t n_head, int32_t head_dim);
+void cpu_attn_divide_avx512(float *out, const float *acc, int32_t n_head, int32_t head_dim);
 
 #endif
