@@ -66,6 +66,21 @@ if(CMOCKA_FOUND AND TARGET ernest)
   set_tests_properties(golden_full PROPERTIES LABELS "golden;long" TIMEOUT 3600)
 endif()
 
+# The kernels for AMX, their tile instructions emulated, for machines that have AVX-512 VNNI and no AMX.
+if(TARGET test_checkkern)
+  set(cpu ${CMAKE_SOURCE_DIR}/src/backend/cpu)
+  add_library(amx_emulated OBJECT ${cpu}/linear_amx.c ${cpu}/quant_amx.c ${cpu}/attn_amx.c ${cpu}/attn_int8_amx.c)
+  target_include_directories(amx_emulated PRIVATE ${CMAKE_SOURCE_DIR}/src)
+  target_compile_options(amx_emulated PRIVATE -include ${CMAKE_SOURCE_DIR}/tests/kern/amx_emulated.h ${ERN_WARN})
+  add_executable(test_checkkern_amx ${CMAKE_SOURCE_DIR}/tests/kern/test_checkkern.c $<TARGET_OBJECTS:amx_emulated>)
+  target_include_directories(test_checkkern_amx PRIVATE ${CMAKE_SOURCE_DIR}/src ${CMAKE_SOURCE_DIR}/tests)
+  target_compile_definitions(test_checkkern_amx PRIVATE AMX_EMULATED)
+  target_link_libraries(test_checkkern_amx PRIVATE ern_cli ern_server ern_text ern_engine ern_backend PkgConfig::CMOCKA)
+  target_compile_options(test_checkkern_amx PRIVATE ${ERN_WARN} -Wno-missing-prototypes)
+  add_test(NAME test_checkkern_amx COMMAND test_checkkern_amx WORKING_DIRECTORY ${CMAKE_SOURCE_DIR})
+  set_tests_properties(test_checkkern_amx PROPERTIES LABELS kern TIMEOUT ${ERN_TIMEOUT})
+endif()
+
 # tests/cuda/gpu_*.c: programs for a machine with a GPU (`make gpu-test`), built everywhere so that they stay whole. They
 # need no test library. gpu_check holds the kernels themselves and every check_*.c; the others load the plugin.
 if(TARGET ern_backend_cuda)
