@@ -39,5 +39,5 @@ uint64_t limits_read_avx512(const void *data, size_t bytes) {
         CPU_UNROLL for (int l = 0; l < 4; l++) sum[l] = _mm512_xor_si512(sum[l], _mm512_load_si512(at + i + (size_t)l));
     }
     sum[0] = _mm512_xor_si512(_mm512_xor_si512(sum[0], sum[1]), _mm512_xor_si512(sum[2], sum[3]));
-    return (uint64_t)_mm512_reduce_add_epi64(sum[0]);
+    return (uint64_t)_mm512_reduce_or_epi64(sum[0]); /* a sum of signed numbers could overflow */
 }
