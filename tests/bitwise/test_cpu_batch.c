@@ -528,34 +528,42 @@ static size_t populated(const cpu_backend *b) {
     return there;
 }
 
+static void wait_populated(const cpu_backend *b, size_t bytes) {
+    for (int i = 0; populated(b) < bytes; i++) {
+        assert_true(i < 6000);
+        usleep(10000);
+    }
+}
+
+/* Linux 5.14 and later, and memory to spare. */
+static bool can_populate(void) {
+    const size_t each = (size_t)sysconf(_SC_PAGESIZE);
+    void *page = aligned_alloc(each, each);
+    assert_non_null(page);
+    const bool can = madvise(page, each, MADV_POPULATE_WRITE) == 0;
+    free(page);
+    return can && ern_memory_available_bytes() >= 4 * (uint64_t)CPU_KV_AHEAD;
+}
+
 /* The KV cache comes to have memory somewhat beyond what steps have used, and no more. */
 static void test_populated(void **state) {
     (void)state;
-    if (ern_memory_available_bytes() < 4 * (uint64_t)CPU_KV_AHEAD) skip();
+    if (!can_populate()) skip();
     made_model made = made_model_open("tiny-dense", false, SEED);
     rig *g = malloc(sizeof *g);
     rig_open(g, &(setup){made.model, -1, false, false}, 2, 1 << 15, made.model->has_mtp);
     const cpu_backend *b = (const cpu_backend *)(const void *)g->b;
     assert_true(b->kv_bytes > 3 * (size_t)CPU_KV_AHEAD);
-    const bool can = madvise(b->kv, 1, MADV_POPULATE_WRITE) == 0; /* since Linux 5.14 */
-    for (int i = 0; can && populated(b) < CPU_KV_AHEAD; i++) {
-        assert_true(i < 6000);
-        usleep(10000);
-    }
-    usleep(can ? 100000 : 0);
-    if (can) assert_int_equal(populated(b), CPU_KV_AHEAD);
+    wait_populated(b, CPU_KV_AHEAD);
+    usleep(100000);
+    assert_int_equal(populated(b), CPU_KV_AHEAD);
     record one = record_open(made.model);
     run(g, &(way){.chunk = PROMPT}, &one); /* in page 0, or a shelf of them */
-    const size_t used = (size_t)CPU_KV_SHELF * (size_t)b->page_bytes;
-    for (int i = 0; can && populated(b) < used + CPU_KV_AHEAD; i++) {
-        assert_true(i < 6000);
-        usleep(10000);
-    }
+    wait_populated(b, CPU_KV_SHELF * (size_t)b->page_bytes + CPU_KV_AHEAD);
     record_close(&one);
     g->b->ops->close(g->b);
     free(g);
     made_model_close(&made);
-    if (!can) skip();
 }
 
 static void test_dense_pt(void **state) { (void)state, check_model("tiny-dense", false); }

@@ -61,8 +61,6 @@ static ern_status cpu_plan(ern_backend_plan *out, const ern_model *m, const ern_
     return status;
 }
 
-static size_t lesser(size_t a, size_t b) { return a < b ? a : b; }
-
 /* Memory for the KV cache, CPU_KV_AHEAD beyond what steps have used; what is in it stays. A cache of which a part is
  * used has memory for that part and no more than so much else. */
 static void *populate_main(void *arg) {
@@ -71,7 +69,7 @@ static void *populate_main(void *arg) {
     size_t at = 0;
     pthread_mutex_lock(&b->lock);
     while (!b->closing && at < all) {
-        if (at >= lesser(all, b->kv_used + CPU_KV_AHEAD)) {
+        if (at >= b->kv_used + CPU_KV_AHEAD) {
             pthread_cond_wait(&b->used_more, &b->lock);
             continue;
         }
