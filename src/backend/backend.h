@@ -47,15 +47,17 @@ typedef struct ern_page_pair {
     int32_t from, to;
 } ern_page_pair;
 
-/* How keys and values are stored. A page is [L (+1 with MTP), 2 (K, V), G] planes, one after the other. P' is P rounded
- * up to whole groups of 16 cells; C the head size:
+/* How ref and cpu store keys and values. A page is [L (+1 with MTP), 2 (K, V), G] planes, one after the other. P' is P
+ * rounded up to whole groups of 16 cells; C the head size, even. Element of cell p and dimension c:
  *
- *   K    [P'/16, C, 16] elements: cell p, dimension c at (p/16 * C + c) * 16 + p%16, so that 16 keys lie side by side
- *   V    [P', C] elements
- *   I8, F8  one byte an element; after either: [P'] f32 scales, one a cell; the value is code * scale (docs/model.md
- *           10). C at most 128
+ *   BF16, F32  K [P'/16, C/2, 16, 2]: pairs of dimensions, 16 keys side by side, at (p/16 * C + c/2 * 2) * 16 + p%16 *
+ * 2 + c%2; V [P'/2, C, 2]: pairs of cells, at (p/2 * C + c) * 2 + p%2. In bf16 that is the second factor of a product
+ * of tiles, and what a product of pairs takes, as it lies there I8, F8     K [P'/16, C, 16], at (p/16 * C + c) * 16 +
+ * p%16; V [P', C]; after either [P'] f32 scales, one a cell: the value is code * scale (docs/model.md 10). C at most
+ * 128
  *
- * Cells that were never written, and those past P, may hold anything and are not looked at. */
+ * cuda has an order of its own. Cells that were never written, and those past P, may hold anything and are not looked
+ * at. */
 typedef enum ern_kv_dtype {
     ERN_KV_BF16,
     ERN_KV_F32,
@@ -67,7 +69,7 @@ static inline bool ern_kv_has_codes(ern_kv_dtype t) { return t == ERN_KV_I8 || t
 
 typedef struct ern_backend_options {
     int32_t n_page;      /* pages of KV */
-    int32_t n_page_cell; /* P */
+    int32_t n_page_cell; /* P; cpu: a multiple of 16 */
     int32_t n_row_max;   /* most rows of a step */
     int32_t n_seq_max;   /* most sequences of a step */
     int32_t n_want_max;  /* most wanted rows of a step (up to n_row_max) */
@@ -116,7 +118,7 @@ typedef struct ern_backend_ops {
     ern_status (*wait)(ern_backend *b, ern_result *out, ern_err *err);
     /* Copy whole pages inside the cache; ordered after every earlier submit and before every later one. */
     void (*kv_copy)(ern_backend *b, const ern_page_pair *pair, int32_t n);
-    /* Pages to host memory and back: n * page_bytes, each as ern_kv_dtype draws it. Beside the engine's thread, two
+    /* Pages to host memory and back: n * page_bytes, each as the backend stores it. Beside the engine's thread, two
      * more may call these at any time, also while steps are in flight; they block. The caller sees to it that no step
      * in flight writes a page that is read or names one that is written, and that no other copy does. False: the device
      * has failed, as the next wait will tell; host holds no pages. */

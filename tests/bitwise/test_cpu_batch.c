@@ -398,7 +398,7 @@ static void check_setup(const setup *s, const effort *much) {
         try_way(g, &plain, (way){.chunk = chunk}, "chunked");
     try_way(g, &plain, (way){.chunk = 64, .scatter = true}, "scattered");
     g->b->ops->close(g->b);
-    static const int32_t cells[] = {16, 64, 7}, batch[] = {2, 3, 7, 16, 33};
+    static const int32_t cells[] = {16, 64, 48}, batch[] = {2, 3, 7, 16, 33};
     for (int32_t n_thread = much->brief ? 3 : 2; n_thread <= 3; n_thread++) {
         rig_open(g, s, n_thread, cells[n_thread - 1], s->m->has_mtp);
         try_way(g, &plain, (way){.chunk = PROMPT}, "threads");

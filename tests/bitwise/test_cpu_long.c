@@ -155,9 +155,15 @@ static void fill(ern_backend *b, int32_t n_page, size_t page_bytes) {
     free(page);
 }
 
-/* The last rows of the sequence, `each` in a step; most_blocks: of a piece. */
+/* The pieces that were seen: the most blocks of one; whether one was of whole chains before others that were less. */
+typedef struct pieces {
+    int32_t most_blocks;
+    bool mixed;
+} pieces;
+
+/* The last rows of the sequence, `each` in a step. */
 static void serve_lasts(const ern_model *m, int32_t level, int32_t n_thread, bool int8, int32_t each, bool beside,
-                        float *logits, int32_t *most_blocks) {
+                        float *logits, pieces *p) {
     static step s;
     static int32_t text[LONG + 1], page[2][STEP_PAGES];
     const ern_backend_options o = {.n_page = 2 * STEP_PAGES,
@@ -185,8 +191,11 @@ static void serve_lasts(const ern_model *m, int32_t level, int32_t n_thread, boo
         if (!m->has_mtp) s.in.next = NULL;
         (void)step_run(b, &s, &o, m->config.n_vocab);
         const cpu_backend *c = (const cpu_backend *)(const void *)b;
-        for (int32_t i = 0; i < c->n_tile; i++)
-            if (c->tile[i].slot >= 0 && c->tile[i].n_block > *most_blocks) *most_blocks = c->tile[i].n_block;
+        for (const cpu_tile *t = c->tile; t < c->tile + c->n_tile; t++) {
+            if (t->slot < 0) continue;
+            if (t->n_block > p->most_blocks) p->most_blocks = t->n_block;
+            p->mixed |= t->n_chained > 0 && t->block >= t->n_chained && t->n_block < CPU_ATTN_CHAIN;
+        }
     }
     cpu_backend_ops.close(b);
 }
@@ -194,16 +203,17 @@ static void serve_lasts(const ern_model *m, int32_t level, int32_t n_thread, boo
 static void check_lasts(const ern_model *m, int32_t level, bool int8) {
     const size_t bytes = LAST * (size_t)m->config.n_vocab * sizeof(float);
     float *want = calloc(1, bytes), *have = calloc(1, bytes);
-    int32_t most_blocks = 0;
-    serve_lasts(m, level, 1, int8, 1, false, want, &most_blocks);
-    assert_int_equal(most_blocks, 0); /* nothing to share */
+    pieces cuts = {0};
+    serve_lasts(m, level, 1, int8, 1, false, want, &cuts);
+    assert_int_equal(cuts.most_blocks, 0); /* nothing to share */
     static const int32_t threads[] = {2, 3, 7, 2}, each[] = {1, 4, 1, 2};
     for (int i = 0; i < 8; i += few ? 3 : 1) {
         memset(have, 0xff, bytes);
-        serve_lasts(m, level, threads[i / 2], int8, each[i / 2], i % 2, have, &most_blocks);
+        serve_lasts(m, level, threads[i / 2], int8, each[i / 2], i % 2, have, &cuts);
         assert_memory_equal(have, want, bytes);
     }
-    assert_true(most_blocks > 1);
+    assert_int_equal(cuts.most_blocks, CPU_ATTN_CHAIN);
+    assert_true(cuts.mixed);
     free(want);
     free(have);
 }

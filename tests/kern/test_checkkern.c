@@ -681,12 +681,19 @@ static double dense_at(const dense *d, int which, int32_t t, int32_t c) {
     return (double)ern_bf16_to_f32(d->half[which][i]);
 }
 
-/* The same spread over shuffled pages of P cells, as backend.h draws them. Every other cell, and what lies past P, is
- * NaN: bf16 NaNs, or codes of -128 with scales of NaN and 1e38. One page has one plane of K and one of V. */
+/* Element of dimension c of the key (which 0) or value at cell p, as backend.h draws a plane. */
+static int64_t element(int which, int32_t p, int32_t c, int32_t C, bool int8) {
+    if (int8) return which == 0 ? (int64_t)(p / 16 * C + c) * 16 + p % 16 : (int64_t)p * C + c;
+    return which == 0 ? (int64_t)(p / 16 * C + c / 2 * 2) * 16 + p % 16 * 2 + c % 2
+                      : (int64_t)(p / 2 * C + c) * 2 + p % 2;
+}
+
+/* The same spread over shuffled pages of P cells. Every other cell is NaN: bf16 NaNs, or codes of -128 with scales of
+ * NaN and 1e38. One page has one plane of K and one of V. */
 static cpu_kv_view draw_cache(const dense *d, int32_t P) {
     const int32_t used = (d->n + P - 1) / P, pages = used + 3, C = d->C;
     const int64_t plane = cpu_kv_plane_bytes(P, C, d->int8), stride = plane + 64 * draw_int(0, 3);
-    const int64_t scales = cpu_kv_cells(P) * C;
+    const int64_t scales = (int64_t)P * C;
     const size_t bytes = (size_t)((pages - 1) * stride + plane);
     unsigned char *at[2] = {guard(bytes), guard(bytes)};
     int32_t *page = guard((size_t)used * sizeof *page), *order = malloc((size_t)pages * sizeof *order);
@@ -700,15 +707,15 @@ static cpu_kv_view draw_cache(const dense *d, int32_t P) {
     for (int w = 0; w < 2; w++) {
         for (size_t i = 0; i + 1 < bytes; i += 2) memcpy(at[w] + i, d->int8 ? "\x80\x80" : "\xc0\x7f", 2);
         for (int64_t p = 0; d->int8 && p < pages; p++)
-            for (int64_t i = 0; i < cpu_kv_cells(P); i++) {
+            for (int64_t i = 0; i < P; i++) {
                 const float bad = i % 2 ? NAN : 1e38f;
                 memcpy(at[w] + p * stride + scales + 4 * i, &bad, sizeof bad);
             }
         for (int32_t t = 0; t < d->n; t++) {
             unsigned char *to = at[w] + page[t / P] * stride;
-            const int32_t cell = t % P, lane = cell % ERN_KV_GROUP;
+            const int32_t cell = t % P;
             for (int32_t c = 0; c < C; c++) {
-                const int64_t e = w == 0 ? (int64_t)(cell - lane) * C + c * ERN_KV_GROUP + lane : (int64_t)cell * C + c;
+                const int64_t e = element(w, cell, c, C, d->int8);
                 const int64_t from = (int64_t)t * C + c;
                 if (d->int8)
                     memcpy(to + e, &d->code[w][from], 1);
@@ -772,7 +779,7 @@ static void check_attn(const cpu_kernels *k, int32_t n, int32_t n_head, int32_t 
         /* A score off by slip scales its weight by 1 +- slip, in numerator and denominator; the differences to the
          * maxima (below 64 here) are rounded once per block and join; 2^x 4u each; a chain of one block (256) and two
          * steps and one weight per join, and the value's scale; the same for the sum; a quotient. Weights rounded to
-         * bf16 are so in both; with tiles 2^x is within 2^-17.9 before that. */
+         * bf16 are so in both, and 2^x is within 2^-17.9 before that. */
         /* with integers a weight times its value's scale is rounded to half a unit, which is of the block's largest */
         double unit[64] = {0};
         assert_true(n <= 64 * CPU_ATTN_BLOCK);
@@ -781,7 +788,7 @@ static void check_attn(const cpu_kernels *k, int32_t n, int32_t n_head, int32_t 
             *u = fmax(*u, (1 + expm1(2 * slip)) * score[t] * (double)d.scale[1][t] / 65535);
         }
         const double joins = ceil(n / (double)CPU_ATTN_BLOCK);
-        const double rel = expm1(2 * slip) + (rounds ? 2 * 0x1p-9 : 0) + (k->attn_rows && rounds ? 2 * 0x1.1p-18 : 0) +
+        const double rel = expm1(2 * slip) + (rounds ? 2 * 0x1p-9 : 0) + (rounds ? 2 * 0x1.1p-18 : 0) +
                            2 * U * (64 + 4 + (n < 256 ? n : 256) + 1 + joins * (64 + 4 + 3)) + 2 * U;
         for (int32_t i = 0; i < C; i++) {
             double dot = 0, size = 0, off = 0;
@@ -801,7 +808,7 @@ static void check_attn(const cpu_kernels *k, int32_t n, int32_t n_head, int32_t 
         const float by = 1.0f / acc[CPU_HEAD_TILE + i / C], want = acc[2 * CPU_HEAD_TILE + i] * by;
         assert_memory_equal(&out[i], &want, sizeof want);
     }
-    for (int P = 1; P <= 300; P = P * 3 + 2) { /* other pages, other places: the same bits */
+    for (int P = 16; P <= 304; P += P / 32 * 16 + 16) { /* other pages, other places: the same bits */
         const cpu_kv_view v = draw_cache(&d, P);
         attend(k, other, q, n_head, C, scale, &v, n, n);
         same_part(other, acc, n_head, C);
@@ -826,7 +833,7 @@ static void check_attn_rows(const cpu_kernels *k, int32_t pos0, int32_t n_row, i
                             bool bad) {
     int32_t pos[CPU_ATTN_ROWS] = {pos0};
     for (int32_t r = 1; r < n_row; r++) pos[r] = pos[r - 1] + 1 + draw_int(0, gap);
-    const int32_t n = pos[n_row - 1] + 1, P = draw_int(0, 3) ? 16 * draw_int(1, 5) : draw_int(1, 40);
+    const int32_t n = pos[n_row - 1] + 1, P = 16 * draw_int(1, 5);
     const float scale = (float)(0x1.71547652b82fep+0 / sqrt((double)C));
     const dense d = draw_dense(n, C, false);
     if (bad) d.half[1][(int64_t)(n - 1) * C + draw_int(0, C - 1)] = draw() % 2 ? 0x7f80 : 0xffc1;

@@ -5,8 +5,7 @@
  *   O [16 queries, 16 dims]      += W [16, 32 positions] . V [32 positions, 16 dims]      W = 2^(S - max), rounded
  *
  * Queries and weights are rounded to bf16 as in attn_bf16.c, and the sum of the weights is that of the rounded ones.
- * The second factor of a product of tiles wants pairs of dims, or of positions, side by side: keys and values are
- * brought into that order once for all rows of the tile.
+ * The second factor of a product of tiles wants pairs of dims, or of positions, side by side, as the pages hold them.
  *
  * A product of tiles occupies its own unit for 16 cycles, and the softmax of a query costs about as much as its
  * products do: so the products of the 32 queries before and after run between the parts of a softmax, which goes four
@@ -32,8 +31,8 @@ enum {
 
 typedef struct room {
     _Alignas(64) ern_bf16 q[QUERIES_MAX * CPU_HEAD_DIM_MAX];    /* [queries, 32 dims * nk] */
-    _Alignas(64) ern_bf16 k[CPU_ATTN_BLOCK * CPU_HEAD_DIM_MAX]; /* [group of 16 positions, nk] tiles */
-    _Alignas(64) ern_bf16 v[CPU_ATTN_BLOCK * CPU_HEAD_DIM_MAX]; /* [32 positions, nv] tiles */
+    _Alignas(64) ern_bf16 k[CPU_ATTN_BLOCK * CPU_HEAD_DIM_MAX]; /* what of keys and values no page holds as whole */
+    _Alignas(64) ern_bf16 v[CPU_ATTN_BLOCK * CPU_HEAD_DIM_MAX]; /* tiles, as one would */
     _Alignas(64) float score[2][QUERIES][SCORES]; /* weights take the place of a row's scores, from its front on */
     _Alignas(64) float out[QUERIES][DIMS];
     _Alignas(64) float adding[ABREAST][2][16]; /* the sums of a softmax at hand */
@@ -59,74 +58,57 @@ static void pack_queries(room *w, const cpu_attn_job *j) {
     memset(w->q + n * width, 0, (size_t)((tiles_of(n, QUERIES) * QUERIES - n) * width) * sizeof *w->q);
 }
 
-/* n_dim dims, as many as there are of 32, of the keys of a group of positions; lanes of positions beyond its run hold
- * anything. */
-CPU_INLINE void pack_tile(ern_bf16 *to, const unsigned char *k, int32_t n_dim, early *e) {
-    if (n_dim >= TILE_K) { /* a line: positions 0..15 of a dim, then of the next */
-        CPU_UNROLL for (int i = 0; i < TILE_BYTES; i += 64) {
-            if (e && i % 128 == 0) early_fetch(e, 2);
-            _mm512_store_si512(to + i / 2, cpu_pairs_of(_mm512_loadu_si512(k + i)));
-        }
-        return;
-    }
-    for (int i = 0; i < TILE_ROWS; i++)
-        _mm512_store_si512(to + 32 * i,
-                           2 * i < n_dim ? cpu_pairs_of(_mm512_loadu_si512(k + 64 * i)) : _mm512_setzero_si512());
-}
+/* Where the tiles of a block lie: of 16 positions' keys nk tiles, one behind the other; of 32 positions' values 2 nk
+ * side by side, whose rows are 64 nk numbers apart. */
+typedef struct sources {
+    const ern_bf16 *k[CPU_ATTN_BLOCK / 16], *v[CPU_ATTN_BLOCK / 32];
+} sources;
 
-/* Keys of the first n positions. */
-static void pack_keys(room *w, const cpu_kv_block *kv, int32_t C, int32_t n) {
-    const int32_t nk = tiles_of(C, TILE_K);
-    const bool ragged = is_ragged(kv, n);
-    for (const cpu_kv_run *r = kv->run, *end = r + kv->n_run; r < end && r->t0 < n; r++) {
-        const ern_bf16 *from = (const ern_bf16 *)(const void *)r->k;
-        for (int32_t t = 0; t < nk && !ragged; t++)
-            pack_tile(w->k + ((int64_t)(r->t0 / 16) * nk + t) * TILE, r->k + t * TILE_BYTES, C - t * TILE_K, NULL);
-        for (int32_t t = r->t0; ragged && t < r->t0 + r->n; t++) {
-            ern_bf16 *to = w->k + (int64_t)(t / 16) * nk * TILE + t % 16 * 2;
-            for (int32_t c = 0; c < nk * TILE_K; c++)
-                to[c / 2 * 32 + c % 2] = c < C ? from[c * CPU_KV_GROUP + t - r->t0] : 0;
-        }
+static const ern_bf16 *numbers(const unsigned char *p) { return (const ern_bf16 *)(const void *)p; }
+
+/* The values of a pair of positions from t on, zeros where there is none before n, and beyond the last dim. */
+static void copy_pair(ern_bf16 *to, const cpu_kv_block *kv, int32_t C, int32_t t, int32_t n) {
+    const ern_bf16 *from = numbers(kv->group[least(t, n - 1) / 16].v) + t % 16 * C;
+    const __mmask32 seen = t + 1 < n ? 0xffffffff : 0x55555555;
+    for (int32_t c = 0; c < tiles_of(C, TILE_K) * TILE_K; c += 16, to += 32) {
+        const __mmask16 m = t < n ? cpu_mask(C - c) : 0;
+        _mm512_store_si512(to, _mm512_maskz_mov_epi16(seen, _mm512_maskz_loadu_epi32(m, from + 2 * c)));
     }
 }
 
-/* Where the values of the first n positions lie. */
-static void find_values(const unsigned char **row, const cpu_kv_block *kv, int32_t C, int32_t n) {
-    for (const cpu_kv_run *r = kv->run, *end = r + kv->n_run; r < end && r->t0 < n; r++)
-        for (int32_t t = 0; t < r->n; t++) row[r->t0 + t] = r->v + (int64_t)t * C * 2;
-}
-
-/* 32 dims from c. */
-CPU_INLINE __m512i value_line(const unsigned char *row, int32_t c, int32_t C) {
-    const int32_t n = C - c;
-    return _mm512_maskz_loadu_epi16(n >= 32 ? 0xffffffff : n <= 0 ? 0 : ((__mmask32)1 << n) - 1, row + 2 * c);
-}
-
-/* 32 dims of two positions as pairs: every second four of them, 0..3, 8..11, 16..19, 24..27, to a line of a tile, the
- * others to one of the tile after it. */
-CPU_INLINE void put_pairs(ern_bf16 *line, __m512i x, __m512i y) {
-    _mm512_store_si512(line, _mm512_unpacklo_epi16(x, y));
-    _mm512_store_si512(line + TILE, _mm512_unpackhi_epi16(x, y));
-}
-
-/* Values of the first n positions, zeros after them to a multiple of 32. */
-CPU_INLINE void pack_values(room *w, const unsigned char *const *row, int32_t n, const int32_t C) {
-    const int32_t nv = tiles_of(C, TILE_K) * 2;
-    for (int32_t t = 0; t < tiles_of(n, 32) * 32; t += 2) {
-        ern_bf16 *line = w->v + (int64_t)(t / 32) * nv * TILE + t % 32 / 2 * 32;
-        for (int32_t c = 0; c < C; c += 32, line += 2 * TILE)
-            put_pairs(line, t < n ? value_line(row[t], c, C) : _mm512_setzero_si512(),
-                      t + 1 < n ? value_line(row[t + 1], c, C) : _mm512_setzero_si512());
+/* Find the tiles of the first n positions, rounded up to four of keys. Copied are those of heads that are no multiple
+ * of 32 dims, and of values those that two pages share or that reach beyond n. */
+CPU_INLINE void find_sources(sources *s, room *w, const cpu_kv_block *kv, int32_t n, const int32_t C) {
+    const int32_t nk = tiles_of(C, TILE_K), n_group = tiles_of(n, 16);
+    for (int32_t g = 0; g < tiles_of(n_group, 4) * 4; g++) {
+        const ern_bf16 *from = numbers(kv->group[g < n_group ? g : 0].k);
+        s->k[g] = from;
+        if (C % TILE_K == 0) continue;
+        ern_bf16 *to = w->k + (int64_t)g * nk * TILE;
+        memcpy(to, from, (size_t)(C * 16) * sizeof *to);
+        memset(to + C * 16, 0, (size_t)(nk * TILE - C * 16) * sizeof *to);
+        s->k[g] = to;
+    }
+    for (int32_t p = 0; p < tiles_of(n, 32); p++) {
+        const cpu_kv_group *g = kv->group + 2 * p;
+        s->v[p] = numbers(g[0].v);
+        if (C % TILE_K == 0 && 32 * (p + 1) <= n && g[1].v == g[0].v + 16 * C * 2) continue;
+        ern_bf16 *to = w->v + (int64_t)p * 2 * nk * TILE;
+        for (int32_t i = 0; i < 16; i++) copy_pair(to + i * 64 * nk, kv, C, 32 * p + 2 * i, n);
+        s->v[p] = to;
     }
 }
 
 /* Whether values from..to-1 are numbers. */
-static bool are_finite(const unsigned char *const *row, int32_t C, int32_t from, int32_t to) {
+static bool are_finite(const cpu_kv_block *kv, int32_t C, int32_t from, int32_t to) {
     const __m512i top = _mm512_set1_epi16(0x7f80);
     __mmask32 bad = 0;
     for (int32_t t = from; t < to; t++)
-        for (int32_t c = 0; c < C; c += 32)
-            bad |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(value_line(row[t], c, C), top), top);
+        for (int32_t c = 0; c < C; c += 16) {
+            const ern_bf16 *at = numbers(kv->group[t / 16].v) + t % 16 / 2 * 2 * C + 2 * c;
+            const __m512i x = _mm512_and_si512(_mm512_maskz_loadu_epi32(cpu_mask(C - c), at), top);
+            bad |= _mm512_mask_cmpeq_epi16_mask(0x55555555u << t % 2, x, top);
+        }
     return bad == 0;
 }
 
@@ -171,12 +153,12 @@ typedef struct sums {
     int32_t row;
 } sums;
 
-/* One step of the products: tiles of queries at a and 16 rows on, of `row` numbers; tiles at b and b + next. */
-CPU_INLINE void step(const ern_bf16 *a, int32_t row, const ern_bf16 *b, int32_t next, sums to) {
+/* One step of the products: tiles of queries at a and 16 rows on, of `row` numbers; tiles at b and c, of `line`. */
+CPU_INLINE void step(const ern_bf16 *a, int32_t row, const ern_bf16 *b, const ern_bf16 *c, int32_t line, sums to) {
     cpu_tile_load(4, a, row * 2);
     cpu_tile_load(5, a + TILE_ROWS * row, row * 2);
-    cpu_tile_load(6, b, 64);
-    cpu_tile_load(7, b + next, 64);
+    cpu_tile_load(6, b, line * 2);
+    cpu_tile_load(7, c, line * 2);
     turn_sum(put_many, 0, to.first, to.before, to.row);
     _tile_dpbf16ps(0, 4, 6);
     turn_sum(put_many, 1, to.first, to.before, to.row);
@@ -192,38 +174,24 @@ CPU_INLINE void step(const ern_bf16 *a, int32_t row, const ern_bf16 *b, int32_t 
     put_many(3, to.now, to.row);
 }
 
-/* Step s of S, of n in all: 32 positions by 32 dims. */
-CPU_INLINE void score_step(room *w, const group *g, int32_t nk, int32_t s, int32_t n) {
-    const int32_t p = s / nk, t = s % nk;
+/* Step i of S, of n in all: 32 positions by 32 dims. */
+CPU_INLINE void score_step(room *w, const sources *s, const group *g, int32_t nk, int32_t i, int32_t n) {
+    const int32_t p = i / nk, t = i % nk;
     float *to = &w->score[g->buffer][0][p * 32];
-    step(w->q + (g->m * nk + t) * TILE_K, nk * TILE_K, w->k + (int64_t)(2 * p * nk + t) * TILE, nk * TILE,
-         (sums){t == 0, s == n - 1, p > 0 ? to - 32 : NULL, to, SCORES});
+    step(w->q + (g->m * nk + t) * TILE_K, nk * TILE_K, s->k[2 * p] + t * TILE, s->k[2 * p + 1] + t * TILE, 32,
+         (sums){t == 0, i == n - 1, p > 0 ? to - 32 : NULL, to, SCORES});
 }
 
-/* Step s of O, of n in all: 32 dims by 32 positions, of which there are 32 * nt. */
-CPU_INLINE void weigh_step(room *w, const group *g, int32_t nv, int32_t nt, int32_t s, int32_t n) {
-    const int32_t d = s / nt, t = s % nt;
+/* Step i of O, of n in all: 32 dims by 32 positions, of which there are 32 * nt. */
+CPU_INLINE void weigh_step(room *w, const sources *s, const group *g, int32_t nk, int32_t nt, int32_t i, int32_t n) {
+    const int32_t d = i / nt, t = i % nt;
+    const ern_bf16 *v = s->v[t] + d * 64;
     float *to = &w->out[0][d * 32];
-    step(weights_of(w, g, 0) + t * TILE_K, WEIGHTS, w->v + (int64_t)(t * nv + 2 * d) * TILE, TILE,
-         (sums){t == 0, s == n - 1, d > 0 ? to - 32 : NULL, to, DIMS});
+    step(weights_of(w, g, 0) + t * TILE_K, WEIGHTS, v, v + 32, 64 * nk,
+         (sums){t == 0, i == n - 1, d > 0 ? to - 32 : NULL, to, DIMS});
 }
 
 /* ---- softmax ----------------------------------------------------------------------------------------------------- */
-
-/* 2^x for x <= 0 within 2^-17.9 of itself, 1 at 0: x = n + r with |r| <= 1/2, the polynomial of the fourth degree whose
- * largest error is the least, then n. It is rounded to 8 bits next: to nearest, what lies half way up. At -inf r is
- * NaN, of which scaling by 2^-inf makes 0. */
-CPU_INLINE __m512 weight16(__m512 x) {
-    const __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), r = _mm512_sub_ps(x, n);
-    __m512 p = _mm512_set1_ps(0x1.3cfd6cp-7f);
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0x1.ca071cp-5f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0x1.ebf906p-3f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0x1.62e114p-1f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
-    const __m512i e = _mm512_castps_si512(_mm512_scalef_ps(p, n));
-    return _mm512_castsi512_ps(
-        _mm512_and_si512(_mm512_add_epi32(e, _mm512_set1_epi32(0x8000)), _mm512_set1_epi32((int32_t)0xffff0000u)));
-}
 
 /* Four queries of a group at their softmax, which goes in parts: their largest scores first, then 32 positions a part.
  */
@@ -282,8 +250,8 @@ CPU_INLINE void soften_some(room *w, const group *g, const soft *s, float scale,
     CPU_UNROLL for (int k = 0; k < ABREAST; k++) {
         const float *score = w->score[g->buffer][s->i + k] + t;
         const __m512 less = _mm512_set1_ps(w->less[k]);
-        __m512 a = weight16(_mm512_fmadd_ps(_mm512_load_ps(score), by, less));
-        __m512 b = weight16(_mm512_fmadd_ps(_mm512_load_ps(score + 16), by, less));
+        __m512 a = cpu_weight16(_mm512_fmadd_ps(_mm512_load_ps(score), by, less));
+        __m512 b = cpu_weight16(_mm512_fmadd_ps(_mm512_load_ps(score + 16), by, less));
         if (!whole) {
             a = _mm512_maskz_mov_ps(cpu_mask(s->n[k] - t), a);
             b = _mm512_maskz_mov_ps(cpu_mask(s->n[k] - t - 16), b);
@@ -316,33 +284,15 @@ CPU_INLINE void soften(room *w, const group *g, soft *s, float scale) {
 
 /* ---- results ----------------------------------------------------------------------------------------------------- */
 
-/* 32 dims from c of the outputs of query i, from the order of their tiles. */
-CPU_INLINE void load_out(__m512 *out, const room *w, int32_t i, int32_t c) {
-    const __m512i first = _mm512_set_epi32(23, 22, 21, 20, 7, 6, 5, 4, 19, 18, 17, 16, 3, 2, 1, 0);
-    const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
-    const __m512 x = _mm512_load_ps(&w->out[i][c]), y = _mm512_load_ps(&w->out[i][c + 16]);
-    out[0] = _mm512_permutex2var_ps(x, first, y);
-    out[1] = _mm512_permutex2var_ps(x, second, y);
-}
-
-/* 16 dims at `at` from out: new ones, or on top of those before. */
-CPU_INLINE void put_out(float *at, __m512 out, __mmask16 m, const bool join, __m512 ea, __m512 ep) {
-    if (join) out = _mm512_fmadd_ps(out, ep, _mm512_mul_ps(_mm512_maskz_loadu_ps(m, at), ea));
-    _mm512_mask_storeu_ps(at, m, out);
-}
-
-/* The outputs of query i of the group. */
+/* The outputs of query i of the group: new ones, or on top of those before. */
 CPU_INLINE void finish_query(const room *w, float *to, int32_t i, const int32_t C, const bool join, __m512 ea,
                              __m512 ep) {
-    __m512 out[2];
-    int32_t c = 0;
-    for (; c + 32 <= C; c += 32) {
-        load_out(out, w, i, c);
-        CPU_UNROLL for (int v = 0; v < 2; v++) put_out(to + c + 16 * v, out[v], 0xffff, join, ea, ep);
+    for (int32_t c = 0; c < C; c += 16) {
+        const __mmask16 m = cpu_mask(C - c);
+        __m512 out = _mm512_load_ps(&w->out[i][c]);
+        if (join) out = _mm512_fmadd_ps(out, ep, _mm512_mul_ps(_mm512_maskz_loadu_ps(m, to + c), ea));
+        _mm512_mask_storeu_ps(to + c, m, out);
     }
-    if (c == C) return;
-    load_out(out, w, i, c);
-    for (int v = 0; v < 2; v++) put_out(to + c + 16 * v, out[v], cpu_mask(C - c - 16 * v), join, ea, ep);
 }
 
 /* The results of queries i.. of the group, four or as many as there are, to their rows' parts, as attn_join of
@@ -404,7 +354,8 @@ CPU_INLINE bool beside(room *w, const cpu_attn_job *j, side *d, bool weighed, co
 }
 
 /* Softmax of group i, beside O of the group before and S of the one after. */
-CPU_INLINE void turn(room *w, const cpu_attn_job *j, early *e, int32_t i, int32_t n_group, const int32_t C) {
+CPU_INLINE void turn(room *w, const sources *src, const cpu_attn_job *j, early *e, int32_t i, int32_t n_group,
+                     const int32_t C) {
     const int32_t nk = tiles_of(C, TILE_K), all = j->n_row * j->n_head;
     const bool has_before = i > 0, has_now = i >= 0 && i < n_group, has_after = i + 1 < n_group;
     side d = {.n_soft = 0};
@@ -417,9 +368,9 @@ CPU_INLINE void turn(room *w, const cpu_attn_job *j, early *e, int32_t i, int32_
     const int32_t n_piece = tiles_of(d.n_soft, ABREAST) * d.soft.n_part + tiles_of(d.n_out, ABREAST);
     for (int32_t s = 0, done = 0; s <= n_step; s++) {
         if (s < n_weigh)
-            weigh_step(w, &d.before, 2 * nk, nt, s, n_weigh);
+            weigh_step(w, src, &d.before, nk, nt, s, n_weigh);
         else if (s < n_step)
-            score_step(w, &after, nk, s - n_weigh, n_step - n_weigh);
+            score_step(w, src, &after, nk, s - n_weigh, n_step - n_weigh);
         if (s < n_step && s % 4 == 0) early_fetch(e, 16);
         while (s == n_step || done * n_step < n_piece * (s + 1)) {
             if (!beside(w, j, &d, s + 1 >= n_weigh, C)) break;
@@ -428,118 +379,78 @@ CPU_INLINE void turn(room *w, const cpu_attn_job *j, early *e, int32_t i, int32_
     }
 }
 
-CPU_INLINE void attend_many(room *w, const cpu_attn_job *j, const unsigned char *const *row, int32_t n,
-                            const int32_t C) {
+CPU_INLINE void attend_many(room *w, const cpu_attn_job *j, int32_t n, const int32_t C) {
     const int32_t n_group = tiles_of(j->n_row * j->n_head, QUERIES);
+    sources s;
     early e;
-    early_begin(&e, j->kv, C * CPU_KV_GROUP * 2, false); /* what is packed here needs no fetch */
-    pack_keys(w, j->kv, C, n);
-    pack_values(w, row, n, C);
+    early_begin(&e, j->kv, C * CPU_KV_GROUP * 2);
+    find_sources(&s, w, j->kv, n, C);
     cpu_tiles_begin(TILE_ROWS, TILE_ROWS);
-    for (int32_t i = -1; i <= n_group; i++) turn(w, j, &e, i, n_group, C);
+    for (int32_t i = -1; i <= n_group; i++) turn(w, &s, j, &e, i, n_group, C);
     _tile_release();
 }
 
 /* ---- a block for up to 16 queries -------------------------------------------------------------------------------- */
 
-/* One row, mostly, and memory is what it waits for: while four tiles are multiplied, the next four are brought into
- * order beside them, which stays in the first cache, and as many lines of the block after this one are fetched. The
- * sums are those of 32 queries, in the same order. */
+/* One row, mostly, and memory is what it waits for: as many lines of the block after this one are fetched as tiles are
+ * read. The sums are those of 32 queries, in the same order. */
 
-enum {
-    GROUPS = 4,       /* of 16 positions, whose scores are four tiles */
-    SOFT_FETCHES = 8, /* lines beside a part of a softmax */
-};
+enum { SOFT_FETCHES = 8 /* lines beside a part of a softmax */ };
 
-/* Step s: 32 dims of four groups; tile g of it. */
-CPU_INLINE void beside_scores(room *w, const cpu_kv_block *kv, bool ragged, int32_t s, int32_t g, int32_t n_group,
-                              const int32_t C, early *e) {
-    const int32_t nk = tiles_of(C, TILE_K), t = s % nk, i = s / nk * GROUPS + g;
-    if (ragged || i >= n_group) return;
-    pack_tile(w->k + (s % 2 * GROUPS + g) * TILE, kv->run[i].k + t * TILE_BYTES, C - t * TILE_K, e);
-}
+/* As many lines as a tile has. */
+CPU_INLINE void fetch_tile(early *e) { CPU_UNROLL for (int i = 0; i < TILE_ROWS; i += 2) early_fetch(e, 2); }
 
-/* S. The scores of four groups leave while those of the next four begin. */
-CPU_INLINE void score_few(room *w, const cpu_kv_block *kv, bool ragged, int32_t n_group, const int32_t C, early *e) {
-    const int32_t nk = tiles_of(C, TILE_K), n_step = tiles_of(n_group, GROUPS) * nk;
-    const int32_t next = ragged ? nk * TILE : TILE; /* between the tiles of a step */
-    float *score = NULL;
-    for (int32_t g = 0; g < GROUPS; g++) beside_scores(w, kv, ragged, 0, g, n_group, C, e);
-    for (int32_t s = 0; s < n_step; s++) {
-        const int32_t t = s % nk;
-        const ern_bf16 *k = ragged ? w->k + (s / nk * GROUPS * nk + t) * TILE : w->k + s % 2 * GROUPS * TILE;
-        cpu_tile_load(4, w->q + t * TILE_K, nk * TILE_K * 2);
-        cpu_tile_load(6, k, 64);
-        cpu_tile_load(7, k + next, 64);
-        beside_scores(w, kv, ragged, s + 1, 0, n_group, C, e);
-        turn_sum(put_few, 0, t == 0, score, SCORES);
-        _tile_dpbf16ps(0, 4, 6);
-        cpu_tile_load(6, k + 2 * next, 64);
-        beside_scores(w, kv, ragged, s + 1, 1, n_group, C, e);
-        turn_sum(put_few, 1, t == 0, score, SCORES);
-        _tile_dpbf16ps(1, 4, 7);
-        cpu_tile_load(7, k + 3 * next, 64);
-        beside_scores(w, kv, ragged, s + 1, 2, n_group, C, e);
-        turn_sum(put_few, 2, t == 0, score, SCORES);
-        _tile_dpbf16ps(2, 4, 6);
-        beside_scores(w, kv, ragged, s + 1, 3, n_group, C, e);
-        turn_sum(put_few, 3, t == 0, score, SCORES);
-        _tile_dpbf16ps(3, 4, 7);
-        if (t == 0) score = &w->score[0][0][s / nk * GROUPS * 16];
-    }
-    put_few(0, score, SCORES);
-    put_few(1, score, SCORES);
-    put_few(2, score, SCORES);
-    put_few(3, score, SCORES);
-}
-
-/* 64 dims from c of 8 of 32 positions, from t on, to the four tiles at `to`; zeros from dim C and position n on. */
-CPU_INLINE void pack_eight(ern_bf16 *to, const unsigned char *const *row, int32_t C, int32_t c, int32_t n, int32_t t,
-                           early *e) {
-    ern_bf16 *line = to + t % 32 / 2 * 32;
-    if (c + 64 <= C && t + 8 <= n) {
-        CPU_UNROLL for (int i = 0; i < 8; i += 2, line += 32) {
-            const unsigned char *a = row[t + i] + 2 * c, *b = row[t + i + 1] + 2 * c;
-            early_fetch(e, 2);
-            put_pairs(line, _mm512_loadu_si512(a), _mm512_loadu_si512(b));
-            early_fetch(e, 2);
-            put_pairs(line + 2 * TILE, _mm512_loadu_si512(a + 64), _mm512_loadu_si512(b + 64));
+/* S: 32 dims of 64 positions a step. The scores of four tiles leave while those of the next four begin. */
+CPU_INLINE void score_few(room *w, const sources *s, int32_t n_group, const int32_t C, early *e) {
+    const int32_t nk = tiles_of(C, TILE_K);
+    float *before = NULL;
+    for (int32_t g = 0; g < n_group; g += 4) {
+        for (int32_t t = 0; t < nk; t++) {
+            cpu_tile_load(4, w->q + t * TILE_K, nk * TILE_K * 2);
+            cpu_tile_load(6, s->k[g] + t * TILE, 64);
+            cpu_tile_load(7, s->k[g + 1] + t * TILE, 64);
+            fetch_tile(e);
+            turn_sum(put_few, 0, t == 0, before, SCORES);
+            _tile_dpbf16ps(0, 4, 6);
+            cpu_tile_load(6, s->k[g + 2] + t * TILE, 64);
+            fetch_tile(e);
+            turn_sum(put_few, 1, t == 0, before, SCORES);
+            _tile_dpbf16ps(1, 4, 7);
+            cpu_tile_load(7, s->k[g + 3] + t * TILE, 64);
+            fetch_tile(e);
+            turn_sum(put_few, 2, t == 0, before, SCORES);
+            _tile_dpbf16ps(2, 4, 6);
+            fetch_tile(e);
+            turn_sum(put_few, 3, t == 0, before, SCORES);
+            _tile_dpbf16ps(3, 4, 7);
         }
-        return;
+        before = &w->score[0][0][g * 16];
     }
-    for (int i = 0; i < 8; i += 2, line += 32)
-        for (int32_t k = 0; k < 2; k++) {
-            const int32_t d = c + 32 * k;
-            put_pairs(line + 2 * k * TILE, t + i < n ? value_line(row[t + i], d, C) : _mm512_setzero_si512(),
-                      t + i + 1 < n ? value_line(row[t + i + 1], d, C) : _mm512_setzero_si512());
-        }
+    put_few(0, before, SCORES);
+    put_few(1, before, SCORES);
+    put_few(2, before, SCORES);
+    put_few(3, before, SCORES);
 }
 
-/* What is brought into order beside product p of positions t - 32.. and of dims c.. */
-CPU_INLINE void beside_values(room *w, const unsigned char *const *row, int32_t n, int32_t c, int32_t t, int32_t p,
-                              const int32_t C, early *e) {
-    if (t < n) pack_eight(w->v + t / 32 % 2 * 4 * TILE, row, C, c, n, t + 8 * p, e);
-}
-
-/* O of 64 dims from c: the sums stay in their tiles while the values pass. */
-CPU_INLINE void weigh_few(room *w, const group *g, const unsigned char *const *row, int32_t n, int32_t c,
-                          const int32_t C, early *e) {
+/* O of 64 dims from c: the sums stay in their tiles while the values pass. Where only 32 dims are left, the others are
+ * the same once more, to where nobody looks. */
+CPU_INLINE void weigh_few(room *w, const sources *s, const group *g, int32_t c, const int32_t C, early *e) {
+    const int32_t row = tiles_of(C, TILE_K) * TILE_K * 4, second = c + 32 < C ? 64 : 0;
     begin_tiles();
-    for (int32_t p = 0; p < 4; p++) beside_values(w, row, n, c, 0, p, C, e);
-    for (int32_t t = 32; t < n + 32; t += 32) {
-        const ern_bf16 *v = w->v + (t / 32 + 1) % 2 * 4 * TILE;
-        cpu_tile_load(4, weights_of(w, g, 0) + t - 32, WEIGHTS * 2);
-        cpu_tile_load(6, v, 64);
-        cpu_tile_load(7, v + TILE, 64);
-        beside_values(w, row, n, c, t, 0, C, e);
+    for (int32_t t = 0; t < g->n; t += 32) {
+        const ern_bf16 *v = s->v[t / 32] + 2 * c;
+        cpu_tile_load(4, weights_of(w, g, 0) + t, WEIGHTS * 2);
+        cpu_tile_load(6, v, row);
+        cpu_tile_load(7, v + 32, row);
+        fetch_tile(e);
         _tile_dpbf16ps(0, 4, 6);
-        cpu_tile_load(6, v + 2 * TILE, 64);
-        beside_values(w, row, n, c, t, 1, C, e);
+        cpu_tile_load(6, v + second, row);
+        fetch_tile(e);
         _tile_dpbf16ps(1, 4, 7);
-        cpu_tile_load(7, v + 3 * TILE, 64);
-        beside_values(w, row, n, c, t, 2, C, e);
+        cpu_tile_load(7, v + second + 32, row);
+        fetch_tile(e);
         _tile_dpbf16ps(2, 4, 6);
-        beside_values(w, row, n, c, t, 3, C, e);
+        fetch_tile(e);
         _tile_dpbf16ps(3, 4, 7);
     }
     float *out = &w->out[0][c];
@@ -549,16 +460,15 @@ CPU_INLINE void weigh_few(room *w, const group *g, const unsigned char *const *r
     put_few(3, out, DIMS);
 }
 
-CPU_INLINE void attend_few(room *w, const cpu_attn_job *j, const unsigned char *const *row, int32_t n,
-                           const int32_t C) {
-    const int32_t all = j->n_row * j->n_head, n_group = tiles_of(n, 16);
-    const bool ragged = is_ragged(j->kv, n);
+CPU_INLINE void attend_few(room *w, const cpu_attn_job *j, int32_t n, const int32_t C) {
+    const int32_t all = j->n_row * j->n_head;
     const group g = {.m = 0, .n = n, .buffer = 0};
+    sources s;
     early e;
-    early_begin(&e, j->kv, C * CPU_KV_GROUP * 2, true);
+    early_begin(&e, j->kv, C * CPU_KV_GROUP * 2);
+    find_sources(&s, w, j->kv, n, C);
     cpu_tiles_begin(all, all);
-    if (ragged) pack_keys(w, j->kv, C, n);
-    score_few(w, j->kv, ragged, n_group, C, &e);
+    score_few(w, &s, tiles_of(n, 16), C, &e);
     for (int32_t i = 0; i < all; i += ABREAST) {
         soft four;
         for (soften_at(&four, j, &g, i); four.part < four.n_part;) {
@@ -566,7 +476,7 @@ CPU_INLINE void attend_few(room *w, const cpu_attn_job *j, const unsigned char *
             soften(w, &g, &four, j->scale);
         }
     }
-    for (int32_t c = 0; c < C; c += 64) weigh_few(w, &g, row, n, c, C, &e);
+    for (int32_t c = 0; c < C; c += 64) weigh_few(w, &s, &g, c, C, &e);
     early_end(&e);
     for (int32_t i = 0; i < all; i += ABREAST) finish(w, j, &g, i, C);
     _tile_release();
@@ -576,9 +486,7 @@ void cpu_attn_rows_amx(const cpu_attn_job *j) {
     room *w = j->room;
     const int32_t C = j->head_dim, least_n = j->n[0], most_n = j->n[j->n_row - 1];
     const int32_t all = j->n_row * j->n_head;
-    const unsigned char *row[CPU_ATTN_BLOCK];
-    find_values(row, j->kv, C, most_n);
-    if (least_n < most_n && !are_finite(row, C, least_n, most_n)) {
+    if (least_n < most_n && !are_finite(j->kv, C, least_n, most_n)) {
         /* a weight of zero does not hide what a later row sees here: each alone */
         for (int32_t i = 0; i < j->n_row; i++) {
             cpu_attn_job one = *j;
@@ -591,13 +499,13 @@ void cpu_attn_rows_amx(const cpu_attn_job *j) {
     }
     if (j->first) pack_queries(w, j);
     if (all <= TILE_ROWS && C == 128) /* which all published models have */
-        attend_few(w, j, row, most_n, 128);
+        attend_few(w, j, most_n, 128);
     else if (all <= TILE_ROWS)
-        attend_few(w, j, row, most_n, C);
+        attend_few(w, j, most_n, C);
     else if (C == 128)
-        attend_many(w, j, row, most_n, 128);
+        attend_many(w, j, most_n, 128);
     else
-        attend_many(w, j, row, most_n, C);
+        attend_many(w, j, most_n, C);
 }
 
 void cpu_attn_bf16_amx(float *part, const float *q, int32_t n_head, int32_t head_dim, float scale,

@@ -7,11 +7,4 @@
 
 static inline int32_t tiles_of(int32_t n, int32_t each) { return (n + each - 1) / each; }
 
-/* Whether a run does not begin with a group of positions: pages of an odd size. */
-static inline bool is_ragged(const cpu_kv_block *kv, int32_t n) {
-    for (const cpu_kv_run *r = kv->run, *end = r + kv->n_run; r < end && r->t0 < n; r++)
-        if (r->cut || r->t0 % 16 != 0) return true;
-    return false;
-}
-
 #endif

@@ -1,6 +1,6 @@
 /* Attention over one softmax block, AVX2. As in attn_avx512.c lanes are positions for scores and dimensions for
- * outputs, and each number is one chain of FMAs; a run of 16 positions is a pair of registers. Register tiles of up to
- * 6 heads by 2 vectors, or 3 by 4: 12 FMAs to 8 or 7 loads. */
+ * outputs, in bf16 pairs of either, and each number is one chain of FMAs; a group of 16 positions is a pair of
+ * registers. Register tiles of up to 6 heads by 2 vectors, or 3 by 4: 24 FMAs to 14 or 10 loads. */
 #include "backend/cpu/table_avx2.h"
 #include "backend/cpu/vec_avx2.h"
 
@@ -8,52 +8,58 @@
 
 enum { SCORES = CPU_ATTN_BLOCK + 16, HEADS = 6, VECS = 4 };
 
-/* 8 bf16 numbers or int8 codes from element i on, as f32. */
-CPU_INLINE __m256 load8(const unsigned char *p, int64_t i, const bool int8) {
-    if (int8) return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(const void *)(p + i))));
-    return cpu_bf16_8((const ern_bf16 *)(const void *)(p + 2 * i));
+/* 8 codes; cut: n of them, which alone are read. */
+CPU_INLINE __m256 codes8(const unsigned char *p, const bool cut, int64_t n) {
+    unsigned char room[8] = {0};
+    if (cut && n > 0) memcpy(room, p, (size_t)(n < 8 ? n : 8));
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(const void *)(cut ? room : p))));
 }
-CPU_INLINE __m256 load8_cut(const unsigned char *p, int64_t i, const bool int8, int64_t n) {
-    unsigned char room[16] = {0};
-    const int64_t each = int8 ? 1 : 2;
-    if (n > 0) memcpy(room, p + each * i, (size_t)(each * (n < 8 ? n : 8)));
-    return load8(room, 0, int8);
+/* 8 pairs of bf16 numbers, or n of them, which alone are read: the first of each, and the second. */
+CPU_INLINE void pairs8(__m256 *a, __m256 *b, const unsigned char *p, const bool cut, int64_t n) {
+    const __m256i x = cut ? _mm256_maskload_epi32((const int *)(const void *)p, cpu_lanes8(n))
+                          : _mm256_loadu_si256((const __m256i *)(const void *)p);
+    *a = _mm256_castsi256_ps(_mm256_slli_epi32(x, 16));
+    *b = _mm256_castsi256_ps(_mm256_and_si256(x, _mm256_set1_epi32((int32_t)0xffff0000u)));
 }
 
-/* Scores of nh heads and the positions of one run. */
-CPU_INLINE void score_tile(float (*score)[SCORES], const float *q, int32_t dim, float scale, const cpu_kv_run *run,
-                           const int nh, const bool int8, const bool cut) {
-    __m256 acc[HEADS][2];
+/* acc[h][v] += x[h] * w[v] */
+CPU_INLINE void add_all(__m256 (*acc)[VECS], const float *x, int64_t next, const __m256 *w, const int nh,
+                        const int nv) {
+    CPU_UNROLL for (int h = 0; h < nh; h++) {
+        const __m256 y = _mm256_broadcast_ss(x + h * next);
+        CPU_UNROLL for (int v = 0; v < nv; v++) acc[h][v] = _mm256_fmadd_ps(y, w[v], acc[h][v]);
+    }
+}
+
+/* Scores of nh heads and the positions of one group, t0.. */
+CPU_INLINE void score_tile(float (*score)[SCORES], int32_t t0, const float *q, int32_t dim, float scale,
+                           const cpu_kv_group *g, const int nh, const bool int8) {
+    __m256 acc[HEADS][VECS];
     CPU_UNROLL for (int h = 0; h < nh; h++) acc[h][0] = acc[h][1] = _mm256_setzero_ps();
-    for (int32_t c = 0; c < dim; c++) {
-        __m256 k[2];
-        CPU_UNROLL for (int v = 0; v < 2; v++) k[v] =
-            cut ? load8_cut(run->k, c * CPU_KV_GROUP + 8 * v, int8, run->n - 8 * v)
-                : load8(run->k, c * CPU_KV_GROUP + 8 * v, int8);
-        CPU_UNROLL for (int h = 0; h < nh; h++) {
-            const __m256 x = _mm256_broadcast_ss(q + h * dim + c);
-            CPU_UNROLL for (int v = 0; v < 2; v++) acc[h][v] = _mm256_fmadd_ps(x, k[v], acc[h][v]);
+    for (int32_t c = 0; c < dim; c += 2) {
+        __m256 a[2], b[2];
+        const unsigned char *at = g->k + (int64_t)c * CPU_KV_GROUP * (int8 ? 1 : 2);
+        CPU_UNROLL for (int v = 0; v < 2; v++) {
+            if (int8)
+                a[v] = codes8(at + 8 * v, false, 0), b[v] = codes8(at + CPU_KV_GROUP + 8 * v, false, 0);
+            else
+                pairs8(&a[v], &b[v], at + 32 * v, false, 0);
         }
+        add_all(acc, q + c, dim, a, nh, 2);
+        add_all(acc, q + c + 1, dim, b, nh, 2);
     }
     CPU_UNROLL for (int v = 0; v < 2; v++) {
         __m256 s = _mm256_set1_ps(scale);
-        if (int8)
-            s = _mm256_mul_ps(s, cut ? cpu_load8_cut(run->k_scale + 8 * v, run->n - 8 * v)
-                                     : _mm256_loadu_ps(run->k_scale + 8 * v));
-        CPU_UNROLL for (int h = 0; h < nh; h++)
-            _mm256_storeu_ps(score[h] + run->t0 + 8 * v, _mm256_mul_ps(acc[h][v], s));
+        if (int8) s = _mm256_mul_ps(s, _mm256_loadu_ps(g->k_scale + 8 * v));
+        CPU_UNROLL for (int h = 0; h < nh; h++) _mm256_storeu_ps(score[h] + t0 + 8 * v, _mm256_mul_ps(acc[h][v], s));
     }
 }
 
-/* Lanes past a run's end are overwritten by the next run, or lie past n. */
+/* Scores of whole groups: what lies past n is not looked at. */
 CPU_INLINE void score_all(float (*score)[SCORES], const float *q, int32_t dim, float scale, const cpu_kv_block *kv,
                           int32_t n, const int nh, const bool int8) {
-    for (const cpu_kv_run *r = kv->run, *end = r + kv->n_run; r < end && r->t0 < n; r++) {
-        if (r->cut)
-            score_tile(score, q, dim, scale, r, nh, int8, true);
-        else
-            score_tile(score, q, dim, scale, r, nh, int8, false);
-    }
+    for (int32_t t = 0; t < n; t += CPU_KV_GROUP)
+        score_tile(score, t, q, dim, scale, &kv->group[t / CPU_KV_GROUP], nh, int8);
 }
 
 /* Scores of n positions to 2^(score - max), max and sum per head; then each times its value's scale. */
@@ -61,9 +67,8 @@ CPU_INLINE void soften(float *part, float (*score)[SCORES], int32_t n, const cpu
                        const bool int8) {
     const __m256 none = _mm256_set1_ps(-INFINITY);
     float scale[SCORES];
-    for (const cpu_kv_run *r = kv->run, *end = r + kv->n_run; int8 && r < end && r->t0 < n; r++)
-        CPU_UNROLL for (int v = 0; v < 2; v++)
-            _mm256_storeu_ps(scale + r->t0 + 8 * v, cpu_load8_cut(r->v_scale + 8 * v, r->n - 8 * v));
+    for (int32_t t = 0; int8 && t < n; t += 8)
+        _mm256_storeu_ps(scale + t, _mm256_loadu_ps(kv->group[t / CPU_KV_GROUP].v_scale + t % CPU_KV_GROUP));
     for (int h = 0; h < nh; h++) {
         __m256 top = none, sum[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()};
         for (int32_t t = 0; t < n; t += 8)
@@ -87,18 +92,20 @@ CPU_INLINE void soften(float *part, float (*score)[SCORES], int32_t n, const cpu
 CPU_INLINE void weigh_tile(float *out, float (*p)[SCORES], int32_t dim, const cpu_kv_block *kv, int32_t n, int32_t c0,
                            const int nh, const int nv, const bool int8, const bool cut, int32_t left) {
     __m256 acc[HEADS][VECS];
-    const int each = int8 ? 1 : 2;
     CPU_UNROLL for (int h = 0; h < nh; h++) CPU_UNROLL for (int v = 0; v < nv; v++) acc[h][v] = _mm256_setzero_ps();
-    for (const cpu_kv_run *r = kv->run, *end = r + kv->n_run; r < end && r->t0 < n; r++) {
-        const int32_t stop = r->t0 + r->n < n ? r->t0 + r->n : n;
-        const unsigned char *at = r->v + (int64_t)c0 * each;
-        for (int32_t t = r->t0; t < stop; t++, at += (int64_t)dim * each) {
-            __m256 w[VECS];
-            CPU_UNROLL for (int v = 0; v < nv; v++) w[v] = cut ? load8_cut(at, 0, int8, left) : load8(at, v * 8, int8);
-            CPU_UNROLL for (int h = 0; h < nh; h++) {
-                const __m256 x = _mm256_broadcast_ss(&p[h][t]);
-                CPU_UNROLL for (int v = 0; v < nv; v++) acc[h][v] = _mm256_fmadd_ps(x, w[v], acc[h][v]);
+    for (int32_t t0 = 0; t0 < n; t0 += CPU_KV_GROUP) {
+        const int32_t stop = n - t0 < CPU_KV_GROUP ? n : t0 + CPU_KV_GROUP, row = int8 ? dim : 4 * dim;
+        const unsigned char *at = kv->group[t0 / CPU_KV_GROUP].v + (int8 ? c0 : 4 * c0);
+        for (int32_t t = t0; t < stop; t += 2, at += int8 ? 2 * row : row) {
+            __m256 a[VECS], b[VECS];
+            CPU_UNROLL for (int v = 0; v < nv; v++) {
+                if (int8)
+                    a[v] = codes8(at + 8 * v, cut, left), b[v] = codes8(at + row + 8 * v, cut, left);
+                else
+                    pairs8(&a[v], &b[v], at + 32 * v, cut, left);
             }
+            add_all(acc, &p[0][t], SCORES, a, nh, nv);
+            if (t + 1 < stop) add_all(acc, &p[0][t + 1], SCORES, b, nh, nv);
         }
     }
     CPU_UNROLL for (int h = 0; h < nh; h++) CPU_UNROLL for (int v = 0; v < nv; v++) {

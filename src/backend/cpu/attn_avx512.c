@@ -1,8 +1,9 @@
 /* Attention over one softmax block, AVX-512. Keys lie with 16 positions side by side, so that lanes are positions and
- * a score is one chain of FMAs over the head's dimensions, without a sum across lanes; values lie row by row, so that
- * lanes are dimensions and an output is one chain over the positions. Register tiles of 8 heads by 3
- * vectors, or 6 by 4: a key or value is loaded and widened once for all heads of the group, 24 FMAs to 11 loads.
- * Nothing is shared between rows, hence neither can bits be. */
+ * a score is one chain of FMAs over the head's dimensions, without a sum across lanes; values lie with their dimensions
+ * side by side, so that lanes are these and an output is one chain over the positions. In bf16 a lane of a line is a
+ * pair of dimensions, or of positions: a shift makes an f32 of the first, a mask of the second. Register tiles of 8
+ * heads by 3 vectors, or 6 by 4: a key or value is loaded and widened once for all heads of the group, 48 FMAs to 19
+ * loads. Nothing is shared between rows, hence neither can bits be. */
 #include "backend/cpu/attn_early.h"
 #include "backend/cpu/table_avx512.h"
 #include "backend/cpu/vec_avx512.h"
@@ -11,54 +12,60 @@
 
 enum { SCORES = CPU_ATTN_BLOCK + 16, VECS = 4 };
 
-/* 16 bf16 numbers or int8 codes from element i on, as f32. */
-CPU_INLINE __m512 load16(const unsigned char *p, int64_t i, const bool int8) {
-    if (int8) return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(const void *)(p + i))));
-    return cpu_widen(_mm256_loadu_si256((const __m256i *)(const void *)(p + 2 * i)));
+/* 16 codes, those of m. */
+CPU_INLINE __m512 codes16(const unsigned char *p, __mmask16 m) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(m, p)));
 }
-CPU_INLINE __m512 load16_cut(const unsigned char *p, int64_t i, const bool int8, __mmask16 m) {
-    if (int8) return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(m, p + i)));
-    return cpu_widen(_mm256_maskz_loadu_epi16(m, p + 2 * i));
+/* 16 pairs of bf16 numbers, those of m: the first of each, and the second. */
+CPU_INLINE void pairs16(__m512 *a, __m512 *b, const unsigned char *p, __mmask16 m) {
+    const __m512i x = _mm512_maskz_loadu_epi32(m, p);
+    *a = _mm512_castsi512_ps(_mm512_slli_epi32(x, 16));
+    *b = _mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32((int32_t)0xffff0000u)));
 }
 
-/* Scores of nh heads and the positions of nv runs. */
-CPU_INLINE void score_tile(float (*score)[SCORES], const float *q, int32_t dim, float scale, const cpu_kv_run *run,
-                           const int nh, const int nv, const bool int8, const bool cut, early *e) {
+/* acc[h][v] += x[h] * w[v] */
+CPU_INLINE void add_all(__m512 (*acc)[VECS], const float *x, int64_t next, const __m512 *w, const int nh,
+                        const int nv) {
+    CPU_UNROLL for (int h = 0; h < nh; h++) {
+        const __m512 y = _mm512_set1_ps(x[h * next]);
+        CPU_UNROLL for (int v = 0; v < nv; v++) acc[h][v] = _mm512_fmadd_ps(y, w[v], acc[h][v]);
+    }
+}
+
+/* Scores of nh heads and the positions of nv groups, t0.. */
+CPU_INLINE void score_tile(float (*score)[SCORES], int32_t t0, const float *q, int32_t dim, float scale,
+                           const cpu_kv_group *g, const int nh, const int nv, const bool int8, early *e) {
     __m512 acc[CPU_HEAD_TILE][VECS];
-    const __mmask16 m = cut ? cpu_mask(run->n) : 0xffff;
     CPU_UNROLL for (int h = 0; h < nh; h++) CPU_UNROLL for (int v = 0; v < nv; v++) acc[h][v] = _mm512_setzero_ps();
-    for (int32_t c = 0; c < dim; c++) {
-        __m512 k[VECS];
-        CPU_UNROLL for (int v = 0; v < nv; v++) k[v] =
-            cut ? load16_cut(run->k, c * CPU_KV_GROUP, int8, m) : load16(run[v].k, c * CPU_KV_GROUP, int8);
-        if (c % ((nv > 1 ? 1 : 2) * (int8 ? 2 : 1)) == 0) early_fetch(e, 1);
-        CPU_UNROLL for (int h = 0; h < nh; h++) {
-            const __m512 x = _mm512_set1_ps(q[h * dim + c]);
-            CPU_UNROLL for (int v = 0; v < nv; v++) acc[h][v] = _mm512_fmadd_ps(x, k[v], acc[h][v]);
+    for (int32_t c = 0; c < dim; c += 2) {
+        __m512 a[VECS], b[VECS];
+        const int32_t at = c * CPU_KV_GROUP;
+        CPU_UNROLL for (int v = 0; v < nv; v++) {
+            if (int8)
+                a[v] = codes16(g[v].k + at, 0xffff), b[v] = codes16(g[v].k + at + CPU_KV_GROUP, 0xffff);
+            else
+                pairs16(&a[v], &b[v], g[v].k + 2 * at, 0xffff);
         }
+        if (nv > 1 || !int8 || c % 4 == 0) early_fetch(e, nv > 1 && !int8 ? 2 : 1);
+        add_all(acc, q + c, dim, a, nh, nv);
+        add_all(acc, q + c + 1, dim, b, nh, nv);
     }
     CPU_UNROLL for (int v = 0; v < nv; v++) {
         __m512 s = _mm512_set1_ps(scale);
-        if (int8) s = _mm512_mul_ps(s, _mm512_maskz_loadu_ps(m, run[v].k_scale));
-        CPU_UNROLL for (int h = 0; h < nh; h++) _mm512_storeu_ps(score[h] + run[v].t0, _mm512_mul_ps(acc[h][v], s));
+        if (int8) s = _mm512_mul_ps(s, _mm512_loadu_ps(g[v].k_scale));
+        CPU_UNROLL for (int h = 0; h < nh; h++)
+            _mm512_storeu_ps(score[h] + t0 + v * CPU_KV_GROUP, _mm512_mul_ps(acc[h][v], s));
     }
 }
 
-/* Lanes past a run's end are overwritten by the next run, or lie past n. */
+/* Scores of whole groups: what lies past n is not looked at. */
 CPU_INLINE void score_all(float (*score)[SCORES], const float *q, int32_t dim, float scale, const cpu_kv_block *kv,
                           int32_t n, const int nh, const int wide, const bool int8, early *e) {
-    const cpu_kv_run *r = kv->run, *end = r + kv->n_run;
-    while (r < end && r->t0 < n) {
-        bool whole = wide > 1 && end - r >= wide && r[wide - 1].t0 < n;
-        for (int v = 0; whole && v < wide; v++) whole = !r[v].cut;
-        if (whole)
-            score_tile(score, q, dim, scale, r, nh, wide, int8, false, e);
-        else if (r->cut)
-            score_tile(score, q, dim, scale, r, nh, 1, int8, true, e);
-        else
-            score_tile(score, q, dim, scale, r, nh, 1, int8, false, e);
-        r += whole ? wide : 1;
-    }
+    const int32_t end = (n + CPU_KV_GROUP - 1) / CPU_KV_GROUP;
+    int32_t i = 0;
+    for (; wide > 1 && i + wide <= end; i += wide)
+        score_tile(score, i * CPU_KV_GROUP, q, dim, scale, kv->group + i, nh, wide, int8, e);
+    for (; i < end; i++) score_tile(score, i * CPU_KV_GROUP, q, dim, scale, kv->group + i, nh, 1, int8, e);
 }
 
 /* Scores of n positions to 2^(score - max), max and sum per head; then each times its value's scale. */
@@ -66,8 +73,8 @@ CPU_INLINE void soften(float *part, float (*score)[SCORES], int32_t n, const cpu
                        const bool int8, early *fetched) {
     const __m512 none = _mm512_set1_ps(-INFINITY);
     float scale[SCORES];
-    for (const cpu_kv_run *r = kv->run, *end = r + kv->n_run; int8 && r < end && r->t0 < n; r++)
-        _mm512_storeu_ps(scale + r->t0, _mm512_maskz_loadu_ps(cpu_mask(r->n), r->v_scale));
+    for (int32_t t = 0; int8 && t < n; t += CPU_KV_GROUP)
+        _mm512_storeu_ps(scale + t, _mm512_loadu_ps(kv->group[t / CPU_KV_GROUP].v_scale));
     for (int h = 0; h < nh; h++) {
         __m512 top = none, sum = _mm512_setzero_ps();
         for (int32_t t = 0; t < n; t += 16)
@@ -91,19 +98,22 @@ CPU_INLINE void soften(float *part, float (*score)[SCORES], int32_t n, const cpu
 CPU_INLINE void weigh_tile(float *part, float (*p)[SCORES], int32_t dim, const cpu_kv_block *kv, int32_t n, int32_t c0,
                            const int nh, const int nv, const bool int8, const bool cut, __mmask16 m, early *e) {
     __m512 acc[CPU_HEAD_TILE][VECS];
-    const int each = int8 ? 1 : 2;
+    const __mmask16 live = cut ? m : 0xffff;
     CPU_UNROLL for (int h = 0; h < nh; h++) CPU_UNROLL for (int v = 0; v < nv; v++) acc[h][v] = _mm512_setzero_ps();
-    for (const cpu_kv_run *r = kv->run, *end = r + kv->n_run; r < end && r->t0 < n; r++) {
-        const int32_t stop = r->t0 + r->n < n ? r->t0 + r->n : n;
-        const unsigned char *at = r->v + (int64_t)c0 * each;
-        for (int32_t t = r->t0; t < stop; t++, at += (int64_t)dim * each) {
-            __m512 w[VECS];
-            if (t % (int8 ? 4 : 2) == 0) early_fetch(e, nv);
-            CPU_UNROLL for (int v = 0; v < nv; v++) w[v] = cut ? load16_cut(at, 0, int8, m) : load16(at, v * 16, int8);
-            CPU_UNROLL for (int h = 0; h < nh; h++) {
-                const __m512 x = _mm512_set1_ps(p[h][t]);
-                CPU_UNROLL for (int v = 0; v < nv; v++) acc[h][v] = _mm512_fmadd_ps(x, w[v], acc[h][v]);
+    for (int32_t t0 = 0; t0 < n; t0 += CPU_KV_GROUP) {
+        const int32_t stop = n - t0 < CPU_KV_GROUP ? n : t0 + CPU_KV_GROUP, row = int8 ? dim : 4 * dim;
+        const unsigned char *at = kv->group[t0 / CPU_KV_GROUP].v + (int8 ? c0 : 4 * c0);
+        for (int32_t t = t0; t < stop; t += 2, at += int8 ? 2 * row : row) {
+            __m512 a[VECS], b[VECS];
+            if (!int8 || t % 4 == 0) early_fetch(e, nv);
+            CPU_UNROLL for (int v = 0; v < nv; v++) {
+                if (int8)
+                    a[v] = codes16(at + 16 * v, live), b[v] = codes16(at + row + 16 * v, live);
+                else
+                    pairs16(&a[v], &b[v], at + 64 * v, live);
             }
+            add_all(acc, &p[0][t], SCORES, a, nh, nv);
+            if (t + 1 < stop) add_all(acc, &p[0][t + 1], SCORES, b, nh, nv);
         }
     }
     float *out = part + 2 * CPU_HEAD_TILE + c0;
@@ -115,7 +125,7 @@ CPU_INLINE void block_heads(float *part, const float *q, int32_t dim, float scal
                             const int nh, const int wide, const bool int8) {
     _Alignas(64) float score[CPU_HEAD_TILE][SCORES];
     early e;
-    early_begin(&e, kv, dim * CPU_KV_GROUP * (int8 ? 1 : 2), true);
+    early_begin(&e, kv, dim * CPU_KV_GROUP * (int8 ? 1 : 2));
     score_all(score, q, dim, scale, kv, n, nh, wide, int8, &e);
     soften(part, score, n, kv, nh, int8, &e);
     int32_t c = 0;

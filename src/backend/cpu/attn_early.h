@@ -50,26 +50,26 @@ static inline void early_add(early *e, const void *at, int32_t bytes) {
         e->range[e->n].p = p, e->range[e->n++].end = p + bytes;
 }
 
-/* Runs i..to-1 of b: their keys, if those are wanted, and their values, with scales where there are any. */
-static inline void early_add_runs(early *e, const cpu_kv_block *b, int32_t i, int32_t to, int32_t bytes, bool keys) {
-    const cpu_kv_run *r = b->run;
+/* Groups i..to-1 of b: their keys, if those are wanted, and their values, with scales where there are any. */
+static inline void early_add_groups(early *e, const cpu_kv_block *b, int32_t i, int32_t to, int32_t bytes, bool keys) {
+    const cpu_kv_group *g = b->group;
     const int32_t scales = CPU_KV_GROUP * (int32_t)sizeof(float);
-    for (int32_t k = i; k < to && keys; k++) early_add(e, r[k].k, bytes);
-    for (int32_t k = i; k < to && keys && r[k].k_scale; k++) early_add(e, r[k].k_scale, scales);
-    for (int32_t k = i; k < to; k++) early_add(e, r[k].v, bytes);
-    for (int32_t k = i; k < to && r[k].v_scale; k++) early_add(e, r[k].v_scale, scales);
+    for (int32_t k = i; k < to && keys; k++) early_add(e, g[k].k, bytes);
+    for (int32_t k = i; k < to && keys && g[k].k_scale; k++) early_add(e, g[k].k_scale, scales);
+    for (int32_t k = i; k < to; k++) early_add(e, g[k].v, bytes);
+    for (int32_t k = i; k < to && g[k].v_scale; k++) early_add(e, g[k].v_scale, scales);
 }
 
-/* A run has `bytes` of keys, and of values. First the values of a block that nobody fetched, unless they are read
- * before anything is fetched, then the next block, page by page. */
-static inline void early_begin(early *e, const cpu_kv_block *kv, int32_t bytes, bool values) {
+/* A group has `bytes` of keys, and of values. First the values of a block that nobody fetched, then the next block,
+ * page by page. */
+static inline void early_begin(early *e, const cpu_kv_block *kv, int32_t bytes) {
     const cpu_kv_block *next = kv->next;
     e->p = e->end = NULL;
     e->i = e->n = 0;
-    if (kv->cold && values) early_add_runs(e, kv, 0, kv->n_run, bytes, false);
-    for (int32_t i = 0, j; next && i < next->n_run; i = j) {
-        for (j = i + 1; j < next->n_run && next->run[j].k == next->run[j - 1].k + bytes;) j++;
-        early_add_runs(e, next, i, j, bytes, true);
+    if (kv->cold) early_add_groups(e, kv, 0, kv->n_group, bytes, false);
+    for (int32_t i = 0, j; next && i < next->n_group; i = j) {
+        for (j = i + 1; j < next->n_group && next->group[j].k == next->group[j - 1].k + bytes;) j++;
+        early_add_groups(e, next, i, j, bytes, true);
     }
     early_turn(e);
 }

@@ -28,7 +28,6 @@ enum {
 typedef struct room {
     _Alignas(64) int8_t q[QUERIES][DIMS];
     _Alignas(64) int8_t k[GROUPS][CPU_HEAD_DIM_MAX / CODES][TILE_BYTES];
-    _Alignas(64) int8_t ragged[CPU_ATTN_BLOCK * CPU_HEAD_DIM_MAX]; /* keys of pages of an odd size, as k */
     _Alignas(64) int8_t v[2][4 * TILE_BYTES]; /* 64 positions and dims: one is brought into order as k is */
     _Alignas(64) int32_t score[QUERIES][SCORES];
     _Alignas(64) uint8_t weight[QUERIES][WEIGHTS];
@@ -65,7 +64,7 @@ static void pack_queries(room *w, const float *q, int32_t n_head, int32_t C, flo
 
 /* ---- scores ------------------------------------------------------------------------------------------------------ */
 
-/* Keys of a run that fills its group's lanes from the first on: four dims of 16 positions side by side. */
+/* Keys of a group: four dims of 16 positions side by side. */
 CPU_INLINE void pack_group(int8_t *to, const unsigned char *k, int32_t C, early *e) {
     const __m512i lanes = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
     const __m512i bytes = _mm512_broadcast_i32x4(_mm_set_epi8(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0));
@@ -84,16 +83,6 @@ CPU_INLINE void pack_group(int8_t *to, const unsigned char *k, int32_t C, early 
     for (; c < tiles_of(C, CODES) * CODES; c += 4, to += 64) _mm512_store_si512(to, _mm512_setzero_si512());
 }
 
-static void pack_ragged(room *w, const cpu_kv_block *kv, int32_t C, int32_t n) {
-    const int32_t nk = tiles_of(C, CODES);
-    memset(w->ragged, 0, (size_t)(tiles_of(n, 16) * nk * TILE_BYTES));
-    for (const cpu_kv_run *r = kv->run, *end = r + kv->n_run; r < end && r->t0 < n; r++)
-        for (int32_t t = r->t0; t < r->t0 + r->n; t++)
-            for (int32_t c = 0; c < C; c++)
-                w->ragged[t / 16 * nk * TILE_BYTES + c / 4 * 64 + t % 16 * 4 + c % 4] =
-                    (int8_t)r->k[c * CPU_KV_GROUP + t - r->t0];
-}
-
 /* Scores of group i of positions, whose keys lie at k. */
 CPU_INLINE void score_group(room *w, const int8_t *k, int32_t i, int32_t C, early *e) {
     _tile_zero(0);
@@ -107,13 +96,10 @@ CPU_INLINE void score_group(room *w, const int8_t *k, int32_t i, int32_t C, earl
 }
 
 static void score_all(room *w, const cpu_kv_block *kv, int32_t C, int32_t n, early *e) {
-    const int32_t each = tiles_of(C, CODES) * TILE_BYTES, n_group = tiles_of(n, 16);
-    const bool ragged = is_ragged(kv, n);
-    if (ragged) pack_ragged(w, kv, C, n);
+    const int32_t n_group = tiles_of(n, 16);
     for (int32_t i = 0; i <= n_group; i++) {
-        if (!ragged && i < n_group) pack_group(w->k[i % GROUPS][0], kv->run[i].k, C, e);
-        if (i > 0)
-            score_group(w, ragged ? w->ragged + (int64_t)(i - 1) * each : w->k[(i - 1) % GROUPS][0], i - 1, C, e);
+        if (i < n_group) pack_group(w->k[i % GROUPS][0], kv->group[i].k, C, e);
+        if (i > 0) score_group(w, w->k[(i - 1) % GROUPS][0], i - 1, C, e);
     }
 }
 
@@ -158,8 +144,7 @@ CPU_INLINE void soften(room *w, float *part, int32_t h, int32_t n_head, int32_t 
 
 /* Where the values of the first n positions lie. */
 static void find_values(const unsigned char **row, const cpu_kv_block *kv, int32_t C, int32_t n) {
-    for (const cpu_kv_run *r = kv->run, *end = r + kv->n_run; r < end && r->t0 < n; r++)
-        for (int32_t t = 0; t < r->n; t++) row[r->t0 + t] = r->v + (int64_t)t * C;
+    for (int32_t t = 0; t < n; t++) row[t] = kv->group[t / 16].v + (int64_t)(t % 16) * C;
 }
 
 /* 64 dims from c of the values of 64 positions from `from`, zeros from position n on: tile i holds dims 4i..4i+3 of
@@ -235,12 +220,11 @@ void cpu_attn_int8_amx(float *part, const float *q, int32_t n_head, int32_t head
                        const cpu_kv_block *kv, int32_t n) {
     room w;
     early e;
-    const cpu_kv_run *end = kv->run + kv->n_run;
     const unsigned char *row[CPU_ATTN_BLOCK];
-    early_begin(&e, kv, head_dim * CPU_KV_GROUP, true);
-    for (const cpu_kv_run *r = kv->run; r < end && r->t0 < n; r++) {
-        _mm512_storeu_ps(w.k_scale + r->t0, _mm512_maskz_loadu_ps(cpu_mask(r->n), r->k_scale));
-        _mm512_storeu_ps(w.v_scale + r->t0, _mm512_maskz_loadu_ps(cpu_mask(r->n), r->v_scale));
+    early_begin(&e, kv, head_dim * CPU_KV_GROUP);
+    for (int32_t t = 0; t < n; t += 16) {
+        _mm512_store_ps(w.k_scale + t, _mm512_loadu_ps(kv->group[t / 16].k_scale));
+        _mm512_store_ps(w.v_scale + t, _mm512_loadu_ps(kv->group[t / 16].v_scale));
     }
     pack_queries(&w, q, n_head, head_dim, scale);
     cpu_tiles_begin(2 * n_head, 2 * n_head);

@@ -30,27 +30,36 @@ static unsigned char *kv_at(const cpu_backend *b, int32_t page, int32_t layer, i
     return cpu_kv_plane(b, page, layer * 2 * b->model->config.n_kv_head + g);
 }
 
-/* x [C] to bf16, or to codes and a scale, at element i and every step-th from there; cell: of the scale. */
-static void store_head(const cpu_backend *b, unsigned char *plane, const float *x, int64_t i, int64_t step,
-                       int32_t cell) {
-    const int32_t C = b->model->config.n_head_dim;
-    if (b->o.kv_dtype == ERN_KV_BF16) {
-        ern_bf16 row[CPU_HEAD_DIM_MAX], *to = (ern_bf16 *)(void *)plane + i;
-        if (b->kernels->round_bf16)
-            b->kernels->round_bf16(row, x, C);
-        else
-            for (int32_t c = 0; c < C; c++) row[c] = ern_bf16_from_f32(x[c]);
-        if (step == 1)
-            memcpy(to, row, (size_t)C * sizeof *row);
-        else
-            for (int32_t c = 0; c < C; c++) to[c * step] = row[c];
-        return;
+/* Numbers of the key, or of the value, at `cell` of its plane: x [C], rounded. */
+static void store_bf16(const cpu_backend *b, unsigned char *plane, const float *x, int32_t cell, bool is_key) {
+    const int32_t C = b->model->config.n_head_dim, lane = cell % CPU_KV_GROUP;
+    ern_bf16 row[CPU_HEAD_DIM_MAX], *to = (ern_bf16 *)(void *)plane;
+    if (b->kernels->round_bf16)
+        b->kernels->round_bf16(row, x, C);
+    else
+        for (int32_t c = 0; c < C; c++) row[c] = ern_bf16_from_f32(x[c]);
+    if (is_key) {
+        to += (int64_t)(cell - lane) * C + lane * 2;
+        for (int32_t c = 0; c < C; c += 2, to += 2 * CPU_KV_GROUP) memcpy(to, row + c, 2 * sizeof *row);
+    } else {
+        to += (int64_t)(cell - cell % 2) * C + cell % 2;
+        for (int32_t c = 0; c < C; c++) to[2 * c] = row[c];
     }
-    int8_t code[ERN_KV_CODE_HEAD_MAX], *to = (int8_t *)plane + i;
-    float *scale = (float *)(void *)(plane + cpu_kv_cells(b->o.n_page_cell) * C);
+}
+
+/* The same in codes, with their scale. */
+static void store_int8(const cpu_backend *b, unsigned char *plane, const float *x, int32_t cell, bool is_key) {
+    const int32_t C = b->model->config.n_head_dim, lane = cell % CPU_KV_GROUP;
+    int8_t code[ERN_KV_CODE_HEAD_MAX], *to = (int8_t *)plane;
+    float *scale = (float *)(void *)(plane + (int64_t)b->o.n_page_cell * C);
     int32_t sum;
     b->kernels->quant_int8(code, scale + cell, &sum, x, C);
-    for (int32_t c = 0; c < C; c++) to[c * step] = code[c];
+    if (is_key) {
+        to += (int64_t)(cell - lane) * C + lane;
+        for (int32_t c = 0; c < C; c++) to[c * CPU_KV_GROUP] = code[c];
+    } else {
+        memcpy(to + (int64_t)cell * C, code, (size_t)C);
+    }
 }
 
 /* Whether whoever attends rotates the queries: of tiles that are not cut, each is one worker's alone. */
@@ -69,15 +78,17 @@ void cpu_store_rows(const cpu_run *c, int32_t layer) {
     const cpu_backend *b = c->b;
     const ern_config *m = &b->model->config;
     const int32_t C = m->n_head_dim, G = m->n_kv_head, P = b->o.n_page_cell;
+    void (*store)(const cpu_backend *, unsigned char *, const float *, int32_t, bool) =
+        b->o.kv_dtype == ERN_KV_BF16 ? store_bf16 : store_int8;
     int32_t from, to;
     cpu_share(c, c->s->n_row, 1, &from, &to);
     for (int64_t t = from; t < to; t++) {
         b->kernels->rope(b->k + t * G * C, b->rope + t * C, G, C);
-        const int32_t page = c->s->cell[t] / P, cell = c->s->cell[t] % P, lane = cell % CPU_KV_GROUP;
+        const int32_t page = c->s->cell[t] / P, cell = c->s->cell[t] % P;
         for (int32_t g = 0; g < G; g++) {
             unsigned char *k = kv_at(b, page, layer, g), *v = k + b->plane_bytes;
-            store_head(b, k, b->k + (t * G + g) * C, (int64_t)(cell - lane) * C + lane, CPU_KV_GROUP, cell);
-            store_head(b, v, b->v + (t * G + g) * C, (int64_t)cell * C, 1, cell);
+            store(b, k, b->k + (t * G + g) * C, cell, true);
+            store(b, v, b->v + (t * G + g) * C, cell, false);
         }
     }
 }
@@ -88,6 +99,7 @@ enum {
     TILES_EACH = 4, /* tiles per worker below which the heavy ones are cut */
     BRIEF = 4,      /* such a task or less is a small part of all */
     PIECES = 8,     /* that an average tile would be cut into then: the last ones end at nearly one time */
+    LOOSE_EACH = 8, /* blocks per worker at the end of a tile that is cut into less than chains, for the same */
     ROWS_FEW = 8,   /* rows of a tile where each attends by itself, or workers want more tiles */
     ROWS_SOME = 32, /* of more there are EVEN_EACH per worker, so that the last ones end at nearly one time */
     EVEN_EACH = 16,
@@ -116,9 +128,16 @@ static int32_t tile_rows(const cpu_backend *b, int32_t n_row) {
     return rows;
 }
 
+/* Of n_block blocks of a tile the first ones, whose pieces are whole chains: all but some loose ones at the end. */
+static int32_t chained_blocks(const cpu_backend *b, int32_t n_block) {
+    const int32_t loose = LOOSE_EACH * b->n_worker / cpu_head_tiles(&b->model->config);
+    return n_block > loose ? (n_block - loose) / CPU_ATTN_CHAIN * CPU_ATTN_CHAIN : 0;
+}
+
 /* Tiles of rows are the tasks. Where they are too few or too unequal to keep all workers busy, the heavy ones are cut
- * along positions. A piece computes its blocks one by one and keeps each result; they are joined afterwards in the
- * order of positions, which is the order in which a whole tile joins its own: cut or not, the bits are the same. */
+ * along positions. A piece is a whole chain and keeps its result, or is less than one and keeps that of each block;
+ * they are joined afterwards in the order in which a whole tile joins its own: cut or not, the bits are the same.
+ * Others' results come slowly from their caches, so chains are left whole where that leaves enough to share. */
 void cpu_attend_plan(cpu_backend *b, const cpu_rows *s, int32_t n_seq) {
     int64_t all = 0;
     for (int32_t t = 0; t < s->n; t++) all += blocks_to(s->pos[t]);
@@ -141,15 +160,19 @@ void cpu_attend_plan(cpu_backend *b, const cpu_rows *s, int32_t n_seq) {
                 b->tile[b->n_tile++] = whole;
                 continue;
             }
-            const int32_t run = most > PIECES * n ? (int32_t)(most / (PIECES * n)) : 1;
-            for (int32_t k = (n_block - 1) / run * run; k >= 0; k -= run) { /* taken from the last one on */
-                cpu_tile piece = whole;
-                piece.brief = true;
-                piece.block = k, piece.n_block = least(run, n_block - k), piece.slot = slot;
+            const int64_t fair = most / (PIECES * n);
+            const int32_t loose = fair >= CPU_ATTN_CHAIN ? CPU_ATTN_CHAIN : fair >= 2 ? 2 : 1;
+            cpu_tile piece = whole;
+            piece.brief = true;
+            piece.slot = slot;
+            piece.n_chained = loose == CPU_ATTN_CHAIN ? n_block : chained_blocks(b, n_block);
+            b->split[b->n_split++] = piece;
+            for (int32_t end = n_block; end > 0; end = piece.block) { /* taken from the last one on */
+                const int32_t each = end > piece.n_chained ? loose : CPU_ATTN_CHAIN;
+                piece.block = (end - 1) / each * each;
+                piece.n_block = end - piece.block;
                 b->tile[b->n_tile++] = piece;
             }
-            b->split[b->n_split] = whole;
-            b->split[b->n_split++].slot = slot;
             slot += n * n_block;
         }
     }
@@ -192,6 +215,20 @@ static void finish_row(const cpu_backend *b, const ern_linear *o, int32_t row, c
     if (o) cpu_act_put(b, b->act, o, row, h->h0 * C, own, h->n * C);
 }
 
+/* Where the result of block i goes for row r of a tile: to `part`, joined with what is there or not. acc: as own_part.
+ */
+typedef struct place {
+    float *part;
+    bool join;
+} place;
+
+static place place_of(const cpu_backend *b, const cpu_tile *tile, const heads *h, float *acc, int32_t r, int32_t i) {
+    const int32_t first = i / CPU_ATTN_CHAIN * CPU_ATTN_CHAIN, slot = tile->slot + r * tile->stride;
+    if (tile->slot < 0) return (place){acc + (first > 0 ? CPU_ATTN_ROWS + r : r) * b->part_floats, i > first};
+    if (i < tile->n_chained) return (place){slot_part(b, slot + first, h), i > first};
+    return (place){slot_part(b, slot + i, h), false};
+}
+
 /* What attend_tile does for a block: the rows of the tile that see it, at once. j has the first block's rows, or those
  * of the block before. */
 static void attend_rows(const cpu_run *c, const cpu_tile *tile, const heads *h, int32_t i, cpu_attn_job *j,
@@ -207,11 +244,10 @@ static void attend_rows(const cpu_run *c, const cpu_tile *tile, const heads *h, 
     for (int32_t r = first; r < tile->n; r++) {
         n[r - first] = least(pos[r] + 1 - at, CPU_ATTN_BLOCK);
         q[r - first] = row_heads(b, tile->row + r, h);
-        part[r - first] =
-            tile->slot < 0 ? acc + r * b->part_floats : slot_part(b, tile->slot + r * tile->stride + i, h);
+        const place to = place_of(b, tile, h, acc, r, i);
+        part[r - first] = to.part, j->join = to.join;
     }
     j->part = part, j->q = q, j->n = n;
-    j->join = tile->slot < 0 && i > 0;
     b->kernels->attn_rows(j);
 }
 
@@ -261,8 +297,8 @@ static void attend_tile(const cpu_run *c, walk *w, const task *t, const task *af
     const int32_t C = b->model->config.n_head_dim;
     const bool int8 = b->o.kv_dtype == ERN_KV_I8;
     const float scale = (float)(0x1.71547652b82fep+0 / sqrt((double)C)); /* log2(e) / sqrt(C) */
-    float *acc = b->own_part + (int64_t)c->worker * (CPU_ATTN_ROWS + 1) * b->part_floats;
-    float *extra = acc + CPU_ATTN_ROWS * b->part_floats;
+    float *acc = b->own_part + (int64_t)c->worker * (2 * CPU_ATTN_ROWS + 1) * b->part_floats;
+    float *chain = acc + CPU_ATTN_ROWS * b->part_floats, *block = chain + CPU_ATTN_ROWS * b->part_floats;
     cpu_attn_job job = {.n_head = h->n, .head_dim = C, .scale = scale};
     if (by_rows(b)) job.room = b->room + (size_t)c->worker * cpu_attn_room();
     for (int32_t r = 0; rotates_late(b) && r < tile->n; r++) {
@@ -282,36 +318,44 @@ static void attend_tile(const cpu_run *c, walk *w, const task *t, const task *af
         if (by_rows(b)) {
             job.kv = now;
             attend_rows(c, tile, h, i, &job, acc);
-            continue;
         }
-        for (int32_t r = 0; r < tile->n; r++) {
+        for (int32_t r = 0; r < tile->n && !by_rows(b); r++) {
             const int32_t n = least(c->rows.pos[tile->row + r] + 1 - i * CPU_ATTN_BLOCK, CPU_ATTN_BLOCK);
             if (n <= 0) continue;
-            float *own = acc + r * b->part_floats, *part = own;
-            if (tile->slot >= 0)
-                part = slot_part(b, tile->slot + r * tile->stride + i, h);
-            else if (i > 0)
-                part = extra;
-            b->kernels->attn_block[int8](part, row_heads(b, tile->row + r, h), h->n, C, scale, now, n);
-            if (part == extra) b->kernels->attn_join(own, extra, h->n, C);
+            const place to = place_of(b, tile, h, acc, r, i);
+            b->kernels->attn_block[int8](to.join ? block : to.part, row_heads(b, tile->row + r, h), h->n, C, scale, now,
+                                         n);
+            if (to.join) b->kernels->attn_join(to.part, block, h->n, C);
             now->next = NULL; /* by the first row, for all */
             now->cold = false;
         }
+        if (tile->slot >= 0 || i < CPU_ATTN_CHAIN || (i + 1 < end && (i + 1) % CPU_ATTN_CHAIN != 0)) continue;
+        for (int32_t r = 0; r < tile->n; r++) /* a chain ends */
+            if (c->rows.pos[tile->row + r] >= i / CPU_ATTN_CHAIN * CPU_ATTN_CHAIN * CPU_ATTN_BLOCK)
+                b->kernels->attn_join(acc + r * b->part_floats, chain + r * b->part_floats, h->n, C);
     }
     for (int32_t r = 0; tile->slot < 0 && r < tile->n; r++)
         finish_row(b, o, tile->row + r, h, acc + r * b->part_floats);
 }
 
-/* The pieces' results in the order of positions, over the first of them. */
+/* acc = acc joined with part, while what is joined next comes: other workers wrote most of it. */
+static void join_part(const cpu_backend *b, const heads *h, float *acc, const float *part, const float *next) {
+    for (int64_t at = 0; at < b->part_floats; at += CPU_LINE / 2) __builtin_prefetch(next + at, 0, 2);
+    b->kernels->attn_join(acc, part, h->n, b->model->config.n_head_dim);
+}
+
+/* The pieces' results, chain by chain, over the first of them. */
 static void join_row(const cpu_run *c, const cpu_tile *split, int32_t r, const heads *h, const ern_linear *o) {
     const cpu_backend *b = c->b;
     const int32_t slot = split->slot + r * split->stride, n_block = blocks_to(c->rows.pos[split->row + r]);
     float *acc = slot_part(b, slot, h);
-    for (int32_t i = 1; i < n_block; i++) {
-        /* other workers wrote most of the parts, which lie in their caches */
-        const float *part = slot_part(b, slot + i, h), *next = slot_part(b, slot + i + (i + 1 < n_block), h);
-        for (int64_t at = 0; at < b->part_floats; at += CPU_LINE / 2) __builtin_prefetch(next + at, 0, 2);
-        b->kernels->attn_join(acc, part, h->n, b->model->config.n_head_dim);
+    for (int32_t i = 0, next; i < n_block; i = next) {
+        float *chain = slot_part(b, slot + i, h);
+        next = least(i + CPU_ATTN_CHAIN, n_block);
+        const float *after = slot_part(b, slot + (next < n_block ? next : i), h);
+        for (int32_t k = i + 1; k < next && i >= split->n_chained; k++)
+            join_part(b, h, chain, slot_part(b, slot + k, h), k + 1 < next ? slot_part(b, slot + k + 1, h) : after);
+        if (i > 0) join_part(b, h, acc, chain, after);
     }
     finish_row(b, o, split->row + r, h, acc);
 }

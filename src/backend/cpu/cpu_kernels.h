@@ -20,12 +20,13 @@
 
 enum {
     CPU_ATTN_BLOCK = 256, /* positions of one softmax block */
+    CPU_ATTN_CHAIN = 4,   /* blocks whose results are joined one by one, from a multiple of 4 on; then chains are */
     CPU_HEAD_TILE = 8,    /* query heads that share one pass over the keys of their KV head */
     CPU_ATTN_ROWS = 64,   /* most rows of one attn_rows */
     CPU_HEAD_DIM_MAX = 256,
     CPU_LINE = 32,     /* bf16 numbers of a cache line */
     CPU_KV_SHELF = 8,  /* pages whose keys and values of one layer and head lie side by side */
-    CPU_KV_GROUP = 16, /* cells of a page whose keys are interleaved: ERN_KV_GROUP, as backend.h draws a page */
+    CPU_KV_GROUP = 16, /* cells of a page that lie side by side: ERN_KV_GROUP, as backend.h draws a page */
 };
 
 /* Rows of activations as weights meet them (quant.h has the law of the quantized ones), for a linear of n_in inputs:
@@ -66,25 +67,24 @@ typedef struct cpu_kv_view {
     const unsigned char *k, *v;
     const int32_t *page;
     int64_t page_stride, shelf_gap; /* bytes */
-    int32_t n_cell;                 /* P */
+    int32_t n_cell;                 /* P, whole groups */
     bool int8;                      /* codes and scales, else bf16 */
 } cpu_kv_view;
 
-/* Positions t0..t0+n-1 of a block that lie in one group of cells. k [C, 16], v [n, C], of bf16 or codes; their scales
- * [16] and [n] with codes, else NULL. Lanes n..15 of k hold anything; with `cut` they may not even be read. */
-typedef struct cpu_kv_run {
+/* Positions t0..t0+15 of a block: a group of cells, as backend.h draws it. bf16: k [C/2, 16, 2], v [8, C, 2]; codes: k
+ * [C, 16], v [16, C], scales [16], else NULL. What positions that the block does not have hold there may be anything,
+ * but may be read. */
+typedef struct cpu_kv_group {
     const unsigned char *k, *v;
     const float *k_scale, *v_scale;
-    int32_t t0, n;
-    bool cut; /* begins inside its group */
-} cpu_kv_run;
+} cpu_kv_group;
 
-/* One softmax block, found in the pages: runs in ascending order. */
+/* One softmax block, found in the pages: group i has positions 16 i.. of it. */
 typedef struct cpu_kv_block {
     const struct cpu_kv_block *next; /* which will be wanted next, or NULL */
     bool cold;                       /* no block before it has fetched it */
-    int32_t n_run;
-    cpu_kv_run run[CPU_ATTN_BLOCK];
+    int32_t n_group;
+    cpu_kv_group group[CPU_ATTN_BLOCK / CPU_KV_GROUP];
 } cpu_kv_block;
 
 /* What one softmax block leaves for up to CPU_HEAD_TILE heads, scores in units of log2:
@@ -144,7 +144,8 @@ typedef struct cpu_kernels {
     void (*softmax)(float *x, int32_t n);
     /* One row, n_head <= CPU_HEAD_TILE query heads of one KV head, the first n positions of a block, by dtype (bf16,
      * int8). scale: of the scores, log2(e) included. Shapes: part [cpu_part_floats(C)]; q [n_head, C], C even and <=
-     * CPU_HEAD_DIM_MAX. What positions n and later hold changes nothing. */
+     * CPU_HEAD_DIM_MAX; n at most the positions that kv was found for. What positions n and later hold changes nothing.
+     */
     void (*attn_block[2])(float *part, const float *q, int32_t n_head, int32_t head_dim, float scale,
                           const cpu_kv_block *kv, int32_t n);
     /* With bf16 KV the queries and the weights of positions are rounded to bf16, once each. */
@@ -237,36 +238,26 @@ void cpu_panels_fill(ern_bf16 *panel, int32_t outs, const ern_linear *w, int32_t
 /* Bytes of cpu_attn_job.room. */
 size_t cpu_attn_room(void);
 
-/* A page's cells rounded up to whole groups. */
-static inline int64_t cpu_kv_cells(int32_t n_cell) {
-    return ((int64_t)n_cell + CPU_KV_GROUP - 1) / CPU_KV_GROUP * CPU_KV_GROUP;
-}
-/* Bytes of one plane: the keys or values of one head in one page. */
+/* Bytes of one plane: the keys or values of one head in one page of n_cell cells, which are whole groups. */
 static inline int64_t cpu_kv_plane_bytes(int32_t n_cell, int32_t head_dim, bool int8) {
-    return cpu_kv_cells(n_cell) * (int8 ? head_dim + (int64_t)sizeof(float) : 2 * (int64_t)head_dim);
+    return n_cell * (int8 ? head_dim + (int64_t)sizeof(float) : 2 * (int64_t)head_dim);
 }
-/* Find positions pos0..pos0+n-1; n <= CPU_ATTN_BLOCK. */
+/* Find positions pos0..pos0+n-1; pos0 a multiple of 16, n <= CPU_ATTN_BLOCK. */
 static inline void cpu_kv_find(cpu_kv_block *out, const cpu_kv_view *kv, int32_t head_dim, int32_t pos0, int32_t n) {
-    const int64_t each = kv->int8 ? 1 : 2, scales = cpu_kv_cells(kv->n_cell) * head_dim;
-    out->n_run = 0;
+    const int64_t each = kv->int8 ? 1 : 2, scales = (int64_t)kv->n_cell * head_dim;
     out->next = NULL;
     out->cold = true;
-    for (int32_t t = 0; t < n;) {
-        const int32_t page = kv->page[(pos0 + t) / kv->n_cell], cell = (pos0 + t) % kv->n_cell;
+    out->n_group = (n + CPU_KV_GROUP - 1) / CPU_KV_GROUP;
+    for (int32_t i = 0; i < out->n_group; i++) {
+        const int32_t pos = pos0 + i * CPU_KV_GROUP, page = kv->page[pos / kv->n_cell], cell = pos % kv->n_cell;
         const int64_t plane = page * kv->page_stride + page / CPU_KV_SHELF * kv->shelf_gap;
         const unsigned char *k = kv->k + plane, *v = kv->v + plane;
-        cpu_kv_run *r = &out->run[out->n_run++];
-        const int32_t lane = cell % CPU_KV_GROUP, group = cell - lane;
-        int32_t run = CPU_KV_GROUP - lane;
-        if (run > kv->n_cell - cell) run = kv->n_cell - cell;
-        r->n = run < n - t ? run : n - t;
-        r->t0 = t;
-        r->cut = lane > 0;
-        r->k = k + (group * (int64_t)head_dim + lane) * each;
-        r->v = v + cell * (int64_t)head_dim * each;
-        r->k_scale = kv->int8 ? (const float *)(const void *)(k + scales) + cell : NULL;
-        r->v_scale = kv->int8 ? (const float *)(const void *)(v + scales) + cell : NULL;
-        t += r->n;
+        out->group[i] = (cpu_kv_group){
+            .k = k + cell * (int64_t)head_dim * each,
+            .v = v + cell * (int64_t)head_dim * each,
+            .k_scale = kv->int8 ? (const float *)(const void *)(k + scales) + cell : NULL,
+            .v_scale = kv->int8 ? (const float *)(const void *)(v + scales) + cell : NULL,
+        };
     }
 }
 static inline const float *cpu_job_x(const cpu_linear_job *j, int32_t r) {

@@ -151,40 +151,45 @@ static float exp2_1(float x) {
     return p * power;
 }
 
-static inline float kv_at(const unsigned char *p, int64_t i, bool int8) {
-    if (int8) return (float)((const int8_t *)p)[i];
-    return ern_bf16_to_f32(((const ern_bf16 *)(const void *)p)[i]);
+/* Dimension c of the key, or of the value, at position t of a group. */
+static inline float key_at(const cpu_kv_group *g, int32_t t, int32_t c, bool int8) {
+    if (int8) return (float)((const int8_t *)g->k)[c * CPU_KV_GROUP + t];
+    return ern_bf16_to_f32(((const ern_bf16 *)(const void *)g->k)[(c / 2 * CPU_KV_GROUP + t) * 2 + c % 2]);
+}
+static inline float value_at(const cpu_kv_group *g, int32_t t, int32_t c, int32_t dim, bool int8) {
+    if (int8) return (float)((const int8_t *)g->v)[t * dim + c];
+    return ern_bf16_to_f32(((const ern_bf16 *)(const void *)g->v)[(t / 2 * dim + c) * 2 + t % 2]);
 }
 
-/* score[t0 .. t0+n) = q K, lanes are positions. */
-static inline void score_run(float *score, const float *q, int32_t dim, float scale, const cpu_kv_run *r, bool int8) {
+/* score [n] = q K, lanes are positions. */
+static inline void score_group(float *score, const float *q, int32_t dim, float scale, const cpu_kv_group *g, int32_t n,
+                               bool int8) {
     float acc[CPU_KV_GROUP] = {0};
     for (int32_t c = 0; c < dim; c++)
-        for (int32_t t = 0; t < r->n; t++) acc[t] += q[c] * kv_at(r->k, c * CPU_KV_GROUP + t, int8);
-    for (int32_t t = 0; t < r->n; t++) score[t] = acc[t] * (int8 ? scale * r->k_scale[t] : scale);
+        for (int32_t t = 0; t < n; t++) acc[t] += q[c] * key_at(g, t, c, int8);
+    for (int32_t t = 0; t < n; t++) score[t] = acc[t] * (int8 ? scale * g->k_scale[t] : scale);
 }
 
-/* out += sum over the run's first n positions of p V; p already holds the values' scales. */
-static inline void weigh_run(float *out, const float *p, int32_t dim, const cpu_kv_run *r, int32_t n, bool int8) {
+/* out += sum over the group's first n positions of p V; p already holds the values' scales. */
+static inline void weigh_group(float *out, const float *p, int32_t dim, const cpu_kv_group *g, int32_t n, bool int8) {
     for (int32_t t = 0; t < n; t++)
-        for (int32_t c = 0; c < dim; c++) out[c] += p[t] * kv_at(r->v, (int64_t)t * dim + c, int8);
+        for (int32_t c = 0; c < dim; c++) out[c] += p[t] * value_at(g, t, c, dim, int8);
 }
 
 static inline void attn_head(float *max, float *sum, float *out, const float *q, int32_t dim, float scale,
                              const cpu_kv_block *kv, int32_t n, bool int8) {
     float p[CPU_ATTN_BLOCK];
-    int32_t n_run = 0;
-    while (n_run < kv->n_run && kv->run[n_run].t0 < n) n_run++;
-    for (int32_t i = 0; i < n_run; i++) score_run(p + kv->run[i].t0, q, dim, scale, &kv->run[i], int8);
+    for (int32_t t = 0; t < n; t += CPU_KV_GROUP)
+        score_group(p + t, q, dim, scale, &kv->group[t / CPU_KV_GROUP], least(CPU_KV_GROUP, n - t), int8);
     *max = -INFINITY, *sum = 0.0f;
     for (int32_t t = 0; t < n; t++) *max = p[t] > *max ? p[t] : *max;
     for (int32_t t = 0; t < n; t++) *sum += p[t] = exp2_1(p[t] - *max);
     memset(out, 0, sizeof *out * (size_t)dim);
-    for (int32_t i = 0; i < n_run; i++) {
-        const cpu_kv_run *r = &kv->run[i];
-        const int32_t live = least(r->n, n - r->t0);
-        for (int32_t t = 0; int8 && t < live; t++) p[r->t0 + t] *= r->v_scale[t];
-        weigh_run(out, p + r->t0, dim, r, live, int8);
+    for (int32_t t = 0; t < n; t += CPU_KV_GROUP) {
+        const cpu_kv_group *g = &kv->group[t / CPU_KV_GROUP];
+        const int32_t live = least(CPU_KV_GROUP, n - t);
+        for (int32_t i = 0; int8 && i < live; i++) p[t + i] *= g->v_scale[i];
+        weigh_group(out, p + t, dim, g, live, int8);
     }
 }
 

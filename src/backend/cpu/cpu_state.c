@@ -81,6 +81,10 @@ ern_status cpu_state_init(cpu_backend *b, const ern_model *m, const ern_backend_
                         o->n_thread);
     if (o->mtp && !m->has_mtp)
         return ERN_FAIL(err, ERN_ERR_USAGE, "the MTP layer was asked for, but %s holds no MTP weights", m->dir);
+    if (o->n_page_cell % CPU_KV_GROUP != 0)
+        return ERN_FAIL(err, ERN_ERR_USAGE,
+                        "--block-size is %d; the cpu backend needs a multiple of %d, and 64 is usual", o->n_page_cell,
+                        CPU_KV_GROUP);
     if (c->n_head_dim > CPU_HEAD_DIM_MAX)
         return ERN_FAIL(err, ERN_ERR_UNSUPPORTED, "the cpu backend handles a head size up to %d; this model has %d",
                         CPU_HEAD_DIM_MAX, c->n_head_dim);
@@ -176,7 +180,7 @@ size_t cpu_layout(cpu_backend *b, unsigned char *base) {
     b->want_row0 = cut(&c, (size_t)b->o.n_seq_max + 1, sizeof(int32_t));
     b->tile = cut(&c, T + (size_t)b->n_slot, sizeof(cpu_tile));
     b->split = cut(&c, T, sizeof(cpu_tile));
-    b->own_part = cut(&c, n * (CPU_ATTN_ROWS + 1) * (size_t)b->part_floats, sizeof(float));
+    b->own_part = cut(&c, n * (2 * CPU_ATTN_ROWS + 1) * (size_t)b->part_floats, sizeof(float));
     b->room = cut(&c, b->kernels->attn_rows ? n * cpu_attn_room() : 0, 1);
     b->part = cut(&c, (size_t)b->n_slot * (size_t)cpu_head_tiles(m) * (size_t)b->part_floats, sizeof(float));
     b->act = cut_act(b, &c, T, widest_x);

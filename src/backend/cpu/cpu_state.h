@@ -47,9 +47,11 @@ typedef struct cpu_rows {
  */
 typedef struct cpu_tile {
     int32_t row, n, seq, block, n_block;
-    int32_t slot; /* >= 0: one piece of many; block k's results for row r go to part slot + r * stride + k, and wait */
+    int32_t slot; /* >= 0: one piece of many, whose results for row r wait in parts slot + r * stride + k: of the chain
+                     that begins with block k, and where chains are cut, of block k */
     int32_t stride;
-    bool brief; /* a small part of all: who has it takes its next one early, to fetch the first block of that */
+    int32_t n_chained; /* the blocks before this one are in pieces of whole chains */
+    bool brief;        /* a small part of all: who has it takes its next one early, to fetch the first block of that */
 } cpu_tile;
 
 /* The model's linears as this backend reads them: those of the model, or copies in huge pages, where they take at most
@@ -110,7 +112,7 @@ typedef struct cpu_backend {
     cpu_tile *tile;                /* [T + n_slot] tasks of the attention, each for every KV head */
     cpu_tile *split;               /* [T] the tiles that were cut into pieces, whole */
     int32_t n_tile, n_split;
-    float *own_part;        /* [n_worker, CPU_ATTN_ROWS + 1, part_floats] */
+    float *own_part;        /* [n_worker, 2 * CPU_ATTN_ROWS + 1, part_floats] of rows, of their chains, of a block */
     unsigned char *room;    /* [n_worker, cpu_attn_room], where there is attn_rows */
     float *part;            /* [n_slot, cpu_head_tiles, part_floats] results of the pieces, to be joined */
     int32_t n_slot;         /* (row, block) pairs that `part` has room for */

@@ -50,24 +50,4 @@ CPU_INLINE __m512i cpu_pairs(__m512i x, __m512i y, const int half) {
     return _mm512_permutex2var_epi16(x, half ? _mm512_add_epi16(first, _mm512_set1_epi16(16)) : first, y);
 }
 
-/* The halves of a line as pairs (x[i], x[16 + i]). */
-CPU_INLINE __m512i cpu_pairs_of(__m512i x) {
-    const __m512i turn = _mm512_add_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0),
-                                          _mm512_set_epi32(31 << 16, 30 << 16, 29 << 16, 28 << 16, 27 << 16, 26 << 16,
-                                                           25 << 16, 24 << 16, 23 << 16, 22 << 16, 21 << 16, 20 << 16,
-                                                           19 << 16, 18 << 16, 17 << 16, 16 << 16));
-    return _mm512_permutexvar_epi16(turn, x);
-}
-
-/* The upper halves of a's lanes, then of b's. Of two vectors' numbers a permutation would choose in three steps, of
- * one's it does in one. */
-CPU_INLINE __m512i cpu_uppers(__m512 a, __m512 b) {
-    const __m512i odd =
-        _mm512_set_epi32(31 << 16 | 29, 27 << 16 | 25, 23 << 16 | 21, 19 << 16 | 17, 15 << 16 | 13, 11 << 16 | 9,
-                         7 << 16 | 5, 3 << 16 | 1, 31 << 16 | 29, 27 << 16 | 25, 23 << 16 | 21, 19 << 16 | 17,
-                         15 << 16 | 13, 11 << 16 | 9, 7 << 16 | 5, 3 << 16 | 1);
-    return _mm512_mask_permutexvar_epi16(_mm512_permutexvar_epi16(odd, _mm512_castps_si512(a)), 0xffff0000, odd,
-                                         _mm512_castps_si512(b));
-}
-
 #endif

@@ -96,4 +96,30 @@ CPU_INLINE __m512 cpu_exp2_16(__m512 x) {
     return _mm512_maskz_scalef_ps(is_normal, p, n);
 }
 
+/* 2^x for x <= 0 within 2^-17.9 of itself, 1 at 0: x = n + r with |r| <= 1/2, the polynomial of the fourth degree whose
+ * largest error is the least, then n. It is rounded to 8 bits next: to nearest, what lies half way up. At -inf r is
+ * NaN, of which scaling by 2^-inf makes 0. */
+CPU_INLINE __m512 cpu_weight16(__m512 x) {
+    const __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), r = _mm512_sub_ps(x, n);
+    __m512 p = _mm512_set1_ps(0x1.3cfd6cp-7f);
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0x1.ca071cp-5f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0x1.ebf906p-3f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0x1.62e114p-1f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
+    const __m512i e = _mm512_castps_si512(_mm512_scalef_ps(p, n));
+    return _mm512_castsi512_ps(
+        _mm512_and_si512(_mm512_add_epi32(e, _mm512_set1_epi32(0x8000)), _mm512_set1_epi32((int32_t)0xffff0000u)));
+}
+
+/* The upper halves of a's lanes, then of b's. Of two vectors' numbers a permutation would choose in three steps, of
+ * one's it does in one. */
+CPU_INLINE __m512i cpu_uppers(__m512 a, __m512 b) {
+    const __m512i odd =
+        _mm512_set_epi32(31 << 16 | 29, 27 << 16 | 25, 23 << 16 | 21, 19 << 16 | 17, 15 << 16 | 13, 11 << 16 | 9,
+                         7 << 16 | 5, 3 << 16 | 1, 31 << 16 | 29, 27 << 16 | 25, 23 << 16 | 21, 19 << 16 | 17,
+                         15 << 16 | 13, 11 << 16 | 9, 7 << 16 | 5, 3 << 16 | 1);
+    return _mm512_mask_permutexvar_epi16(_mm512_permutexvar_epi16(odd, _mm512_castps_si512(a)), 0xffff0000, odd,
+                                         _mm512_castps_si512(b));
+}
+
 #endif

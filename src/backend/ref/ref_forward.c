@@ -132,10 +132,11 @@ static unsigned char *kv_plane(const ref *b, int32_t layer, int32_t which, int32
     return b->kv + (size_t)cell / P * b->page_bytes + plane * b->plane_bytes;
 }
 
-/* Element of dimension i: keys are interleaved, values are not. */
+/* Element of dimension i. */
 static size_t kv_element(const ref *b, int32_t which, size_t cell, size_t i) {
-    size_t C = (size_t)b->m->config.n_head_dim, lane = cell % ERN_KV_GROUP;
-    return which == 0 ? (cell - lane) * C + i * ERN_KV_GROUP + lane : cell * C + i;
+    size_t C = (size_t)b->m->config.n_head_dim, lane = cell % ERN_KV_GROUP, group = (cell - lane) * C;
+    if (ern_kv_has_codes(b->o.kv_dtype)) return which == 0 ? group + i * ERN_KV_GROUP + lane : cell * C + i;
+    return which == 0 ? group + i / 2 * 2 * ERN_KV_GROUP + lane * 2 + i % 2 : (cell / 2 * C + i) * 2 + cell % 2;
 }
 
 /* The scale of a cell of a plane of codes. */
