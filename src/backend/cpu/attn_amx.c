@@ -392,13 +392,17 @@ CPU_INLINE void attend_many(room *w, const cpu_attn_job *j, int32_t n, const int
 
 /* ---- a block for up to 16 queries -------------------------------------------------------------------------------- */
 
-/* One row, mostly, and memory is what it waits for: as many lines of the block after this one are fetched as tiles are
- * read. The sums are those of 32 queries, in the same order. */
+/* One row, mostly, and memory is what it waits for: beside each tile as many lines of the block after this one are
+ * fetched as it has, and into the first cache the tile that comes four later. The sums are those of 32 queries, in the
+ * same order. */
 
 enum { SOFT_FETCHES = 8 /* lines beside a part of a softmax */ };
 
-/* As many lines as a tile has. */
-CPU_INLINE void fetch_tile(early *e) { CPU_UNROLL for (int i = 0; i < TILE_ROWS; i += 2) early_fetch(e, 2); }
+/* next: the tile that comes four later, rows of `row` bytes. */
+CPU_INLINE void fetch_beside(early *e, const ern_bf16 *next, int32_t row) {
+    CPU_UNROLL for (int i = 0; i < TILE_ROWS; i++) _mm_prefetch((const char *)next + i * row, _MM_HINT_T0);
+    CPU_UNROLL for (int i = 0; i < TILE_ROWS; i += 2) early_fetch(e, 2);
+}
 
 /* S: 32 dims of 64 positions a step. The scores of four tiles leave while those of the next four begin. */
 CPU_INLINE void score_few(room *w, const sources *s, int32_t n_group, const int32_t C, early *e) {
@@ -406,21 +410,24 @@ CPU_INLINE void score_few(room *w, const sources *s, int32_t n_group, const int3
     float *before = NULL;
     for (int32_t g = 0; g < n_group; g += 4) {
         for (int32_t t = 0; t < nk; t++) {
+            const bool turns = t + 1 == nk;
+            const int32_t next = turns ? 0 : (t + 1) * TILE;
+            const ern_bf16 *const *k = s->k + g, *const *k1 = turns && g + 4 < n_group ? k + 4 : k;
             cpu_tile_load(4, w->q + t * TILE_K, nk * TILE_K * 2);
-            cpu_tile_load(6, s->k[g] + t * TILE, 64);
-            cpu_tile_load(7, s->k[g + 1] + t * TILE, 64);
-            fetch_tile(e);
+            cpu_tile_load(6, k[0] + t * TILE, 64);
+            cpu_tile_load(7, k[1] + t * TILE, 64);
+            fetch_beside(e, k1[0] + next, 64);
             turn_sum(put_few, 0, t == 0, before, SCORES);
             _tile_dpbf16ps(0, 4, 6);
-            cpu_tile_load(6, s->k[g + 2] + t * TILE, 64);
-            fetch_tile(e);
+            cpu_tile_load(6, k[2] + t * TILE, 64);
+            fetch_beside(e, k1[1] + next, 64);
             turn_sum(put_few, 1, t == 0, before, SCORES);
             _tile_dpbf16ps(1, 4, 7);
-            cpu_tile_load(7, s->k[g + 3] + t * TILE, 64);
-            fetch_tile(e);
+            cpu_tile_load(7, k[3] + t * TILE, 64);
+            fetch_beside(e, k1[2] + next, 64);
             turn_sum(put_few, 2, t == 0, before, SCORES);
             _tile_dpbf16ps(2, 4, 6);
-            fetch_tile(e);
+            fetch_beside(e, k1[3] + next, 64);
             turn_sum(put_few, 3, t == 0, before, SCORES);
             _tile_dpbf16ps(3, 4, 7);
         }
@@ -438,19 +445,19 @@ CPU_INLINE void weigh_few(room *w, const sources *s, const group *g, int32_t c, 
     const int32_t row = tiles_of(C, TILE_K) * TILE_K * 4, second = c + 32 < C ? 64 : 0;
     begin_tiles();
     for (int32_t t = 0; t < g->n; t += 32) {
-        const ern_bf16 *v = s->v[t / 32] + 2 * c;
+        const ern_bf16 *v = s->v[t / 32] + 2 * c, *v1 = t + 32 < g->n ? s->v[t / 32 + 1] + 2 * c : v;
         cpu_tile_load(4, weights_of(w, g, 0) + t, WEIGHTS * 2);
         cpu_tile_load(6, v, row);
         cpu_tile_load(7, v + 32, row);
-        fetch_tile(e);
+        fetch_beside(e, v1, row);
         _tile_dpbf16ps(0, 4, 6);
         cpu_tile_load(6, v + second, row);
-        fetch_tile(e);
+        fetch_beside(e, v1 + 32, row);
         _tile_dpbf16ps(1, 4, 7);
         cpu_tile_load(7, v + second + 32, row);
-        fetch_tile(e);
+        fetch_beside(e, v1 + second, row);
         _tile_dpbf16ps(2, 4, 6);
-        fetch_tile(e);
+        fetch_beside(e, v1 + second + 32, row);
         _tile_dpbf16ps(3, 4, 7);
     }
     float *out = &w->out[0][c];
