@@ -111,11 +111,10 @@ static void print_heading(const stepping *s) {
                      "GB/s", "best round");
         return;
     }
-    (void)printf(
-        "%s, %d thread%s, level %s; median of %lld rounds; limits: the mean of looks before and after a "
-        "round and between steps of a prefill that are longer than 0.5 s, reading in huge pages, arithmetic from L2\n",
-        ern_cpu_name(), s->threads, s->threads == 1 ? "" : "s", ern_cpu_level_name(ern_cpu_level_here()),
-        (long long)options_int(s->o, "rounds"));
+    (void)printf("%s, %d thread%s, level %s; median of %lld rounds; limits: the mean of looks before and after a "
+                 "round, between its prompts and between their long steps, reading in huge pages, arithmetic from L2\n",
+                 ern_cpu_name(), s->threads, s->threads == 1 ? "" : "s", ern_cpu_level_name(ern_cpu_level_here()),
+                 (long long)options_int(s->o, "rounds"));
     (void)printf("%-28s %10s %10s %9s %9s %9s  %s\n", "", "tokens/s", "ms", "MB", "GOP", "GB/s",
                  "share of the limit that binds (worst..best round)");
 }
