@@ -2,7 +2,8 @@
  *
  *   bench_attn [context 8192] [heads of the group 8] [rounds 5]
  *
- * prefill: 64 rows at the end of the context, block by block as the step does; 4 C operations a head, row and position.
+ * prefill: 64 rows at the end of the context, block by block, each row alone, joined one by one (the step joins by
+ * chains, and AMX has rows at once); 4 C operations a head, row and position.
  * decode: one row, walking over so many caches in turn that none is left in the processor's caches; bytes as stored. */
 #include <immintrin.h>
 #include <stdio.h>

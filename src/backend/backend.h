@@ -48,13 +48,15 @@ typedef struct ern_page_pair {
 } ern_page_pair;
 
 /* How ref and cpu store keys and values. A page is [L (+1 with MTP), 2 (K, V), G] planes, one after the other. P' is P
- * rounded up to whole groups of 16 cells; C the head size, even. Element of cell p and dimension c:
+ * rounded up to whole groups of 16 cells; C the head size, even. Where cell p and dimension c lie in a plane:
  *
- *   BF16, F32  K [P'/16, C/2, 16, 2]: pairs of dimensions, 16 keys side by side, at (p/16 * C + c/2 * 2) * 16 + p%16 *
- * 2 + c%2; V [P'/2, C, 2]: pairs of cells, at (p/2 * C + c) * 2 + p%2. In bf16 that is the second factor of a product
- * of tiles, and what a product of pairs takes, as it lies there I8, F8     K [P'/16, C, 16], at (p/16 * C + c) * 16 +
- * p%16; V [P', C]; after either [P'] f32 scales, one a cell: the value is code * scale (docs/model.md 10). C at most
- * 128
+ *   BF16, F32   K [P'/16, C/2, 16, 2]   (p/16 * C + c/2 * 2) * 16 + p%16 * 2 + c%2
+ *               V [P'/2, C, 2]          (p/2 * C + c) * 2 + p%2
+ *   I8, F8      K [P'/16, C, 16]        (p/16 * C + c) * 16 + p%16
+ *               V [P', C]               p * C + c
+ *
+ * Pairs of dimensions of 16 keys, and pairs of values, are what products of bf16 tiles and of bf16 pairs take. After
+ * the codes of I8 and F8 come [P'] f32 scales, one a cell: the value is code * scale (docs/model.md 10). C at most 128.
  *
  * cuda has an order of its own. Cells that were never written, and those past P, may hold anything and are not looked
  * at. */

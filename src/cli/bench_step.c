@@ -111,7 +111,7 @@ static void print_heading(const stepping *s) {
                      "GB/s", "best round");
         return;
     }
-    (void)printf("%s, %d thread%s, level %s; median of %lld rounds; limits: the mean of looks before and after a "
+    (void)printf("%s, %d thread%s, level %s; median of up to %lld rounds; limits: the mean of looks before and after a "
                  "round, between its prompts and between their long steps, reading in huge pages, arithmetic from L2\n",
                  ern_cpu_name(), s->threads, s->threads == 1 ? "" : "s", ern_cpu_level_name(ern_cpu_level_here()),
                  (long long)options_int(s->o, "rounds"));

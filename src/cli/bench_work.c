@@ -22,6 +22,7 @@ enum {
     ROUNDS_MAX = 100,
     ROUND_US = 400000,
     PROMPTS_US = 2000000, /* of a round of prompts */
+    QUICK_PROMPTS_US = 5000,
     LIMIT_US = 15000,
     TRIES = 3, /* of a look */
     QUICK_US = 500,
@@ -144,9 +145,12 @@ static void probe(bench_steps *b, bool on, bool leaves) {
 
 /* ---- rounds ---------------------------------------------------------------------------------------------------- */
 
+/* The limits stand for the work between two looks, and weigh as its time does. */
 typedef struct round {
-    double seconds, read, compute, fraction;
-    int n_look;
+    double seconds, fraction; /* of a step, or of a prompt */
+    double read, compute;     /* limits: the mean so far */
+    double looked_s;          /* of work that this mean is of */
+    double last_read, last_compute;
 } round;
 
 /* Worst first. Without limits all fractions are 0, and the time decides. */
@@ -158,10 +162,10 @@ static int by_fraction(const void *a, const void *b) {
 
 static double larger(double a, double b) { return a > b ? a : b; }
 
-/* Look at both limits, into the mean of a round's looks: what it is held against is what the machine gave while it ran,
- * and some change by a factor within a second (docs/speed.md). Each look is the best of several short ones: a neighbour
- * that takes a core for a moment lowers what one of them sees. */
-static void look(bench_steps *b, const bench_result *of, round *at) {
+/* Look at both limits, after worked_s of work since the last look, or 0 before it. What a round is held against is what
+ * the machine gave while it ran: some limits change by a factor within a second (docs/speed.md). Each look is the best
+ * of several short ones: a neighbour that takes a core for a moment lowers what one of them sees. */
+static void look(bench_steps *b, const bench_result *of, round *at, double worked_s) {
     if (!b->limits) return;
     const int64_t min_us = b->o.quick ? QUICK_US : LIMIT_US;
     const double bytes = larger(of->bytes, (double)READ_LEAST); /* cut at the buffer's end: half more than a token's */
@@ -170,17 +174,23 @@ static void look(bench_steps *b, const bench_result *of, round *at) {
         read = larger(read, ern_limits_read(b->limits, (uint64_t)bytes, min_us));
         if (of->has_rate) compute = larger(compute, ern_limits_compute(b->limits, of->rate, ERN_REACH_L2, min_us));
     }
-    at->n_look++;
-    at->read += (read - at->read) / at->n_look;
-    at->compute += (compute - at->compute) / at->n_look;
+    if (worked_s > 0) {
+        const double share = worked_s / (at->looked_s += worked_s);
+        at->read += ((at->last_read + read) / 2 - at->read) * share;
+        at->compute += ((at->last_compute + compute) / 2 - at->compute) * share;
+    }
+    at->last_read = read, at->last_compute = compute;
 }
 
-/* One prompt. Two steps in flight, as the engine keeps them; where limits are looked at one, and between steps, once
- * half a second has passed, the clock rests for another look: what that takes of a step's time is microseconds. */
+static double since(int64_t begin_us) { return (double)(ern_now_us() - begin_us) * 1e-6; }
+
+/* One prompt. Two steps in flight, as the engine keeps them; where limits are looked at (at not NULL) one, a look
+ * behind the prompt, and between steps, once half a second has passed. The clock rests meanwhile: what that takes of a
+ * step's time is microseconds. seconds: what the prompt took is added. */
 static ern_status prefill_steps(bench_steps *b, int32_t n, const bench_result *limits_of, round *at, double *seconds,
                                 ern_err *err) {
-    const bool looks = limits_of && b->limits;
-    int64_t begin_us = ern_now_us(), took_us = 0;
+    const bool looks = at && b->limits;
+    int64_t begin_us = ern_now_us();
     int32_t in_flight = 0;
     for (int32_t from = 0; from < n; from += b->o.n_row_max) {
         const int32_t rows = n - from < b->o.n_row_max ? n - from : b->o.n_row_max;
@@ -188,27 +198,28 @@ static ern_status prefill_steps(bench_steps *b, int32_t n, const bench_result *l
         if (++in_flight < (looks ? 1 : 2)) continue;
         ERN_TRY(wait_one(b, err));
         in_flight--;
-        if (!looks || from + rows == n || ern_now_us() - begin_us < LOOK_EVERY_US) continue;
-        took_us += ern_now_us() - begin_us;
-        look(b, limits_of, at);
+        const double worked_s = since(begin_us);
+        if (!looks || (from + rows < n && worked_s < LOOK_EVERY_US * 1e-6)) continue;
+        *seconds += worked_s;
+        look(b, limits_of, at, worked_s);
         begin_us = ern_now_us();
     }
     while (in_flight-- > 0) ERN_TRY(wait_one(b, err));
-    *seconds = (double)(took_us + ern_now_us() - begin_us) * 1e-6;
+    if (!looks) *seconds += since(begin_us);
     return ERN_OK;
 }
 
-/* The prompt again and again, a look before, behind and between: a short one ends before a limit that changes by a
- * factor within a second has been seen as it is in the mean. seconds: of one. */
+/* The prompt again and again: a short one ends before a limit that changes within a second has been seen as it is in
+ * the mean. */
 static ern_status prefill_round(bench_steps *b, int32_t n, const bench_result *limits_of, round *at, ern_err *err) {
-    double all_s = 0, seconds;
+    const double least_s = !b->limits ? 0 : (b->o.quick ? QUICK_PROMPTS_US : PROMPTS_US) * 1e-6;
+    double all_s = 0;
     int32_t prompts = 0;
-    look(b, limits_of, at);
+    look(b, limits_of, at, 0);
     do {
-        ERN_TRY(prefill_steps(b, n, limits_of, at, &seconds, err));
-        look(b, limits_of, at);
-        all_s += seconds, prompts++;
-    } while (b->limits && !b->o.quick && all_s < PROMPTS_US * 1e-6);
+        ERN_TRY(prefill_steps(b, n, limits_of, at, &all_s, err));
+        prompts++;
+    } while (all_s < least_s);
     at->seconds = all_s / prompts;
     return ERN_OK;
 }
@@ -222,7 +233,7 @@ static void conclude(bench_result *out, round *r, int n, double tokens) {
         out->best_tokens_per_s = larger(out->best_tokens_per_s, tokens / r[i].seconds);
     }
     qsort(r, (size_t)n, sizeof *r, by_fraction);
-    const round *m = &r[n / 2];
+    const round *m = &r[(n - 1) / 2];
     out->seconds = m->seconds;
     out->tokens_per_s = tokens / m->seconds;
     out->read = m->read;
@@ -282,9 +293,9 @@ ern_status bench_decode(bench_steps *b, int32_t batch, int32_t context, bench_re
     const int64_t begin_us = ern_now_us();
     int rounds = 0;
     do {
-        look(b, out, &r[rounds]);
+        look(b, out, &r[rounds], 0);
         ERN_TRY(decode_steps(b, batch, context, n, &r[rounds].seconds, err));
-        look(b, out, &r[rounds]);
+        look(b, out, &r[rounds], r[rounds].seconds);
     } while (++rounds < b->o.n_round && ern_now_us() - begin_us < ENOUGH_US);
     conclude(out, r, rounds, batch);
     return ERN_OK;
@@ -313,18 +324,18 @@ ern_status bench_decode_against(bench_steps *b, int32_t context, int32_t base_co
     do {
         pair *p = &r[rounds];
         bench_spinners busy;
-        look(b, out, &p->row);
+        look(b, out, &p->row, 0);
         ERN_TRY(decode_steps(b, 1, base_context, n_base, &p->base.seconds, err));
         ERN_TRY(bench_spin(&busy, n_busy, err));
         const ern_status status = decode_steps(b, 1, context, n, &p->row.seconds, err);
         bench_spin_end(&busy);
         if (status != ERN_OK) return status;
-        look(b, out, &p->row);
+        look(b, out, &p->row, p->row.seconds);
         const double more_s = p->row.seconds - p->base.seconds, more_bytes = out->kv_bytes - base.kv_bytes;
         p->share = n_busy ? p->base.seconds / p->row.seconds : bench_share_added(more_bytes, more_s, p->row.read);
     } while (++rounds < b->o.n_round && ern_now_us() - begin_us < ENOUGH_US);
     qsort(r, (size_t)rounds, sizeof *r, by_share);
-    *share = r[rounds / 2].share;
+    *share = r[(rounds - 1) / 2].share;
     round row[ROUNDS_MAX];
     for (int i = 0; i < rounds; i++) row[i] = r[i].row;
     conclude(out, row, rounds, 1);
@@ -336,11 +347,10 @@ ern_status bench_prefill(bench_steps *b, int32_t n, bench_result *out, ern_err *
     *out = (bench_result){.prefill = true, .batch = 1, .context = n};
     const bool leaves = strcmp(b->backend->ops->name, "ref") != 0; /* the plain one computes all rows */
     out->has_rate = ern_rate_for(bench_dtype(b->o.model), b->o.level, &out->rate);
-    round warm = {0};
-    double warm_s;
+    double warm_s = 0;
     const bool all = m->config.n_expert > 0; /* else a step is enough to be warm */
     probe(b, true, leaves);
-    ERN_TRY(prefill_steps(b, all || n < b->o.n_row_max ? n : b->o.n_row_max, NULL, &warm, &warm_s, err));
+    ERN_TRY(prefill_steps(b, all || n < b->o.n_row_max ? n : b->o.n_row_max, NULL, NULL, &warm_s, err));
     /* the wanted row chooses as many as a row does */
     const bool spared = leaves && m->layer[m->config.n_layer - 1].is_moe;
     const double experts = b->experts + (spared ? m->config.n_expert_used : 0);

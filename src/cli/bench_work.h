@@ -26,7 +26,7 @@ typedef struct bench_steps_options {
     bool quick;
 } bench_steps_options;
 
-/* One measurement: the median round. */
+/* One measurement: the median round; of an even number the worse one of the middle. */
 typedef struct bench_result {
     bool prefill;
     int32_t batch, context; /* prefill: 1 and the prompt's tokens */
@@ -56,7 +56,8 @@ ERN_MUST_CHECK ern_status bench_decode(bench_steps *b, int32_t batch, int32_t co
  * share: the median round by share. Errors: the backend's, and bench_spin's. */
 ERN_MUST_CHECK ern_status bench_decode_against(bench_steps *b, int32_t context, int32_t base_context, int n_busy,
                                                bench_result *out, double *share, ern_err *err);
-/* One prompt of n tokens, in steps of at most n_row_max rows; the last row is sampled. */
+/* A prompt of n tokens, in steps of at most n_row_max rows; the last row is sampled. Where limits are looked at it is
+ * repeated until a round has two seconds (a quick one a few milliseconds). */
 ERN_MUST_CHECK ern_status bench_prefill(bench_steps *b, int32_t n, bench_result *out, ern_err *err);
 
 /* What a server does for n_seq requests that come at once, without the server: each prompt of n_in tokens (at most

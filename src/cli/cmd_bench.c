@@ -14,9 +14,9 @@ const command bench_table[] = {
      "Run prefill and decode steps of a model without a server: tokens/s, the bytes and operations counted,\n"
      "and the fraction of the limit that binds. That is the time which the slower of reading the bytes and\n"
      "doing the operations would take at its limit, over the time it took. The limits of a round are the\n"
-     "mean of what was measured before it and after it, each the best of three; a prompt is repeated until a\n"
-     "round has two seconds, with such looks between, and between its steps once half a second has passed.\n"
-     "The median of the rounds is told",
+     "mean of what was measured before and after it, each the best of three; on the CPU a prompt is repeated\n"
+     "until a round has two seconds, with such looks between, and between its steps once half a second has\n"
+     "passed. The median of the rounds is told",
      CMD_BENCH_STEP, cmd_bench_step},
     {"bench serve", NULL, "[FLAGS]",
      "Load a running server over HTTP and tell latency and throughput in the columns of benchmark_serving:\n"

@@ -728,21 +728,30 @@ static cpu_kv_view draw_cache(const dense *d, int32_t P) {
     return (cpu_kv_view){.k = at[0], .v = at[1], .page = page, .page_stride = stride, .n_cell = P, .int8 = d->int8};
 }
 
-/* All blocks of the first n positions, as the step joins them; `found` positions are looked up, as for a later row. */
+/* All blocks of the first n positions, joined chain by chain, as the step does it; `found` positions are looked up, as
+ * for a later row. */
 static void attend(const cpu_kernels *k, float *acc, const float *q, int32_t n_head, int32_t C, float scale,
                    const cpu_kv_view *kv, int32_t n, int32_t found) {
     const size_t bytes = (size_t)cpu_part_floats(C) * sizeof(float);
-    float *part = malloc(bytes);
+    const int32_t chained = CPU_ATTN_CHAIN * CPU_ATTN_BLOCK;
+    float *part = malloc(bytes), *own = malloc(bytes);
     static cpu_kv_block block;
     memset(acc, 0xff, bytes);
     memset(part, 0xff, bytes);
-    for (int32_t at = 0; at < n; at += CPU_ATTN_BLOCK) {
-        const int32_t left = found - at < CPU_ATTN_BLOCK ? found - at : CPU_ATTN_BLOCK;
-        cpu_kv_find(&block, kv, C, at, left);
-        k->attn_block[kv->int8](at ? part : acc, q, n_head, C, scale, &block, n - at < left ? n - at : left);
-        if (at) k->attn_join(acc, part, n_head, C);
+    memset(own, 0xff, bytes);
+    for (int32_t from = 0; from < n; from += chained) {
+        float *chain = from ? own : acc;
+        for (int32_t at = from; at < n && at < from + chained; at += CPU_ATTN_BLOCK) {
+            const int32_t left = found - at < CPU_ATTN_BLOCK ? found - at : CPU_ATTN_BLOCK;
+            cpu_kv_find(&block, kv, C, at, left);
+            k->attn_block[kv->int8](at > from ? part : chain, q, n_head, C, scale, &block,
+                                    n - at < left ? n - at : left);
+            if (at > from) k->attn_join(chain, part, n_head, C);
+        }
+        if (from) k->attn_join(acc, chain, n_head, C);
     }
     free(part);
+    free(own);
 }
 
 static void same_part(const float *a, const float *b, int32_t n_head, int32_t C) {
@@ -787,8 +796,8 @@ static void check_attn(const cpu_kernels *k, int32_t n, int32_t n_head, int32_t 
             double *u = &unit[t / CPU_ATTN_BLOCK];
             *u = fmax(*u, (1 + expm1(2 * slip)) * score[t] * (double)d.scale[1][t] / 65535);
         }
-        const double joins = ceil(n / (double)CPU_ATTN_BLOCK);
-        const double rel = expm1(2 * slip) + (rounds ? 2 * 0x1p-9 : 0) + (rounds ? 2 * 0x1.1p-18 : 0) +
+        const double joins = ceil(n / (double)CPU_ATTN_BLOCK) + ceil(n / (double)(CPU_ATTN_CHAIN * CPU_ATTN_BLOCK));
+        const double rel = expm1(2 * slip) + (rounds ? 2 * (0x1p-9 + 0x1.1p-18) : 0) +
                            2 * U * (64 + 4 + (n < 256 ? n : 256) + 1 + joins * (64 + 4 + 3)) + 2 * U;
         for (int32_t i = 0; i < C; i++) {
             double dot = 0, size = 0, off = 0;
@@ -840,13 +849,17 @@ static void check_attn_rows(const cpu_kernels *k, int32_t pos0, int32_t n_row, i
     const cpu_kv_view view = draw_cache(&d, P);
     const size_t part_bytes = (size_t)cpu_part_floats(C) * sizeof(float);
     const float *q[CPU_ATTN_ROWS];
-    float *part[CPU_ATTN_ROWS], *want = guard(part_bytes);
+    float *part[CPU_ATTN_ROWS], *chain[CPU_ATTN_ROWS], *want = guard(part_bytes);
+    const int32_t chained = CPU_ATTN_CHAIN * CPU_ATTN_BLOCK;
     int32_t seen[CPU_ATTN_ROWS];
     static cpu_kv_block block;
     cpu_attn_job j = {.n_head = n_head, .head_dim = C, .scale = scale, .room = aligned_alloc(64, cpu_attn_room())};
     const float *all = floats((int64_t)n_row * n_head * C, 3.0f);
     memset(j.room, 0xff, cpu_attn_room());
-    for (int32_t r = 0; r < n_row; r++) part[r] = malloc(part_bytes), memset(part[r], 0xff, part_bytes);
+    for (int32_t r = 0; r < n_row; r++) {
+        part[r] = malloc(part_bytes), chain[r] = malloc(part_bytes);
+        memset(part[r], 0xff, part_bytes), memset(chain[r], 0xff, part_bytes);
+    }
     for (int32_t at = 0, last = -1; at < n; at += CPU_ATTN_BLOCK) {
         int32_t first = 0;
         while (pos[first] < at) first++;
@@ -856,10 +869,13 @@ static void check_attn_rows(const cpu_kernels *k, int32_t pos0, int32_t n_row, i
                      q[r - first] = all + (int64_t)r * n_head * C;
         }
         cpu_kv_find(&block, &view, C, at, seen[n_row - 1 - first]);
-        j.part = part + first, j.q = q, j.n = seen, j.n_row = n_row - first, j.kv = &block;
-        j.first = first != last, j.join = at > 0;
+        j.part = (at < chained ? part : chain) + first, j.q = q, j.n = seen, j.n_row = n_row - first, j.kv = &block;
+        j.first = first != last, j.join = at % chained > 0;
         k->attn_rows(&j);
         last = first;
+        const int32_t from = at / chained * chained, next = at + CPU_ATTN_BLOCK;
+        for (int32_t r = 0; from > 0 && (next >= n || next % chained == 0) && r < n_row; r++)
+            if (pos[r] >= from) k->attn_join(part[r], chain[r], n_head, C);
     }
     for (int32_t r = 0; r < n_row; r++) {
         attend(k, want, all + (int64_t)r * n_head * C, n_head, C, scale, &view, pos[r] + 1, pos[r] + 1);
@@ -867,6 +883,7 @@ static void check_attn_rows(const cpu_kernels *k, int32_t pos0, int32_t n_row, i
         for (int32_t i = 0; bad && r + 1 < n_row && i < n_head * C; i++)
             assert_true(isfinite(part[r][2 * CPU_HEAD_TILE + i]));
         free(part[r]);
+        free(chain[r]);
     }
     free(j.room);
     guard_free();
@@ -918,7 +935,7 @@ static void test_attn(void **state) {
         check_attn(k, 1, 8, 128, int8);
         check_attn(k, 256, 5, 128, int8);
         check_attn(k, 257, 5, 64, int8);
-        check_attn(k, 1100, 5, 128, int8);
+        check_attn(k, 2100, 5, 128, int8);
     }
 }
 

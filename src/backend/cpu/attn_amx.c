@@ -13,8 +13,9 @@
  *
  * Queries share instructions, but nothing else: what a row computes is a function of its own queries, of the positions
  * that it sees, counted from the block's first, and of zeros. */
-#include "backend/cpu/attn_amx.h"
 #include "backend/cpu/attn_early.h"
+#include "backend/cpu/table_avx512.h"
+#include "backend/cpu/vec_amx.h"
 
 #include <math.h>
 #include <string.h>
@@ -30,9 +31,10 @@ enum {
 };
 
 typedef struct room {
-    _Alignas(64) ern_bf16 q[QUERIES_MAX * CPU_HEAD_DIM_MAX];    /* [queries, 32 dims * nk] */
-    _Alignas(64) ern_bf16 k[CPU_ATTN_BLOCK * CPU_HEAD_DIM_MAX]; /* what of keys and values no page holds as whole */
-    _Alignas(64) ern_bf16 v[CPU_ATTN_BLOCK * CPU_HEAD_DIM_MAX]; /* tiles, as one would */
+    _Alignas(64) ern_bf16 q[QUERIES_MAX * CPU_HEAD_DIM_MAX]; /* [queries, 32 dims * nk] */
+    /* copies, where a page does not hold whole tiles (find_sources) */
+    _Alignas(64) ern_bf16 k[CPU_ATTN_BLOCK * CPU_HEAD_DIM_MAX]; /* [group of 16 positions, nk] tiles */
+    _Alignas(64) ern_bf16 v[CPU_ATTN_BLOCK * CPU_HEAD_DIM_MAX]; /* [32 positions] of 2 nk tiles side by side */
     _Alignas(64) float score[2][QUERIES][SCORES]; /* weights take the place of a row's scores, from its front on */
     _Alignas(64) float out[QUERIES][DIMS];
     _Alignas(64) float adding[ABREAST][2][16]; /* the sums of a softmax at hand */
@@ -354,7 +356,7 @@ CPU_INLINE bool beside(room *w, const cpu_attn_job *j, side *d, bool weighed, co
 }
 
 /* Softmax of group i, beside O of the group before and S of the one after. */
-CPU_INLINE void turn(room *w, const sources *src, const cpu_attn_job *j, early *e, int32_t i, int32_t n_group,
+CPU_INLINE void turn(room *w, const sources *from, const cpu_attn_job *j, early *e, int32_t i, int32_t n_group,
                      const int32_t C) {
     const int32_t nk = tiles_of(C, TILE_K), all = j->n_row * j->n_head;
     const bool has_before = i > 0, has_now = i >= 0 && i < n_group, has_after = i + 1 < n_group;
@@ -368,9 +370,9 @@ CPU_INLINE void turn(room *w, const sources *src, const cpu_attn_job *j, early *
     const int32_t n_piece = tiles_of(d.n_soft, ABREAST) * d.soft.n_part + tiles_of(d.n_out, ABREAST);
     for (int32_t s = 0, done = 0; s <= n_step; s++) {
         if (s < n_weigh)
-            weigh_step(w, src, &d.before, nk, nt, s, n_weigh);
+            weigh_step(w, from, &d.before, nk, nt, s, n_weigh);
         else if (s < n_step)
-            score_step(w, src, &after, nk, s - n_weigh, n_step - n_weigh);
+            score_step(w, from, &after, nk, s - n_weigh, n_step - n_weigh);
         if (s < n_step && s % 4 == 0) early_fetch(e, 16);
         while (s == n_step || done * n_step < n_piece * (s + 1)) {
             if (!beside(w, j, &d, s + 1 >= n_weigh, C)) break;
@@ -398,7 +400,8 @@ CPU_INLINE void attend_many(room *w, const cpu_attn_job *j, int32_t n, const int
 
 enum { SOFT_FETCHES = 8 /* lines beside a part of a softmax */ };
 
-/* next: the tile that comes four later, rows of `row` bytes. */
+/* next: the tile that comes four later, rows of `row` bytes. Of the block after this one two lines at a time: where a
+ * range ends another begins. */
 CPU_INLINE void fetch_beside(early *e, const ern_bf16 *next, int32_t row) {
     CPU_UNROLL for (int i = 0; i < TILE_ROWS; i++) _mm_prefetch((const char *)next + i * row, _MM_HINT_T0);
     CPU_UNROLL for (int i = 0; i < TILE_ROWS; i += 2) early_fetch(e, 2);

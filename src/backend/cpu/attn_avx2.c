@@ -6,7 +6,7 @@
 
 #include <math.h>
 
-enum { SCORES = CPU_ATTN_BLOCK + 16, HEADS = 6, VECS = 4 };
+enum { SCORES = CPU_ATTN_BLOCK + 16 /* rows lie a line apart in the cache's sets */, HEADS = 6, VECS = 4 };
 
 /* 8 codes; cut: n of them, which alone are read. */
 CPU_INLINE __m256 codes8(const unsigned char *p, const bool cut, int64_t n) {
@@ -66,7 +66,7 @@ CPU_INLINE void score_all(float (*score)[SCORES], const float *q, int32_t dim, f
 CPU_INLINE void soften(float *part, float (*score)[SCORES], int32_t n, const cpu_kv_block *kv, const int nh,
                        const bool int8) {
     const __m256 none = _mm256_set1_ps(-INFINITY);
-    float scale[SCORES];
+    float scale[CPU_ATTN_BLOCK];
     for (int32_t t = 0; int8 && t < n; t += 8)
         _mm256_storeu_ps(scale + t, _mm256_loadu_ps(kv->group[t / CPU_KV_GROUP].v_scale + t % CPU_KV_GROUP));
     for (int h = 0; h < nh; h++) {

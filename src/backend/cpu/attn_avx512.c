@@ -10,7 +10,7 @@
 
 #include <math.h>
 
-enum { SCORES = CPU_ATTN_BLOCK + 16, VECS = 4 };
+enum { SCORES = CPU_ATTN_BLOCK + 16 /* rows lie a line apart in the cache's sets */, VECS = 4 };
 
 /* 16 codes, those of m. */
 CPU_INLINE __m512 codes16(const unsigned char *p, __mmask16 m) {
@@ -72,7 +72,7 @@ CPU_INLINE void score_all(float (*score)[SCORES], const float *q, int32_t dim, f
 CPU_INLINE void soften(float *part, float (*score)[SCORES], int32_t n, const cpu_kv_block *kv, const int nh,
                        const bool int8, early *fetched) {
     const __m512 none = _mm512_set1_ps(-INFINITY);
-    float scale[SCORES];
+    float scale[CPU_ATTN_BLOCK];
     for (int32_t t = 0; int8 && t < n; t += CPU_KV_GROUP)
         _mm512_storeu_ps(scale + t, _mm512_loadu_ps(kv->group[t / CPU_KV_GROUP].v_scale));
     for (int h = 0; h < nh; h++) {
@@ -94,11 +94,10 @@ CPU_INLINE void soften(float *part, float (*score)[SCORES], int32_t n, const cpu
     }
 }
 
-/* Columns c0.. of the outputs: nv vectors, the last one cut to m when cut. */
+/* Columns c0.. of the outputs: nv vectors, or one that is cut to m. */
 CPU_INLINE void weigh_tile(float *part, float (*p)[SCORES], int32_t dim, const cpu_kv_block *kv, int32_t n, int32_t c0,
-                           const int nh, const int nv, const bool int8, const bool cut, __mmask16 m, early *e) {
+                           const int nh, const int nv, const bool int8, __mmask16 m, early *e) {
     __m512 acc[CPU_HEAD_TILE][VECS];
-    const __mmask16 live = cut ? m : 0xffff;
     CPU_UNROLL for (int h = 0; h < nh; h++) CPU_UNROLL for (int v = 0; v < nv; v++) acc[h][v] = _mm512_setzero_ps();
     for (int32_t t0 = 0; t0 < n; t0 += CPU_KV_GROUP) {
         const int32_t stop = n - t0 < CPU_KV_GROUP ? n : t0 + CPU_KV_GROUP, row = int8 ? dim : 4 * dim;
@@ -108,9 +107,9 @@ CPU_INLINE void weigh_tile(float *part, float (*p)[SCORES], int32_t dim, const c
             if (!int8 || t % 4 == 0) early_fetch(e, nv);
             CPU_UNROLL for (int v = 0; v < nv; v++) {
                 if (int8)
-                    a[v] = codes16(at + 16 * v, live), b[v] = codes16(at + row + 16 * v, live);
+                    a[v] = codes16(at + 16 * v, m), b[v] = codes16(at + row + 16 * v, m);
                 else
-                    pairs16(&a[v], &b[v], at + 64 * v, live);
+                    pairs16(&a[v], &b[v], at + 64 * v, m);
             }
             add_all(acc, &p[0][t], SCORES, a, nh, nv);
             if (t + 1 < stop) add_all(acc, &p[0][t + 1], SCORES, b, nh, nv);
@@ -129,11 +128,9 @@ CPU_INLINE void block_heads(float *part, const float *q, int32_t dim, float scal
     score_all(score, q, dim, scale, kv, n, nh, wide, int8, &e);
     soften(part, score, n, kv, nh, int8, &e);
     int32_t c = 0;
-    for (; wide == VECS && c + 48 <= dim; c += 48)
-        weigh_tile(part, score, dim, kv, n, c, nh, 3, int8, false, 0xffff, &e);
-    for (; wide == VECS && c + 32 <= dim; c += 32)
-        weigh_tile(part, score, dim, kv, n, c, nh, 2, int8, false, 0xffff, &e);
-    for (; c < dim; c += 16) weigh_tile(part, score, dim, kv, n, c, nh, 1, int8, true, cpu_mask(dim - c), &e);
+    for (; wide == VECS && c + 48 <= dim; c += 48) weigh_tile(part, score, dim, kv, n, c, nh, 3, int8, 0xffff, &e);
+    for (; wide == VECS && c + 32 <= dim; c += 32) weigh_tile(part, score, dim, kv, n, c, nh, 2, int8, 0xffff, &e);
+    for (; c < dim; c += 16) weigh_tile(part, score, dim, kv, n, c, nh, 1, int8, cpu_mask(dim - c), &e);
     early_end(&e);
 }
 

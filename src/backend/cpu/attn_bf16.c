@@ -12,7 +12,9 @@
 #include <math.h>
 #include <string.h>
 
-enum { SCORES = CPU_ATTN_BLOCK + 16, VECS = 4 };
+enum { SCORES = CPU_ATTN_BLOCK + 16 /* rows lie a line apart in the cache's sets */, VECS = 4 };
+
+static int32_t least(int32_t a, int32_t b) { return a < b ? a : b; }
 
 CPU_INLINE __m512 dot2(__m512 acc, __m512i a, __m512i b) { return _mm512_dpbf16_ps(acc, (__m512bh)a, (__m512bh)b); }
 CPU_INLINE __m512i pair_at(const ern_bf16 *p) {
@@ -20,7 +22,6 @@ CPU_INLINE __m512i pair_at(const ern_bf16 *p) {
     memcpy(&v, p, sizeof v);
     return _mm512_set1_epi32(v);
 }
-static int32_t least(int32_t a, int32_t b) { return a < b ? a : b; }
 /* 16 numbers, rounded to nearest. */
 CPU_INLINE __m256i narrow(__m512 x) { return (__m256i)_mm512_cvtneps_pbh(x); }
 
@@ -99,11 +100,10 @@ CPU_INLINE void weigh_pair(__m512 (*acc)[VECS], ern_bf16 (*weight)[SCORES], int3
     }
 }
 
-/* Columns c0.. of the outputs: nv vectors, the last one cut to m when cut. */
+/* Columns c0.. of the outputs: nv vectors, or one that is cut to m. */
 CPU_INLINE void weigh_tile(float *part, ern_bf16 (*weight)[SCORES], int32_t dim, const cpu_kv_block *kv, int32_t n,
-                           int32_t c0, const int nh, const int nv, const bool cut, __mmask16 m, early *e) {
+                           int32_t c0, const int nh, const int nv, __mmask16 m, early *e) {
     __m512 acc[CPU_HEAD_TILE][VECS];
-    const __mmask16 live = cut ? m : 0xffff;
     CPU_UNROLL for (int h = 0; h < nh; h++) CPU_UNROLL for (int v = 0; v < nv; v++) acc[h][v] = _mm512_setzero_ps();
     for (int32_t t0 = 0; t0 < n; t0 += CPU_KV_GROUP) {
         const int32_t stop = least(n, t0 + CPU_KV_GROUP);
@@ -111,9 +111,9 @@ CPU_INLINE void weigh_tile(float *part, ern_bf16 (*weight)[SCORES], int32_t dim,
         int32_t t = t0;
         for (; t + 2 <= stop; t += 2, at += 4 * dim) {
             early_fetch(e, nv);
-            weigh_pair(acc, weight, t, at, nh, nv, live, false);
+            weigh_pair(acc, weight, t, at, nh, nv, m, false);
         }
-        if (t < stop) weigh_pair(acc, weight, t, at, nh, nv, live, true);
+        if (t < stop) weigh_pair(acc, weight, t, at, nh, nv, m, true);
     }
     float *out = part + 2 * CPU_HEAD_TILE + c0;
     CPU_UNROLL for (int h = 0; h < nh; h++) CPU_UNROLL for (int v = 0; v < nv; v++)
@@ -134,9 +134,9 @@ CPU_INLINE void block_heads(float *part, const float *q, int32_t dim, float scal
     score_all(score, half, dim, scale, kv, n, nh, wide, &e);
     soften(part, weight, score, n, nh, &e);
     int32_t c = 0;
-    for (; wide == VECS && c + 64 <= dim; c += 64) weigh_tile(part, weight, dim, kv, n, c, nh, 4, false, 0xffff, &e);
-    for (; wide > 1 && c + 32 <= dim; c += 32) weigh_tile(part, weight, dim, kv, n, c, nh, 2, false, 0xffff, &e);
-    for (; c < dim; c += 16) weigh_tile(part, weight, dim, kv, n, c, nh, 1, true, cpu_mask(dim - c), &e);
+    for (; wide == VECS && c + 64 <= dim; c += 64) weigh_tile(part, weight, dim, kv, n, c, nh, 4, 0xffff, &e);
+    for (; wide > 1 && c + 32 <= dim; c += 32) weigh_tile(part, weight, dim, kv, n, c, nh, 2, 0xffff, &e);
+    for (; c < dim; c += 16) weigh_tile(part, weight, dim, kv, n, c, nh, 1, cpu_mask(dim - c), &e);
     early_end(&e);
 }
 

@@ -3,8 +3,9 @@
  * The fetches walk through memory evenly, a few lines beside each step of a kernel, and in the order of its addresses,
  * a whole block ahead of the loads. So the processor's own prefetchers see one stream and run ahead of it, and the
  * loads, whose order is another one (keys, then values), find everything in the second cache. Where memory is what a
- * kernel waits for, bursts of 16 lines, and one line of two, cost what a fetch should spare (docs/speed.md); many rows
- * on AMX compute for long beside a block and take 16 lines beside every fourth step. Into the first cache, which holds
+ * kernel of vectors waits for, bursts of 16 lines, and one line of two, cost what a fetch should spare (docs/speed.md);
+ * AMX takes 16 lines at a time, one row beside every tile, many rows, which compute for long beside a block, beside
+ * every fourth step. Into the first cache, which holds
  * a quarter of a block, they cost Zen 4 a third of its speed. */
 #ifndef ERN_BACKEND_CPU_ATTN_EARLY_H
 #define ERN_BACKEND_CPU_ATTN_EARLY_H

@@ -9,8 +9,9 @@
  * so that 8 heads are 16 rows of bytes, as many as a tile has. Codes are multiplied as they lie in the pages; the
  * second factor of a product of tiles wants four dims of a position, or four positions of a dim, side by side. What a
  * head computes is a function of its own query and of the positions that it sees. */
-#include "backend/cpu/attn_amx.h"
 #include "backend/cpu/attn_early.h"
+#include "backend/cpu/table_avx512.h"
+#include "backend/cpu/vec_amx.h"
 
 #include <math.h>
 #include <string.h>
@@ -142,24 +143,20 @@ CPU_INLINE void soften(room *w, float *part, int32_t h, int32_t n_head, int32_t 
 
 /* ---- outputs ----------------------------------------------------------------------------------------------------- */
 
-/* Where the values of the first n positions lie. */
-static void find_values(const unsigned char **row, const cpu_kv_block *kv, int32_t C, int32_t n) {
-    for (int32_t t = 0; t < n; t++) row[t] = kv->group[t / 16].v + (int64_t)(t % 16) * C;
-}
-
 /* 64 dims from c of the values of 64 positions from `from`, zeros from position n on: tile i holds dims 4i..4i+3 of
  * each 16. */
-CPU_INLINE void pack_values(int8_t *to, const unsigned char *const *row, int32_t C, int32_t c, int32_t n, int32_t from,
+CPU_INLINE void pack_values(int8_t *to, const cpu_kv_block *kv, int32_t C, int32_t c, int32_t n, int32_t from,
                             early *e) {
     const __mmask64 dims = mask64(C - c);
     for (int32_t t = from; t < from + CODES; t += 4, to += 64) {
         __m512i x[4];
+        const unsigned char *row = kv->group[t < n ? t / 16 : 0].v + t % 16 * C + c;
         if (t % 8 == 0) early_fetch(e, FETCHES);
         if (t + 4 <= n)
-            CPU_UNROLL for (int i = 0; i < 4; i++) x[i] = _mm512_maskz_loadu_epi8(dims, row[t + i] + c);
+            CPU_UNROLL for (int i = 0; i < 4; i++) x[i] = _mm512_maskz_loadu_epi8(dims, row + i * C);
         else
             CPU_UNROLL for (int i = 0; i < 4; i++) x[i] =
-                t + i < n ? _mm512_maskz_loadu_epi8(dims, row[t + i] + c) : _mm512_setzero_si512();
+                t + i < n ? _mm512_maskz_loadu_epi8(dims, row + i * C) : _mm512_setzero_si512();
         const __m512i a = _mm512_unpacklo_epi8(x[0], x[1]), b = _mm512_unpackhi_epi8(x[0], x[1]);
         const __m512i d = _mm512_unpacklo_epi8(x[2], x[3]), f = _mm512_unpackhi_epi8(x[2], x[3]);
         _mm512_store_si512(to, _mm512_unpacklo_epi16(a, d));
@@ -171,13 +168,13 @@ CPU_INLINE void pack_values(int8_t *to, const unsigned char *const *row, int32_t
 
 /* O of 64 dims from c: the sums stay in their tiles while the values pass, 64 positions brought into order while those
  * before are multiplied. */
-static void weigh_dims(room *w, const unsigned char *const *row, int32_t C, int32_t c, int32_t n, early *e) {
+static void weigh_dims(room *w, const cpu_kv_block *kv, int32_t C, int32_t c, int32_t n, early *e) {
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
     for (int32_t t = 0, end = tiles_of(n, CODES) * CODES; t <= end; t += CODES) {
-        if (t < end) pack_values(w->v[t / CODES % 2], row, C, c, n, t, e);
+        if (t < end) pack_values(w->v[t / CODES % 2], kv, C, c, n, t, e);
         if (t == 0) continue;
         const int8_t *v = w->v[(t / CODES + 1) % 2];
         cpu_tile_load(4, w->weight[0] + t - CODES, WEIGHTS);
@@ -220,7 +217,6 @@ void cpu_attn_int8_amx(float *part, const float *q, int32_t n_head, int32_t head
                        const cpu_kv_block *kv, int32_t n) {
     room w;
     early e;
-    const unsigned char *row[CPU_ATTN_BLOCK];
     early_begin(&e, kv, head_dim * CPU_KV_GROUP);
     for (int32_t t = 0; t < n; t += 16) {
         _mm512_store_ps(w.k_scale + t, _mm512_loadu_ps(kv->group[t / 16].k_scale));
@@ -230,8 +226,7 @@ void cpu_attn_int8_amx(float *part, const float *q, int32_t n_head, int32_t head
     cpu_tiles_begin(2 * n_head, 2 * n_head);
     score_all(&w, kv, head_dim, n, &e);
     for (int32_t h = 0; h < n_head; h++) soften(&w, part, h, n_head, n, &e);
-    find_values(row, kv, head_dim, n);
-    for (int32_t c = 0; c < head_dim; c += CODES) weigh_dims(&w, row, head_dim, c, n, &e);
+    for (int32_t c = 0; c < head_dim; c += CODES) weigh_dims(&w, kv, head_dim, c, n, &e);
     _tile_release();
     early_end(&e);
     for (int32_t h = 0; h < n_head; h++) finish(&w, part, h, n_head, head_dim);

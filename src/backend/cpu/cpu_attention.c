@@ -108,6 +108,8 @@ enum {
 
 static int32_t least(int32_t a, int32_t b) { return a < b ? a : b; }
 static int32_t blocks_to(int32_t pos) { return pos / CPU_ATTN_BLOCK + 1; }
+/* The first block of the chain of block i. */
+static int32_t chain_of(int32_t i) { return i / CPU_ATTN_CHAIN * CPU_ATTN_CHAIN; }
 
 int32_t cpu_head_tiles(const ern_config *m) {
     return m->n_kv_head * ((m->n_head / m->n_kv_head + CPU_HEAD_TILE - 1) / CPU_HEAD_TILE);
@@ -119,9 +121,11 @@ int32_t cpu_attend_slots(const cpu_backend *b) {
 
 static bool by_rows(const cpu_backend *b) { return b->kernels->attn_rows && b->o.kv_dtype == ERN_KV_BF16; }
 
+int32_t cpu_attend_rows(const cpu_backend *b) { return by_rows(b) ? CPU_ATTN_ROWS : ROWS_FEW; }
+
 /* Rows of a sequence that share one walk over its keys and values. */
 static int32_t tile_rows(const cpu_backend *b, int32_t n_row) {
-    int32_t rows = by_rows(b) ? CPU_ATTN_ROWS : ROWS_FEW;
+    int32_t rows = cpu_attend_rows(b);
     const int32_t heads = cpu_head_tiles(&b->model->config);
     while (rows > ROWS_FEW && n_row / rows * heads < b->n_worker * (rows > ROWS_SOME ? EVEN_EACH : TILES_EACH))
         rows /= 2;
@@ -131,13 +135,14 @@ static int32_t tile_rows(const cpu_backend *b, int32_t n_row) {
 /* Of n_block blocks of a tile the first ones, whose pieces are whole chains: all but some loose ones at the end. */
 static int32_t chained_blocks(const cpu_backend *b, int32_t n_block) {
     const int32_t loose = LOOSE_EACH * b->n_worker / cpu_head_tiles(&b->model->config);
-    return n_block > loose ? (n_block - loose) / CPU_ATTN_CHAIN * CPU_ATTN_CHAIN : 0;
+    return n_block > loose ? chain_of(n_block - loose) : 0;
 }
 
 /* Tiles of rows are the tasks. Where they are too few or too unequal to keep all workers busy, the heavy ones are cut
- * along positions. A piece is a whole chain and keeps its result, or is less than one and keeps that of each block;
- * they are joined afterwards in the order in which a whole tile joins its own: cut or not, the bits are the same.
- * Others' results come slowly from their caches, so chains are left whole where that leaves enough to share. */
+ * along positions. A piece is one chain, or what there is of the last one, and keeps its result; or it is less than a
+ * chain and keeps that of each block. They are joined afterwards in the order in which a whole tile joins its own: cut
+ * or not, the bits are the same. Others' results come slowly from their caches, so chains are left whole where that
+ * leaves enough to share. */
 void cpu_attend_plan(cpu_backend *b, const cpu_rows *s, int32_t n_seq) {
     int64_t all = 0;
     for (int32_t t = 0; t < s->n; t++) all += blocks_to(s->pos[t]);
@@ -215,16 +220,26 @@ static void finish_row(const cpu_backend *b, const ern_linear *o, int32_t row, c
     if (o) cpu_act_put(b, b->act, o, row, h->h0 * C, own, h->n * C);
 }
 
-/* Where the result of block i goes for row r of a tile: to `part`, joined with what is there or not. acc: as own_part.
- */
+/* What a worker keeps of the rows of a whole tile: their results, those of the chains at hand, that of a block. */
+typedef struct own {
+    float *rows, *chains, *block;
+} own;
+
+static own own_of(const cpu_run *c) {
+    const int64_t all = cpu_attend_rows(c->b) * c->b->part_floats;
+    float *rows = c->b->own_part + c->worker * (2 * all + c->b->part_floats);
+    return (own){rows, rows + all, rows + 2 * all};
+}
+
+/* Where the result of block i goes for row r of a tile: to `part`, joined with what is there or not. */
 typedef struct place {
     float *part;
     bool join;
 } place;
 
-static place place_of(const cpu_backend *b, const cpu_tile *tile, const heads *h, float *acc, int32_t r, int32_t i) {
-    const int32_t first = i / CPU_ATTN_CHAIN * CPU_ATTN_CHAIN, slot = tile->slot + r * tile->stride;
-    if (tile->slot < 0) return (place){acc + (first > 0 ? CPU_ATTN_ROWS + r : r) * b->part_floats, i > first};
+static place place_of(const cpu_backend *b, const cpu_tile *tile, const heads *h, const own *o, int32_t r, int32_t i) {
+    const int32_t first = chain_of(i), slot = tile->slot + r * tile->stride;
+    if (tile->slot < 0) return (place){(first > 0 ? o->chains : o->rows) + r * b->part_floats, i > first};
     if (i < tile->n_chained) return (place){slot_part(b, slot + first, h), i > first};
     return (place){slot_part(b, slot + i, h), false};
 }
@@ -232,7 +247,7 @@ static place place_of(const cpu_backend *b, const cpu_tile *tile, const heads *h
 /* What attend_tile does for a block: the rows of the tile that see it, at once. j has the first block's rows, or those
  * of the block before. */
 static void attend_rows(const cpu_run *c, const cpu_tile *tile, const heads *h, int32_t i, cpu_attn_job *j,
-                        float *acc) {
+                        const own *mine) {
     const cpu_backend *b = c->b;
     const int32_t *pos = c->rows.pos + tile->row, at = i * CPU_ATTN_BLOCK;
     const float *q[CPU_ATTN_ROWS];
@@ -244,7 +259,7 @@ static void attend_rows(const cpu_run *c, const cpu_tile *tile, const heads *h, 
     for (int32_t r = first; r < tile->n; r++) {
         n[r - first] = least(pos[r] + 1 - at, CPU_ATTN_BLOCK);
         q[r - first] = row_heads(b, tile->row + r, h);
-        const place to = place_of(b, tile, h, acc, r, i);
+        const place to = place_of(b, tile, h, mine, r, i);
         part[r - first] = to.part, j->join = to.join;
     }
     j->part = part, j->q = q, j->n = n;
@@ -297,8 +312,7 @@ static void attend_tile(const cpu_run *c, walk *w, const task *t, const task *af
     const int32_t C = b->model->config.n_head_dim;
     const bool int8 = b->o.kv_dtype == ERN_KV_I8;
     const float scale = (float)(0x1.71547652b82fep+0 / sqrt((double)C)); /* log2(e) / sqrt(C) */
-    float *acc = b->own_part + (int64_t)c->worker * (2 * CPU_ATTN_ROWS + 1) * b->part_floats;
-    float *chain = acc + CPU_ATTN_ROWS * b->part_floats, *block = chain + CPU_ATTN_ROWS * b->part_floats;
+    const own mine = own_of(c);
     cpu_attn_job job = {.n_head = h->n, .head_dim = C, .scale = scale};
     if (by_rows(b)) job.room = b->room + (size_t)c->worker * cpu_attn_room();
     for (int32_t r = 0; rotates_late(b) && r < tile->n; r++) {
@@ -317,25 +331,26 @@ static void attend_tile(const cpu_run *c, walk *w, const task *t, const task *af
         if (next) next->cold = false; /* before its turn comes */
         if (by_rows(b)) {
             job.kv = now;
-            attend_rows(c, tile, h, i, &job, acc);
+            attend_rows(c, tile, h, i, &job, &mine);
         }
         for (int32_t r = 0; r < tile->n && !by_rows(b); r++) {
             const int32_t n = least(c->rows.pos[tile->row + r] + 1 - i * CPU_ATTN_BLOCK, CPU_ATTN_BLOCK);
             if (n <= 0) continue;
-            const place to = place_of(b, tile, h, acc, r, i);
-            b->kernels->attn_block[int8](to.join ? block : to.part, row_heads(b, tile->row + r, h), h->n, C, scale, now,
-                                         n);
-            if (to.join) b->kernels->attn_join(to.part, block, h->n, C);
+            const place to = place_of(b, tile, h, &mine, r, i);
+            float *part = to.join ? mine.block : to.part;
+            b->kernels->attn_block[int8](part, row_heads(b, tile->row + r, h), h->n, C, scale, now, n);
+            if (to.join) b->kernels->attn_join(to.part, part, h->n, C);
             now->next = NULL; /* by the first row, for all */
             now->cold = false;
         }
-        if (tile->slot >= 0 || i < CPU_ATTN_CHAIN || (i + 1 < end && (i + 1) % CPU_ATTN_CHAIN != 0)) continue;
-        for (int32_t r = 0; r < tile->n; r++) /* a chain ends */
-            if (c->rows.pos[tile->row + r] >= i / CPU_ATTN_CHAIN * CPU_ATTN_CHAIN * CPU_ATTN_BLOCK)
-                b->kernels->attn_join(acc + r * b->part_floats, chain + r * b->part_floats, h->n, C);
+        const int32_t first = chain_of(i);
+        const bool chain_ends = i + 1 == end || chain_of(i + 1) > first;
+        for (int32_t r = 0; tile->slot < 0 && first > 0 && chain_ends && r < tile->n; r++)
+            if (c->rows.pos[tile->row + r] >= first * CPU_ATTN_BLOCK)
+                b->kernels->attn_join(mine.rows + r * b->part_floats, mine.chains + r * b->part_floats, h->n, C);
     }
     for (int32_t r = 0; tile->slot < 0 && r < tile->n; r++)
-        finish_row(b, o, tile->row + r, h, acc + r * b->part_floats);
+        finish_row(b, o, tile->row + r, h, mine.rows + r * b->part_floats);
 }
 
 /* acc = acc joined with part, while what is joined next comes: other workers wrote most of it. */

@@ -3,7 +3,8 @@
  * The promise of each kernel (house.md 3): the result of one row depends on that row's own numbers and on the shapes,
  * never on how many rows share the call, which rows they are, or where a worker's share of outputs begins. So:
  *   - the order of a sum over K is a function of K alone; rows and outputs are tiled freely, K never is;
- *   - softmax runs over blocks of CPU_ATTN_BLOCK positions counted from position 0, joined in order;
+ *   - softmax runs over blocks of CPU_ATTN_BLOCK positions counted from position 0. CPU_ATTN_CHAIN blocks, counted from
+ *     the first, are joined one by one to a chain; then the chains are;
  *   - a row alone and a row in a tile go through the same instructions.
  * Two levels need not agree with each other in the last bit.
  * Owner: static tables. Thread: any worker, distinct outputs. */
@@ -20,13 +21,13 @@
 
 enum {
     CPU_ATTN_BLOCK = 256, /* positions of one softmax block */
-    CPU_ATTN_CHAIN = 4,   /* blocks whose results are joined one by one, from a multiple of 4 on; then chains are */
+    CPU_ATTN_CHAIN = 4,   /* blocks of a chain */
     CPU_HEAD_TILE = 8,    /* query heads that share one pass over the keys of their KV head */
     CPU_ATTN_ROWS = 64,   /* most rows of one attn_rows */
     CPU_HEAD_DIM_MAX = 256,
     CPU_LINE = 32,     /* bf16 numbers of a cache line */
     CPU_KV_SHELF = 8,  /* pages whose keys and values of one layer and head lie side by side */
-    CPU_KV_GROUP = 16, /* cells of a page that lie side by side: ERN_KV_GROUP, as backend.h draws a page */
+    CPU_KV_GROUP = 16, /* cells of a page that are found and scored together: ERN_KV_GROUP of backend.h */
 };
 
 /* Rows of activations as weights meet them (quant.h has the law of the quantized ones), for a linear of n_in inputs:
@@ -71,9 +72,9 @@ typedef struct cpu_kv_view {
     bool int8;                      /* codes and scales, else bf16 */
 } cpu_kv_view;
 
-/* Positions t0..t0+15 of a block: a group of cells, as backend.h draws it. bf16: k [C/2, 16, 2], v [8, C, 2]; codes: k
- * [C, 16], v [16, C], scales [16], else NULL. What positions that the block does not have hold there may be anything,
- * but may be read. */
+/* 16 positions of a block, from a multiple of 16 on: a group of cells, as backend.h draws it. bf16: k [C/2, 16, 2], v
+ * [8, C, 2]; codes: k [C, 16], v [16, C], scales [16], else NULL. Positions past the block's end may hold anything
+ * there; they may be read, and change nothing. */
 typedef struct cpu_kv_group {
     const unsigned char *k, *v;
     const float *k_scale, *v_scale;
@@ -155,7 +156,7 @@ typedef struct cpu_kernels {
     bool attn_fixed;
     /* attn_block of bf16 KV for several rows, with the bits that each has alone; NULL: none. */
     void (*attn_rows)(const cpu_attn_job *j);
-    /* acc = acc joined with part (the block after it). */
+    /* acc = acc joined with part (the block, or the chain, after it). */
     void (*attn_join)(float *acc, const float *part, int32_t n_head, int32_t head_dim);
     /* out [n_head, C] = what acc holds of values, each times 1 / its head's sum, which is rounded: all levels have the
      * same bits. */

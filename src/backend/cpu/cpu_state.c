@@ -180,7 +180,7 @@ size_t cpu_layout(cpu_backend *b, unsigned char *base) {
     b->want_row0 = cut(&c, (size_t)b->o.n_seq_max + 1, sizeof(int32_t));
     b->tile = cut(&c, T + (size_t)b->n_slot, sizeof(cpu_tile));
     b->split = cut(&c, T, sizeof(cpu_tile));
-    b->own_part = cut(&c, n * (2 * CPU_ATTN_ROWS + 1) * (size_t)b->part_floats, sizeof(float));
+    b->own_part = cut(&c, n * (2 * (size_t)cpu_attend_rows(b) + 1) * (size_t)b->part_floats, sizeof(float));
     b->room = cut(&c, b->kernels->attn_rows ? n * cpu_attn_room() : 0, 1);
     b->part = cut(&c, (size_t)b->n_slot * (size_t)cpu_head_tiles(m) * (size_t)b->part_floats, sizeof(float));
     b->act = cut_act(b, &c, T, widest_x);

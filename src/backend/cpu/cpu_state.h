@@ -47,11 +47,11 @@ typedef struct cpu_rows {
  */
 typedef struct cpu_tile {
     int32_t row, n, seq, block, n_block;
-    int32_t slot; /* >= 0: one piece of many, whose results for row r wait in parts slot + r * stride + k: of the chain
+    int32_t slot; /* >= 0: one piece of many. Row r's results wait in part slot + r * stride + k, those of the chain
                      that begins with block k, and where chains are cut, of block k */
     int32_t stride;
-    int32_t n_chained; /* the blocks before this one are in pieces of whole chains */
-    bool brief;        /* a small part of all: who has it takes its next one early, to fetch the first block of that */
+    int32_t n_chained; /* the blocks before this one are in pieces of one chain each */
+    bool brief; /* a piece, or a small part of all: who has it takes its next task early, to fetch its first block */
 } cpu_tile;
 
 /* The model's linears as this backend reads them: those of the model, or copies in huge pages, where they take at most
@@ -112,7 +112,7 @@ typedef struct cpu_backend {
     cpu_tile *tile;                /* [T + n_slot] tasks of the attention, each for every KV head */
     cpu_tile *split;               /* [T] the tiles that were cut into pieces, whole */
     int32_t n_tile, n_split;
-    float *own_part;        /* [n_worker, 2 * CPU_ATTN_ROWS + 1, part_floats] of rows, of their chains, of a block */
+    float *own_part;        /* [n_worker, 2 * cpu_attend_rows + 1, part_floats] */
     unsigned char *room;    /* [n_worker, cpu_attn_room], where there is attn_rows */
     float *part;            /* [n_slot, cpu_head_tiles, part_floats] results of the pieces, to be joined */
     int32_t n_slot;         /* (row, block) pairs that `part` has room for */
@@ -234,6 +234,8 @@ void cpu_rotate(const cpu_run *c);
 void cpu_store_rows(const cpu_run *c, int32_t layer);
 /* Head tiles of all KV heads. */
 int32_t cpu_head_tiles(const ern_config *m);
+/* Rows of a tile, at most. */
+int32_t cpu_attend_rows(const cpu_backend *b);
 /* (row, block) pairs whose results may wait to be joined. */
 int32_t cpu_attend_slots(const cpu_backend *b);
 /* Cut rows of n_seq sequences into tiles and pieces. */

@@ -6,6 +6,8 @@
 
 enum { TILE_ROWS = 16, TILE_BYTES = 1024, TILE_K = 32 /* bf16 numbers of a row */ };
 
+static inline int32_t tiles_of(int32_t n, int32_t each) { return (n + each - 1) / each; }
+
 /* Palette 1: tiles of 64 bytes a row; 0, 1 and 4 of `first` rows, 2, 3 and 5 of `second`, 6 and 7 of 16. Layout: Intel
  * SDM, LDTILECFG. A block of products:
  *
