@@ -1,6 +1,6 @@
-/* ref itself: a row's bits do not depend on how rows are batched; ERN_PREV; pages read, written and copied; the MTP
- * layer's drafts under chunking; and what ern_batch_valid refuses. That ref computes ERNIE-4.5 is shown by
- * test_golden_tiny. */
+/* ref itself: a row's bits do not depend on how rows are batched; ERN_PREV; pages read, written and copied, and
+ * drawn as backend.h has it (cpu's too); the MTP layer's drafts under chunking; and what ern_batch_valid refuses. That
+ * ref computes ERNIE-4.5 is shown by test_golden_tiny. */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -241,6 +241,79 @@ static void test_pages(void **state) {
     }
 }
 
+/* Keys and values of a layer, as the probe shows them. */
+enum { DRAWN = 20, DRAWN_LAYER = 1, DRAWN_MOST = DRAWN * 512 };
+typedef struct drawn {
+    float x[2][DRAWN_MOST];
+} drawn;
+
+static void drawn_fn(void *ud, const char *stage, int32_t layer, int32_t row, const float *data, int32_t n_row,
+                     int32_t n_col) {
+    drawn *d = ud;
+    if (layer != DRAWN_LAYER || (strcmp(stage, "k") != 0 && strcmp(stage, "v") != 0)) return;
+    assert_true((row + n_row) * n_col <= DRAWN_MOST);
+    memcpy(d->x[*stage == 'v'] + row * n_col, data, (size_t)(n_row * n_col) * sizeof *data);
+}
+
+/* Pages hold what backend.h draws, of ref and of cpu. */
+static void check_drawing(const char *name, ern_kv_dtype kv) {
+    static drawn d;
+    static step s;
+    ern_backend *b;
+    ern_err err;
+    ern_backend_plan plan;
+    bench x = bench_open("tiny-moe", false, kv);
+    const ern_config *m = &x.m.model->config;
+    const ern_backend_ops *ops = ern_backend_find(name);
+    const bool codes = ern_kv_has_codes(kv);
+    const size_t G = (size_t)m->n_kv_head, C = (size_t)m->n_head_dim, each = codes ? 1 : kv == ERN_KV_F32 ? 4 : 2;
+    const size_t plane = P * C * each + (codes ? P * sizeof(float) : 0);
+    int32_t text[DRAWN + 1], page[STEP_PAGES] = {3, 9};
+    made_check(ops->plan(&plan, x.m.model, &x.o, &err), &err, "plan");
+    made_check(ops->open(&b, x.m.model, &x.o, &err), &err, "open");
+    assert_int_equal(plan.page_bytes, plane * 2 * G * (size_t)m->n_layer);
+    make_text(text, DRAWN + 1, 78);
+    step_clear(&s);
+    step_add(&s, text, 0, DRAWN, page, P, false);
+    s.in.next = NULL;
+    ops->probe(b, drawn_fn, &d);
+    (void)step_run(b, &s, &x.o, V);
+    unsigned char *host = malloc(2 * plan.page_bytes);
+    ops->kv_read(b, page, 2, host);
+    for (size_t t = 0; t < DRAWN; t++)
+        for (size_t w = 0; w < 2; w++)
+            for (size_t g = 0; g < G; g++) {
+                const size_t p = t % P;
+                const unsigned char *at = host + t / P * plan.page_bytes + ((DRAWN_LAYER * 2 + w) * G + g) * plane;
+                float scale = 1;
+                if (codes) memcpy(&scale, at + P * C + p * sizeof scale, sizeof scale);
+                for (size_t c = 0; c < C; c++) {
+                    const float value = d.x[w][(t * G + g) * C + c];
+                    size_t e = w ? (p / 2 * C + c) * 2 + p % 2 : (p / 16 * C + c / 2 * 2) * 16 + p % 16 * 2 + c % 2;
+                    if (codes) e = w ? p * C + c : (p / 16 * C + c) * 16 + p % 16;
+                    const ern_bf16 half = ern_bf16_from_f32(value);
+                    if (kv == ERN_KV_BF16) assert_memory_equal(at + 2 * e, &half, 2);
+                    if (kv == ERN_KV_F32) assert_memory_equal(at + 4 * e, &value, 4);
+                    if (codes) {
+                        const float stored = (float)((const int8_t *)at)[e] * scale;
+                        assert_true(stored - value <= 0.501f * scale && value - stored <= 0.501f * scale);
+                    }
+                }
+            }
+    free(host);
+    ops->close(b);
+    bench_close(&x);
+}
+
+static void test_drawing(void **state) {
+    (void)state;
+    check_drawing("ref", ERN_KV_BF16);
+    check_drawing("ref", ERN_KV_F32);
+    check_drawing("ref", ERN_KV_I8);
+    check_drawing("cpu", ERN_KV_BF16);
+    check_drawing("cpu", ERN_KV_I8);
+}
+
 /* Each way to break a good batch is refused with a reason of its own. */
 static void test_batch_valid(void **state) {
     (void)state;
@@ -321,7 +394,7 @@ int main(void) {
         cmocka_unit_test(test_batch_shapes), cmocka_unit_test(test_draft_of_sampled_token),
         cmocka_unit_test(test_prev),         cmocka_unit_test(test_tail),
         cmocka_unit_test(test_pages),        cmocka_unit_test(test_batch_valid),
-        cmocka_unit_test(test_backends),
+        cmocka_unit_test(test_backends),     cmocka_unit_test(test_drawing),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
