@@ -107,6 +107,8 @@ static ern_status wait_one(bench_steps *b, ern_err *err) {
     return b->backend->ops->wait(b->backend, &out, err);
 }
 
+static double since(int64_t begin_us) { return (double)(ern_now_us() - begin_us) * 1e-6; }
+
 /* n steps of one token each from `context` on. One more is submitted than is timed, so that two are always in flight.
  */
 static ern_status decode_steps(bench_steps *b, int32_t batch, int32_t context, int32_t n, double *seconds,
@@ -119,7 +121,7 @@ static ern_status decode_steps(bench_steps *b, int32_t batch, int32_t context, i
         if (i + 1 < n) submit(b, batch, context + 2 + i, 1, true, true);
         ERN_TRY(wait_one(b, err));
     }
-    *seconds = (double)(ern_now_us() - begin_us) * 1e-6 / n;
+    *seconds = since(begin_us) / n;
     return ERN_OK;
 }
 
@@ -181,8 +183,6 @@ static void look(bench_steps *b, const bench_result *of, round *at, double worke
     }
     at->last_read = read, at->last_compute = compute;
 }
-
-static double since(int64_t begin_us) { return (double)(ern_now_us() - begin_us) * 1e-6; }
 
 /* One prompt. Two steps in flight, as the engine keeps them; where limits are looked at (at not NULL) one, a look
  * behind the prompt, and between steps, once half a second has passed. The clock rests meanwhile: what that takes of a
@@ -397,7 +397,7 @@ ern_status bench_job(bench_steps *b, int32_t n_seq, int32_t n_in, int32_t n_out,
         ERN_TRY(wait_one(b, err));
     }
     ERN_TRY(wait_one(b, err));
-    *seconds = (double)(ern_now_us() - begin_us) * 1e-6;
+    *seconds = since(begin_us);
     return ERN_OK;
 }
 

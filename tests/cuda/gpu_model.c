@@ -30,6 +30,7 @@
 #include "base/counter.h"
 #include "base/os.h"
 #include "experts_chosen.h"
+#include "kv_drawing.h"
 #include "made_model.h"
 #include "quant_model.h"
 #include "records.h"
@@ -137,22 +138,17 @@ typedef struct pair {
     const ern_model *m;
 } pair;
 
-/* cuda's own order of a page from ref's (backend.h): keys and values one after the other, where ref has pairs side by
- * side, or 16 keys of codes. */
+/* cuda's own order of a page, keys and values one after the other, from ref's (backend.h). */
 static void turn_page(const pair *p, unsigned char *out, const unsigned char *in) {
     const bool codes = ern_kv_has_codes(p->o.kv_dtype);
     const size_t C = (size_t)p->m->config.n_head_dim, e = codes ? 1 : 2;
     const size_t plane = P * C * e + (codes ? P * sizeof(float) : 0);
     for (size_t at = 0, k = 0; at < p->page_bytes; at += plane, k++) {
-        const size_t which = k / (size_t)p->m->config.n_kv_head % 2;
+        const int which = (int)(k / (size_t)p->m->config.n_kv_head % 2);
         memcpy(out + at, in + at, plane);
-        for (size_t cell = 0; (which == 0 || !codes) && cell < P; cell++)
-            for (size_t i = 0; i < C; i++) {
-                size_t from = (cell / 2 * C + i) * 2 + cell % 2;
-                if (which == 0) from = (cell / 16 * C + i / 2 * 2) * 16 + cell % 16 * 2 + i % 2;
-                if (codes) from = (cell / 16 * C + i) * 16 + cell % 16;
-                memcpy(out + at + (cell * C + i) * e, in + at + from * e, e);
-            }
+        for (size_t cell = 0; cell < P; cell++)
+            for (size_t c = 0; c < C; c++)
+                memcpy(out + at + (cell * C + c) * e, in + at + kv_drawn_at(which, cell, c, C, codes) * e, e);
     }
 }
 

@@ -24,6 +24,7 @@
 #include "backend/cpu/cpu_kernels.h"
 #include "base/counter.h"
 #include "base/os.h"
+#include "kv_drawing.h"
 
 #define U 0x1p-24
 
@@ -681,13 +682,6 @@ static double dense_at(const dense *d, int which, int32_t t, int32_t c) {
     return (double)ern_bf16_to_f32(d->half[which][i]);
 }
 
-/* Element of dimension c of the key (which 0) or value at cell p, as backend.h draws a plane. */
-static int64_t element(int which, int32_t p, int32_t c, int32_t C, bool int8) {
-    if (int8) return which == 0 ? (int64_t)(p / 16 * C + c) * 16 + p % 16 : (int64_t)p * C + c;
-    return which == 0 ? (int64_t)(p / 16 * C + c / 2 * 2) * 16 + p % 16 * 2 + c % 2
-                      : (int64_t)(p / 2 * C + c) * 2 + p % 2;
-}
-
 /* The same spread over shuffled pages of P cells. Every other cell is NaN: bf16 NaNs, or codes of -128 with scales of
  * NaN and 1e38. One page has one plane of K and one of V. */
 static cpu_kv_view draw_cache(const dense *d, int32_t P) {
@@ -715,7 +709,7 @@ static cpu_kv_view draw_cache(const dense *d, int32_t P) {
             unsigned char *to = at[w] + page[t / P] * stride;
             const int32_t cell = t % P;
             for (int32_t c = 0; c < C; c++) {
-                const int64_t e = element(w, cell, c, C, d->int8);
+                const size_t e = kv_drawn_at(w, (size_t)cell, (size_t)c, (size_t)C, d->int8);
                 const int64_t from = (int64_t)t * C + c;
                 if (d->int8)
                     memcpy(to + e, &d->code[w][from], 1);

@@ -8,6 +8,7 @@
 
 #include "backend/ref/ref.h"
 #include "base/counter.h"
+#include "kv_drawing.h"
 #include "made_model.h"
 #include "step.h"
 
@@ -289,8 +290,7 @@ static void check_drawing(const char *name, ern_kv_dtype kv) {
                 if (codes) memcpy(&scale, at + P * C + p * sizeof scale, sizeof scale);
                 for (size_t c = 0; c < C; c++) {
                     const float value = d.x[w][(t * G + g) * C + c];
-                    size_t e = w ? (p / 2 * C + c) * 2 + p % 2 : (p / 16 * C + c / 2 * 2) * 16 + p % 16 * 2 + c % 2;
-                    if (codes) e = w ? p * C + c : (p / 16 * C + c) * 16 + p % 16;
+                    const size_t e = kv_drawn_at((int)w, p, c, C, codes);
                     const ern_bf16 half = ern_bf16_from_f32(value);
                     if (kv == ERN_KV_BF16) assert_memory_equal(at + 2 * e, &half, 2);
                     if (kv == ERN_KV_F32) assert_memory_equal(at + 4 * e, &value, 4);

@@ -81,7 +81,7 @@ static void copy_pair(ern_bf16 *to, const cpu_kv_block *kv, int32_t C, int32_t t
 /* Find the tiles of the first n positions, rounded up to four of keys. Copied are those of heads that are no multiple
  * of 32 dims, and of values those that two pages share or that reach beyond n. */
 CPU_INLINE void find_sources(sources *s, room *w, const cpu_kv_block *kv, int32_t n, const int32_t C) {
-    const int32_t nk = tiles_of(C, TILE_K), n_group = tiles_of(n, 16);
+    const int32_t nk = tiles_of(C, TILE_K), n_group = cpu_kv_groups(n);
     for (int32_t g = 0; g < tiles_of(n_group, 4) * 4; g++) {
         const ern_bf16 *from = numbers(kv->group[g < n_group ? g : 0].k);
         s->k[g] = from;
@@ -478,7 +478,7 @@ CPU_INLINE void attend_few(room *w, const cpu_attn_job *j, int32_t n, const int3
     early_begin(&e, j->kv, C * CPU_KV_GROUP * 2);
     find_sources(&s, w, j->kv, n, C);
     cpu_tiles_begin(all, all);
-    score_few(w, &s, tiles_of(n, 16), C, &e);
+    score_few(w, &s, cpu_kv_groups(n), C, &e);
     for (int32_t i = 0; i < all; i += ABREAST) {
         soft four;
         for (soften_at(&four, j, &g, i); four.part < four.n_part;) {

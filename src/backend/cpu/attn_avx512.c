@@ -61,7 +61,7 @@ CPU_INLINE void score_tile(float (*score)[SCORES], int32_t t0, const float *q, i
 /* Scores of whole groups: what lies past n is not looked at. */
 CPU_INLINE void score_all(float (*score)[SCORES], const float *q, int32_t dim, float scale, const cpu_kv_block *kv,
                           int32_t n, const int nh, const int wide, const bool int8, early *e) {
-    const int32_t end = (n + CPU_KV_GROUP - 1) / CPU_KV_GROUP;
+    const int32_t end = cpu_kv_groups(n);
     int32_t i = 0;
     for (; wide > 1 && i + wide <= end; i += wide)
         score_tile(score, i * CPU_KV_GROUP, q, dim, scale, kv->group + i, nh, wide, int8, e);

@@ -5,8 +5,7 @@
  * loads, whose order is another one (keys, then values), find everything in the second cache. Where memory is what a
  * kernel of vectors waits for, bursts of 16 lines, and one line of two, cost what a fetch should spare (docs/speed.md);
  * AMX takes 16 lines at a time, one row beside every tile, many rows, which compute for long beside a block, beside
- * every fourth step. Into the first cache, which holds
- * a quarter of a block, they cost Zen 4 a third of its speed. */
+ * every fourth step. Into the first cache, which holds a quarter of a block, they cost Zen 4 a third of its speed. */
 #ifndef ERN_BACKEND_CPU_ATTN_EARLY_H
 #define ERN_BACKEND_CPU_ATTN_EARLY_H
 

@@ -97,7 +97,7 @@ CPU_INLINE void score_group(room *w, const int8_t *k, int32_t i, int32_t C, earl
 }
 
 static void score_all(room *w, const cpu_kv_block *kv, int32_t C, int32_t n, early *e) {
-    const int32_t n_group = tiles_of(n, 16);
+    const int32_t n_group = cpu_kv_groups(n);
     for (int32_t i = 0; i <= n_group; i++) {
         if (i < n_group) pack_group(w->k[i % GROUPS][0], kv->group[i].k, C, e);
         if (i > 0) score_group(w, w->k[(i - 1) % GROUPS][0], i - 1, C, e);

@@ -266,6 +266,32 @@ static void attend_rows(const cpu_run *c, const cpu_tile *tile, const heads *h, 
     b->kernels->attn_rows(j);
 }
 
+/* The same where each row attends by itself. */
+static void attend_each(const cpu_run *c, const cpu_tile *tile, const heads *h, int32_t i, float scale,
+                        cpu_kv_block *kv, const own *mine) {
+    const cpu_backend *b = c->b;
+    const int32_t C = b->model->config.n_head_dim;
+    for (int32_t r = 0; r < tile->n; r++) {
+        const int32_t n = least(c->rows.pos[tile->row + r] + 1 - i * CPU_ATTN_BLOCK, CPU_ATTN_BLOCK);
+        if (n <= 0) continue;
+        const place to = place_of(b, tile, h, mine, r, i);
+        float *part = to.join ? mine->block : to.part;
+        b->kernels->attn_block[b->o.kv_dtype == ERN_KV_I8](part, row_heads(b, tile->row + r, h), h->n, C, scale, kv, n);
+        if (to.join) b->kernels->attn_join(to.part, part, h->n, C);
+        kv->next = NULL; /* by the first row, for all */
+        kv->cold = false;
+    }
+}
+
+/* The chain of block i of a whole tile ends: the rows that saw any of it are joined with what was before it. */
+static void end_chain(const cpu_run *c, const cpu_tile *tile, const heads *h, int32_t i, const own *mine) {
+    const cpu_backend *b = c->b;
+    for (int32_t r = 0; chain_of(i) > 0 && r < tile->n; r++)
+        if (c->rows.pos[tile->row + r] >= chain_of(i) * CPU_ATTN_BLOCK)
+            b->kernels->attn_join(mine->rows + r * b->part_floats, mine->chains + r * b->part_floats, h->n,
+                                  b->model->config.n_head_dim);
+}
+
 /* One tile or piece for one head tile; tile NULL: none. */
 typedef struct task {
     const cpu_tile *tile;
@@ -310,7 +336,6 @@ static void attend_tile(const cpu_run *c, walk *w, const task *t, const task *af
     const cpu_tile *tile = t->tile;
     const heads *h = &t->h;
     const int32_t C = b->model->config.n_head_dim;
-    const bool int8 = b->o.kv_dtype == ERN_KV_I8;
     const float scale = (float)(0x1.71547652b82fep+0 / sqrt((double)C)); /* log2(e) / sqrt(C) */
     const own mine = own_of(c);
     cpu_attn_job job = {.n_head = h->n, .head_dim = C, .scale = scale};
@@ -329,25 +354,12 @@ static void attend_tile(const cpu_run *c, walk *w, const task *t, const task *af
             next = NULL;
         now->next = next;
         if (next) next->cold = false; /* before its turn comes */
-        if (by_rows(b)) {
-            job.kv = now;
+        job.kv = now;
+        if (by_rows(b))
             attend_rows(c, tile, h, i, &job, &mine);
-        }
-        for (int32_t r = 0; r < tile->n && !by_rows(b); r++) {
-            const int32_t n = least(c->rows.pos[tile->row + r] + 1 - i * CPU_ATTN_BLOCK, CPU_ATTN_BLOCK);
-            if (n <= 0) continue;
-            const place to = place_of(b, tile, h, &mine, r, i);
-            float *part = to.join ? mine.block : to.part;
-            b->kernels->attn_block[int8](part, row_heads(b, tile->row + r, h), h->n, C, scale, now, n);
-            if (to.join) b->kernels->attn_join(to.part, part, h->n, C);
-            now->next = NULL; /* by the first row, for all */
-            now->cold = false;
-        }
-        const int32_t first = chain_of(i);
-        const bool chain_ends = i + 1 == end || chain_of(i + 1) > first;
-        for (int32_t r = 0; tile->slot < 0 && first > 0 && chain_ends && r < tile->n; r++)
-            if (c->rows.pos[tile->row + r] >= first * CPU_ATTN_BLOCK)
-                b->kernels->attn_join(mine.rows + r * b->part_floats, mine.chains + r * b->part_floats, h->n, C);
+        else
+            attend_each(c, tile, h, i, scale, now, &mine);
+        if (tile->slot < 0 && (i + 1 == end || chain_of(i + 1) > i)) end_chain(c, tile, h, i, &mine);
     }
     for (int32_t r = 0; tile->slot < 0 && r < tile->n; r++)
         finish_row(b, o, tile->row + r, h, mine.rows + r * b->part_floats);

@@ -243,12 +243,14 @@ size_t cpu_attn_room(void);
 static inline int64_t cpu_kv_plane_bytes(int32_t n_cell, int32_t head_dim, bool int8) {
     return n_cell * (int8 ? head_dim + (int64_t)sizeof(float) : 2 * (int64_t)head_dim);
 }
+/* Groups of n positions. */
+static inline int32_t cpu_kv_groups(int32_t n) { return (n + CPU_KV_GROUP - 1) / CPU_KV_GROUP; }
 /* Find positions pos0..pos0+n-1; pos0 a multiple of 16, n <= CPU_ATTN_BLOCK. */
 static inline void cpu_kv_find(cpu_kv_block *out, const cpu_kv_view *kv, int32_t head_dim, int32_t pos0, int32_t n) {
     const int64_t each = kv->int8 ? 1 : 2, scales = (int64_t)kv->n_cell * head_dim;
     out->next = NULL;
     out->cold = true;
-    out->n_group = (n + CPU_KV_GROUP - 1) / CPU_KV_GROUP;
+    out->n_group = cpu_kv_groups(n);
     for (int32_t i = 0; i < out->n_group; i++) {
         const int32_t pos = pos0 + i * CPU_KV_GROUP, page = kv->page[pos / kv->n_cell], cell = pos % kv->n_cell;
         const int64_t plane = page * kv->page_stride + page / CPU_KV_SHELF * kv->shelf_gap;
